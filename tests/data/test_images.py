@@ -1,0 +1,226 @@
+"""Pictures: value ranges, resampling and blur against answers computed another way, and hostile files."""
+
+import struct
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+from PIL import Image
+
+from unclip_jax.data import images
+from unclip_jax.data.images import BadImage
+from unclip_jax.errors import UserError
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_every_byte_survives_the_round_trip(xp):
+    x = xp.arange(256, dtype=xp.uint8).reshape(1, 16, 16, 1)
+    y = images.to_float(x)
+    assert y.dtype == np.float32 and float(y.min()) == -1 and float(y.max()) == 1
+    assert isinstance(images.to_uint8(y), type(x))
+    np.testing.assert_array_equal(images.to_uint8(y), x)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_to_uint8_rounds_and_clips(xp):
+    x = xp.asarray([-9.0, -1.0, -0.999, 0.0, 0.9999, 1.0, 7.0, np.inf, -np.inf, np.nan], dtype=np.float32)
+    assert images.to_uint8(x).tolist() == [0, 0, 0, 128, 255, 255, 255, 255, 0, 0]
+
+
+def test_shrinking_keeps_constants_and_ramps():
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    np.testing.assert_allclose(images.resize(jnp.full((1, 32, 32, 3), 0.3), 8), 0.3, atol=1e-6)
+    assert images.resize(x, 8).shape == (2, 8, 8, 3)
+    # Away from the edges a ramp becomes the ramp of area means, whatever the symmetric kernel.
+    ramp = jnp.broadcast_to(jnp.arange(32.0)[None, None, :, None], (1, 32, 32, 1))
+    got = images.resize(ramp, 8)[0, 4, 2:-2, 0]
+    np.testing.assert_allclose(got, np.arange(32.0).reshape(8, 4).mean(1)[2:-2], atol=1e-4)
+
+
+def test_resize_suppresses_what_the_small_grid_cannot_hold():
+    checker = jnp.asarray((np.indices((32, 32)).sum(0) % 2) * 2.0 - 1)[None, :, :, None]
+    assert float(jnp.abs(images.resize(checker, 8)).max()) < 0.05
+
+
+@pytest.mark.parametrize(("sigma", "kernel_size"), [(0.6, 3), (1.3, 7)])
+def test_blur_agrees_with_scipy(sigma, kernel_size):
+    x = np.random.default_rng(0).normal(size=(2, 9, 12, 3)).astype(np.float32)
+    r = kernel_size // 2
+    want = scipy.ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="mirror", radius=(0, r, r, 0))
+    np.testing.assert_allclose(images.gaussian_blur(jnp.asarray(x), sigma, kernel_size), want, atol=1e-5)
+
+
+def test_blur_takes_one_sigma_a_sample():
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    sigmas = jnp.asarray([0.4, 0.6, 0.9])
+    got = jax.jit(images.gaussian_blur)(x, sigmas)
+    for i in range(3):
+        np.testing.assert_allclose(got[i], images.gaussian_blur(x[i : i + 1], float(sigmas[i]))[0], atol=1e-6)
+    with pytest.raises(ValueError, match="kernel_size=4 must be odd"):
+        images.gaussian_blur(x, 0.6, 4)
+    with pytest.raises(ValueError, match="kernel_size=17"):
+        images.gaussian_blur(x, 0.6, 17)
+
+
+def test_center_crop_takes_the_middle_square_and_averages_areas():
+    x = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    got = images.center_crop_resize(Image.fromarray(x), 4)
+    want = x[:, 4:20].reshape(4, 4, 4, 4, 3).mean((1, 3))
+    assert got.shape == (4, 4, 3) and np.abs(got - want).max() <= 1
+    assert images.center_crop_resize(Image.fromarray(x), 64).shape == (64, 64, 3)
+    assert images.center_crop_resize(Image.new("RGB", (1, 500)), 8).shape == (8, 8, 3)
+
+
+def test_random_crops_are_windows_and_reach_every_place():
+    x = np.arange(25).reshape(5, 5, 1)
+    seen = set()
+    for i in range(200):
+        crop = images.random_crop(x, 3, np.random.default_rng([0, i]))
+        top, left = divmod(int(crop[0, 0, 0]), 5)
+        np.testing.assert_array_equal(crop, x[top : top + 3, left : left + 3])
+        seen.add((top, left))
+    assert seen == {(i, j) for i in range(3) for j in range(3)}
+    np.testing.assert_array_equal(images.random_crop(x, 5, np.random.default_rng(0)), x)
+
+
+# Files
+
+
+def _colour(path) -> tuple:
+    image = images.open_image(path)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def test_modes_become_rgb(tmp_path):
+    def saved(image, name, **kw):
+        image.save(tmp_path / name, **kw)
+        return _colour(tmp_path / name)
+
+    assert saved(Image.new("RGBA", (4, 4), (200, 0, 0, 0)), "clear.png") == (255, 255, 255)
+    assert saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "half.png") == (127, 127, 127)
+    assert saved(Image.new("LA", (4, 4), (0, 0)), "la.png") == (255, 255, 255)
+    assert saved(Image.new("L", (4, 4), 77), "l.png") == (77, 77, 77)
+    assert saved(Image.new("1", (4, 4), 1), "bit.png") == (255, 255, 255)
+    assert saved(Image.fromarray(np.full((4, 4), 257 * 99, np.uint16)), "16.png") == (99, 99, 99)
+    assert saved(Image.fromarray(np.full((4, 4), 257 * 99, np.uint16)), "16.tif") == (99, 99, 99)
+    assert saved(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "f.tif") == (51, 51, 51)
+    assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "cmyk.tif") == (255, 0, 0)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert saved(palette, "p.png") == (10, 20, 30)
+    assert saved(palette, "p_clear.png", transparency=1) == (255, 255, 255)
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    assert saved(frames[0], "a.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)
+    assert saved(frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True) == (255, 0, 0)
+
+
+def test_exif_turns_the_picture(tmp_path):
+    image = Image.new("RGB", (8, 4), "blue")
+    image.paste("red", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise: left becomes top
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = images.open_image(tmp_path / "turned.png")
+    assert turned.size == (4, 8)
+    assert turned.getpixel((2, 0)) == (255, 0, 0) and turned.getpixel((2, 7)) == (0, 0, 255)
+
+
+def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (header, *chunks, (b"IEND", b"")):
+        out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return out
+
+
+def _hostile(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    data = whole.read_bytes()
+    text_bomb = (b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20), 9))
+    return {
+        "bomb.png": _png(50_000, 50_000, (b"IDAT", zlib.compress(bytes(1000)))),
+        "just_over.png": _png(8_000, 8_001, (b"IDAT", zlib.compress(bytes(1000)))),
+        "text_bomb.png": _png(4, 4, text_bomb, (b"IDAT", zlib.compress(bytes(52)))),
+        "zero.png": _png(0, 4, (b"IDAT", zlib.compress(b""))),
+        "truncated.png": data[: len(data) // 2],
+        "empty.png": b"",
+        "text.png": b"hello",
+        "drawing.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n",
+        "pointer.png": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }
+
+
+def test_hostile_files_are_errors_that_name_the_file(tmp_path):
+    for name, data in _hostile(tmp_path).items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(BadImage) as error:
+            images.open_image(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value), name
+    for path in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            images.open_image(path)
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
+    path = tmp_path / "sparse.png"
+    with open(path, "wb") as f:
+        f.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(BadImage, match="a picture at most"):
+        images.open_image(path)
+
+
+# Sheets and PNG
+
+
+def test_grid_leaves_the_pictures_as_they_are():
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
+    long = "a very long caption that cannot fit under one small picture on two lines"
+    for kw in ({}, {"labels": ["short", long, "", "a\nb\x1b[31m", "unbreakable" * 9], "title": "t"}):
+        sheet = images.grid(x, 3, scale=4, pad=2, **kw)
+        assert sheet.dtype == np.uint8 and sheet.shape[1] == 3 * (48 + 4)
+        for picture in x:
+            big = np.kron(picture, np.ones((4, 4, 1), np.uint8))
+            found = [
+                (top, left)
+                for top in range(sheet.shape[0] - 31)
+                for left in (2, 54, 106)
+                if (sheet[top : top + 32, left : left + 48] == big).all()
+            ]
+            assert len(found) == 1, found
+
+
+def test_grid_draws_labels_below_and_never_beyond_two_lines():
+    x = np.zeros((2, 40, 40, 3), np.uint8)
+    bare, one, two = (images.grid(x, 2, labels=labels) for labels in (None, ["a", "b"], ["a", "word " * 50]))
+    line = one.shape[0] - bare.shape[0]
+    assert two.shape[0] - bare.shape[0] == 2 * line and line > 8
+    text = two[44:, 44:]
+    assert (text < 100).any() and (one[44:, 44:] < 100).any()
+    assert (two[:, 42:44] == 255).all()  # nothing runs into the neighbour
+
+
+def test_png_metadata_is_read_back_and_bytes_are_reproducible(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    metadata = {"prompt": 'ein "rotes" Quadrat 红', "settings": {"steps": 25, "a": [1, None]}, "seed": 7}
+    for name in ("a.png", "b.png"):
+        images.save_png(tmp_path / name, x, metadata)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), x)
+        settings = '{"a": [1, null], "steps": 25}'
+        assert image.text == {"prompt": metadata["prompt"], "settings": settings, "seed": "7"}
+
+
+def test_save_png_leaves_nothing_when_it_fails(tmp_path):
+    with pytest.raises(ValueError, match="u8"):
+        images.save_png(tmp_path / "x.png", np.zeros((4, 4, 3), np.float32))
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(OSError):
+        images.save_png(tmp_path / "folder.png", np.zeros((4, 4, 3), np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]

@@ -1,0 +1,105 @@
+"""Guidance: linear in the two predictions, and of the prediction only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.diffusion.guide import Out, guide, guide_batched
+
+
+@pytest.fixture
+def batch():
+    xt = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
+    return xt, jnp.array([0, 500, 999])
+
+
+def denoiser(shift):
+    """An Out that depends on xt, on the time, and on a condition: f32[B] `shift`."""
+    def denoise(xt, model_time):
+        row = (jnp.asarray(shift) + model_time / 1000).reshape(-1, 1, 1, 1)
+        return Out(jnp.sin(xt) + row, jnp.cos(xt) * row)
+
+    return denoise
+
+
+COND, UNCOND = jnp.array([1.0, 2.0, 3.0]), jnp.array([-1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.25, 4.0, -1.0])
+def test_guided_prediction_is_on_the_line_through_both(batch, scale):
+    c, u = denoiser(COND)(*batch), denoiser(UNCOND)(*batch)
+    out = guide(denoiser(COND), denoiser(UNCOND), scale)(*batch)
+    expected = scale * np.asarray(c.pred, np.float64) + (1 - scale) * np.asarray(u.pred, np.float64)
+    np.testing.assert_allclose(out.pred, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(out.var, c.var)
+
+
+def test_scale_one_never_asks_the_unconditional(batch):
+    def never(xt, model_time):
+        raise AssertionError("called")
+
+    for one in (1.0, 1):
+        out = guide(denoiser(COND), never, one)(*batch)
+        np.testing.assert_array_equal(out.pred, denoiser(COND)(*batch).pred)
+
+
+def test_scale_may_be_traced_and_one_per_sample(batch):
+    @jax.jit
+    def guided(scale):
+        return guide(denoiser(COND), denoiser(UNCOND), scale)(*batch).pred
+
+    scales = [1.0, 2.5, 7.0]
+    each = [guide(denoiser(COND), denoiser(UNCOND), s)(*batch).pred for s in scales]
+    for s, expected in zip(scales, each, strict=True):
+        np.testing.assert_allclose(guided(jnp.float32(s)), expected, rtol=1e-5, atol=1e-6)
+    mixed = guided(jnp.array(scales))
+    for i in range(3):
+        np.testing.assert_allclose(mixed[i], each[i][i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_one_doubled_call_is_the_same(batch, scale):
+    calls = []
+
+    def denoise2(xt, model_time):
+        calls.append((xt.shape[0], model_time.shape[0], model_time.dtype))
+        return denoiser(jnp.concatenate([COND, UNCOND]))(xt, model_time)
+
+    got = guide_batched(denoise2, scale)(*batch)
+    expected = guide(denoiser(COND), denoiser(UNCOND), scale)(*batch)
+    np.testing.assert_allclose(got.pred, expected.pred, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.var, expected.var, rtol=1e-6)
+    assert calls == [(6, 6, jnp.int32)]
+
+
+def test_without_variance_there_is_none(batch):
+    def plain(xt, model_time):
+        return Out(xt)
+
+    assert guide(plain, plain, 2.0)(*batch).var is None
+    assert guide_batched(plain, 2.0)(*batch).var is None
+
+
+def test_bfloat16_outputs_are_mixed_in_float32(batch):
+    def half(shift):
+        return lambda xt, model_time: Out(denoiser(shift)(xt, model_time).pred.astype(jnp.bfloat16))
+
+    c, u = (np.asarray(half(s)(*batch).pred, np.float64) for s in (COND, UNCOND))
+    out = guide(half(COND), half(UNCOND), 8.0)(*batch).pred
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, u + 8 * (c - u), rtol=1e-6, atol=1e-5)
+
+
+def test_guided_score_is_that_of_the_tilted_density():
+    """-sigma times the gradient of log p_u (p_c / p_u)^s, for two Gaussians of one variance."""
+    sigma, mean_c, mean_u, s = 0.5, 1.0, -0.25, 3.0
+
+    def eps_of(mean):
+        return lambda xt, model_time: Out((xt - mean) / sigma)
+
+    xt = jnp.linspace(-2, 2, 9)[:, None]
+    log_density = lambda m, x: -((x - m) ** 2) / (2 * sigma**2)  # noqa: E731
+    tilted = jax.vmap(jax.grad(lambda x: (1 - s) * log_density(mean_u, x) + s * log_density(mean_c, x)))
+    out = guide(eps_of(mean_c), eps_of(mean_u), s)(xt, jnp.zeros(9, jnp.int32)).pred
+    np.testing.assert_allclose(-sigma * tilted(xt[:, 0]), out[:, 0], rtol=1e-5, atol=1e-5)

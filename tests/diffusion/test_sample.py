@@ -1,0 +1,257 @@
+"""Samplers against float64 loops, and against the distributions that ideal denoisers must give."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.diffusion import sample
+from unclip_jax.diffusion import schedule as S
+from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, initial_noise
+from unclip_jax.errors import UserError
+
+FULL = S.make_schedule("cosine")
+
+
+def keys_of(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def times(like, a):
+    return a.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def toy(xp):
+    """A smooth denoiser in numpy or jax that depends on xt and on the time it is told; with a variance."""
+    def denoise(xt, model_time):
+        phase = times(xt, xp.asarray(model_time) / 300)
+        return Out(1.3 * xp.sin(1.7 * xt + phase) + 0.2, xp.cos(2 * xt + phase))
+
+    return denoise
+
+
+def to_x0_np(target, pred, xt, a):
+    return {"x0": pred, "eps": (xt - np.sqrt(1 - a) * pred) / np.sqrt(a),
+            "v": np.sqrt(a) * xt - np.sqrt(1 - a) * pred}[target]
+
+
+def clip_np(x, bound):
+    return x if bound is None else np.clip(x, -bound, bound)
+
+
+def walk(sched):
+    """t, the told time, abar and abar of the step before, from the noisiest step down."""
+    for t in range(len(sched) - 1, -1, -1):
+        yield t, sched.timesteps[t], sched.alphas_cumprod[t], sched.alphas_cumprod[t - 1] if t else 1.0
+
+
+# A nonlinear path is compared, so few steps: what differs by rounding grows along it.
+@pytest.mark.parametrize("target, clip, eta", [
+    ("x0", None, 0.0), ("eps", None, 0.0), ("eps", 0.8, 0.0), ("v", None, 0.7), ("v", 0.8, 0.0)])
+def test_ddim_is_the_papers_loop(target, clip, eta):
+    sched = S.Schedule(FULL.alphas_cumprod[50:900:100], FULL.timesteps[50:900:100])
+    keys = keys_of(2)
+    noise = initial_noise(keys, (2, 3))
+    got = ddim(sched, toy(jnp), noise, keys, target=target, eta=eta, clip_x0=clip)
+
+    xt = np.asarray(noise, np.float64)
+    for t, told, a, prev in walk(sched):
+        x0 = clip_np(to_x0_np(target, toy(np)(xt, np.full(2, told)).pred, xt, a), clip)
+        eps = (xt - np.sqrt(a) * x0) / np.sqrt(1 - a)
+        std = eta * np.sqrt((1 - prev) / (1 - a) * (1 - a / prev))
+        z = np.stack([jax.random.normal(jax.random.fold_in(k, t), (2, 3)) for k in keys])
+        xt = np.sqrt(prev) * x0 + np.sqrt(1 - prev - std**2) * eps + std * z
+    np.testing.assert_allclose(got, xt, atol=5e-4)
+
+
+@pytest.mark.parametrize("target, var", [
+    ("x0", "learned"), ("eps", "learned"), ("v", "learned"), ("x0", "small"), ("x0", "large")])
+def test_ddpm_is_the_papers_loop(target, var):
+    sched = S.Schedule(FULL.alphas_cumprod[50:900:100], FULL.timesteps[50:900:100])
+    keys = keys_of(2)
+    noise = initial_noise(keys, (2, 3))
+    got = ddpm(sched, toy(jnp), noise, keys, target=target, var=var, clip_x0=0.9)
+
+    xt = np.asarray(noise, np.float64)
+    for t, told, a, prev in walk(sched):
+        out = toy(np)(xt, np.full(2, told))
+        x0 = np.clip(to_x0_np(target, out.pred, xt, a), -0.9, 0.9)
+        alpha = a / prev
+        mean = (np.sqrt(prev) * (1 - alpha) * x0 + np.sqrt(alpha) * (1 - prev) * xt) / (1 - a)
+        small, large = (1 - alpha) * (1 - prev) / (1 - a), np.full_like(xt, 1 - alpha)
+        if t == 0:
+            xt = mean
+            continue
+        part = (out.var + 1) / 2
+        std = {"small": np.sqrt(small), "large": np.sqrt(large),
+               "learned": np.sqrt(large**part * small ** (1 - part))}[var]
+        xt = mean + std * np.stack([jax.random.normal(jax.random.fold_in(k, t), (2, 3)) for k in keys])
+    np.testing.assert_allclose(got, xt, atol=5e-4)
+
+
+def gaussian_denoiser(mu, s, with_variance):
+    """E[x0 | xt] for data N(mu, s^2), in x0; the variance output is that of the exact q(x_{t-1} | xt)."""
+    def table(sched):
+        a, coef = sched.alphas_cumprod, sched.posterior_x0_coef
+        exact = sched.posterior_variance + coef**2 * s**2 * (1 - a) / (a * s**2 + 1 - a)
+        low, high = sched.posterior_log_variance, np.log(sched.betas)
+        frac = (np.log(exact) - low) / (high - low)
+        frac[0] = 0
+        return 2 * frac - 1
+
+    def make(sched):
+        def denoise(xt, model_time):
+            t = jnp.searchsorted(jnp.asarray(sched.timesteps), model_time)
+            a = S.at(sched.alphas_cumprod, t, xt.ndim)
+            mean = mu + s**2 * jnp.sqrt(a) / (a * s**2 + 1 - a) * (xt - jnp.sqrt(a) * mu)
+            return Out(mean, S.at(table(sched), t, xt.ndim) * jnp.ones_like(xt) if with_variance else None)
+
+        return denoise
+
+    return make
+
+
+def test_ddpm_with_exact_mean_and_variance_is_exact_in_few_steps():
+    """Gaussian data, ideal denoiser: the chain's marginals are the noised data's, to the last step."""
+    mu, s, n = 0.4, 0.5, 2000
+    sched = S.respace(S.make_schedule("cosine", 400), 8)
+    keys = keys_of(n)
+    noise = initial_noise(keys, (16,))
+    # Start from the exact marginal of the noisiest step; it is N(0, 1) but for abar = 2e-6.
+    got = ddpm(sched, gaussian_denoiser(mu, s, True)(sched), noise, keys, target="x0", clip_x0=None)
+    a = sched.alphas_cumprod[0]
+    variance = s**4 * a / (a * s**2 + 1 - a)  # the last step returns the mean of x0 given xt
+    size = got.size
+    assert float(got.mean()) == pytest.approx(mu, abs=5 * s / np.sqrt(size))
+    assert float(got.var()) == pytest.approx(variance, rel=5 * np.sqrt(2 / size))
+
+
+@pytest.mark.parametrize("var", ["small", "large"])
+def test_ddpm_with_a_fixed_variance_follows_the_linear_recursion(var):
+    mu, s, n = -0.3, 0.6, 2000
+    sched = S.respace(S.make_schedule("cosine", 400), 12)
+    keys = keys_of(n, 1)
+    got = ddpm(sched, gaussian_denoiser(mu, s, False)(sched), initial_noise(keys, (16,)), keys, target="x0",
+               var=var, clip_x0=None)
+    mean, variance = 0.0, 1.0
+    for t, _, a, prev in walk(sched):
+        gain = s**2 * np.sqrt(a) / (a * s**2 + 1 - a)
+        alpha = a / prev
+        on_x0, on_xt = np.sqrt(prev) * (1 - alpha) / (1 - a), np.sqrt(alpha) * (1 - prev) / (1 - a)
+        mean = on_x0 * (mu + gain * (mean - np.sqrt(a) * mu)) + on_xt * mean
+        added = 0 if t == 0 else {"small": (1 - alpha) * (1 - prev) / (1 - a), "large": 1 - alpha}[var]
+        variance = (on_x0 * gain + on_xt) ** 2 * variance + added
+    assert float(got.mean()) == pytest.approx(mean, abs=5 * np.sqrt(variance / got.size))
+    assert float(got.var()) == pytest.approx(variance, rel=5 * np.sqrt(2 / got.size))
+    if var == "large":
+        assert variance > 1.1 * s**2  # the two choices differ here, or the test would prove little
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_with_the_ideal_denoiser_of_a_point_returns_the_point(eta):
+    sched = S.respace(FULL, 27)
+    keys = keys_of(4)
+    point = jnp.linspace(-0.9, 0.9, 6).reshape(1, 6)
+
+    def denoise(xt, model_time):
+        a = S.at(FULL.alphas_cumprod, model_time, 2)
+        return Out((xt - jnp.sqrt(a) * point) / jnp.sqrt(1 - a))
+
+    got = ddim(sched, denoise, initial_noise(keys, (6,)), keys, target="eps", eta=eta)
+    np.testing.assert_allclose(got, jnp.tile(point, (4, 1)), atol=1e-4)
+
+
+def test_ddim_at_eta_one_is_ddpm_with_the_small_variance():
+    sched = S.respace(FULL, 9)
+    keys = keys_of(3)
+    noise = initial_noise(keys, (4, 4, 3))
+    a = ddim(sched, toy(jnp), noise, keys, target="x0", eta=1.0)
+    b = ddpm(sched, toy(jnp), noise, keys, target="x0", var="small")
+    np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_clipping_bounds_x0_and_eps_follows_it():
+    """An eps that means a vast x0 at the noisiest step is cut to the bound, and stays there."""
+    sched = S.respace(FULL, 5)
+    noise = initial_noise(keys_of(2), (8,))
+
+    def wild(xt, model_time):
+        return Out(jnp.full_like(xt, 5.0))
+
+    for name, bound in (("ddim", 1.0), ("ddim", 3.0), ("ddpm", 2.0)):
+        got = SAMPLERS[name](sched, wild, noise, keys_of(2), target="eps", clip_x0=bound)
+        assert float(jnp.abs(got).max()) <= bound
+    assert float(jnp.abs(ddim(sched, wild, noise, target="eps", clip_x0=None)).max()) > 3
+
+
+@pytest.mark.parametrize("sampler", [ddpm, functools.partial(ddim, eta=0.5)])
+def test_a_sample_depends_on_its_own_key_and_noise_only(sampler):
+    sched = S.respace(FULL, 6)
+    keys = keys_of(6)
+    run = jax.jit(lambda noise, keys: sampler(sched, toy(jnp), noise, keys, target="v"))  # compiled per size
+    noise = initial_noise(keys, (4, 2))
+    whole = run(noise, keys)
+    order = jnp.array([4, 0, 5, 2, 1, 3])
+    np.testing.assert_allclose(run(noise[order], keys[order]), whole[order], atol=1e-6)
+    np.testing.assert_allclose(run(noise[2:4], keys[2:4]), whole[2:4], atol=1e-6)
+    np.testing.assert_allclose(initial_noise(keys[2:4], (4, 2)), noise[2:4], atol=1e-6)
+    other = run(noise, keys.at[0].set(keys_of(1, 99)[0]))
+    assert float(jnp.abs(other[0] - whole[0]).max()) > 1e-3
+    np.testing.assert_array_equal(other[1:], whole[1:])
+
+
+def test_noise_is_standard_and_new_at_every_step_and_key():
+    keys = keys_of(500)
+    draws = jnp.stack([initial_noise(keys, (40,))] + [sample.step_noise(keys, i, (40,)) for i in range(3)])
+    flat = np.asarray(draws, np.float64).reshape(4, -1)
+    np.testing.assert_allclose(flat.mean(1), 0, atol=5 / np.sqrt(20_000))
+    np.testing.assert_allclose(np.corrcoef(flat), np.eye(4), atol=5 / np.sqrt(20_000))
+    np.testing.assert_allclose(flat.std(1), 1, atol=0.03)
+    assert len(np.unique(draws)) > 0.98 * draws.size
+
+
+def test_the_denoiser_is_traced_once_and_told_i32_times():
+    traces = []
+
+    def denoise(xt, model_time):
+        traces.append((xt.shape, xt.dtype, model_time.shape, model_time.dtype))
+        return Out(xt.astype(jnp.bfloat16), xt.astype(jnp.bfloat16))
+
+    keys = keys_of(3)
+    for name, sampler in SAMPLERS.items():
+        traces.clear()
+        run = jax.jit(lambda n, k, sampler=sampler: sampler(S.respace(FULL, 20), denoise, n, k, target="x0"))
+        out = run(initial_noise(keys, (2,)).astype(jnp.bfloat16), keys)
+        assert out.dtype == jnp.float32, name
+        assert set(traces) == {((3, 2), np.dtype("float32"), (3,), np.dtype("int32"))}
+        assert len(traces) <= 2, name  # whatever the steps; scan may look at its body twice
+
+
+def test_one_step_is_the_prediction():
+    noise, keys = initial_noise(keys_of(2), (5,)), keys_of(2)
+    for sampler in SAMPLERS.values():
+        got = sampler(S.respace(FULL, 1), toy(jnp), noise, keys, target="x0", clip_x0=None)
+        np.testing.assert_allclose(got, toy(jnp)(noise, jnp.array([999, 999])).pred, rtol=1e-5)
+
+
+def test_variance_is_ignored_or_missing_as_asked():
+    sched, keys = S.respace(FULL, 5), keys_of(2)
+    noise = initial_noise(keys, (3,))
+    bare = lambda xt, m: Out(toy(jnp)(xt, m).pred)  # noqa: E731
+    small = ddpm(sched, toy(jnp), noise, keys, target="x0", var="small")
+    np.testing.assert_array_equal(ddpm(sched, bare, noise, keys, target="x0", var="learned"), small)
+    assert float(jnp.abs(ddpm(sched, toy(jnp), noise, keys, target="x0") - small).max()) > 1e-3
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda *a: ddim(*a, target="x0", eta=1.5), "eta=1.5 must be within 0 … 1"),
+    (lambda *a: ddim(*a, target="x0", eta=0.5), "eta=0.5 needs random numbers. Fix: give keys"),
+    (lambda *a: ddpm(*a, keys_of(2), target="x0", var="tiny"), "unknown variance 'tiny'"),
+    (lambda *a: ddpm(*a, keys_of(2), target="noise"), "unknown prediction target 'noise'"),
+])
+def test_mistakes_are_named(call, words):
+    with pytest.raises(UserError, match=words):
+        call(S.respace(FULL, 2), toy(jnp), jnp.zeros((2, 3)))

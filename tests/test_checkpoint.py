@@ -1,0 +1,310 @@
+"""A checkpoint comes back bit for bit on any mesh, or its damage is named; the unfinished does not count."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unclip_jax import checkpoint, config, sharding
+from unclip_jax.checkpoint import Checkpoints, fingerprint, load_params, peek
+from unclip_jax.errors import UserError
+
+CONFIG = {"task": "clip", "rules": [[".*", "fsdp"]], "optim": {"lr": 0.1, "clip_norm": None}, "empty": {}}
+META = {"config": json.dumps(CONFIG), "tokenizer": '{"vocab": []}', "position": 7}
+RULES = ((".*", "fsdp"),)
+
+
+class TrainState(NamedTuple):
+    step: object
+    params: object
+    ema: object
+    opt: object
+
+
+def _state(seed=0, width=64, ema=True):
+    rng = np.random.default_rng(seed)
+    params = {
+        "block": {
+            "kernel": jnp.asarray(rng.normal(size=(width, 4 * width)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=4 * width), jnp.bfloat16),
+        },
+        "mean": jnp.asarray([0.0, -0.0, np.nan, np.inf, 1e-37], jnp.float32),
+        "flags": jnp.asarray([True, False, True]),
+    }
+    opt = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
+    averaged = jax.tree.map(lambda x: x if x.dtype == bool else x * 2, params) if ema else None
+    return TrainState(jnp.int32(seed), params, averaged, opt)
+
+
+def _abstract(state, devices=1, fsdp=1):
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:devices])
+    return sharding.abstract(state, sharding.infer(state, RULES, mesh, min_size=1))
+
+
+def _bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def _refused(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def _flip(step: Path, count=64) -> None:
+    """Flips bytes in the middle of the largest file of the arrays."""
+    file = max((p for p in (step / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + count] = bytes(b ^ 0xFF for b in data[middle : middle + count])
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A workdir with steps 1, 2 and 3; the state of step n is _state(n)."""
+    with Checkpoints(tmp_path / "run", keep=3, async_=False) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, _state(step), META)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("devices, fsdp", [(8, 4), (4, 2), (1, 1)])
+def test_saved_on_eight_devices_restores_bit_equal_anywhere(tmp_path, devices, fsdp):
+    state = _state()
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, _abstract(state, 8, 8))
+    assert len(placed.params["block"]["kernel"].sharding.device_set) == 8
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, placed, META)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta, step = checkpoints.restore(_abstract(state, devices, fsdp))
+    assert step == 5 and {k: meta[k] for k in META} == META
+    assert jax.tree.structure(restored) == jax.tree.structure(state) and _bits(restored) == _bits(state)
+    shard = restored.params["block"]["kernel"].addressable_shards[0].data
+    assert shard.size == state.params["block"]["kernel"].size // fsdp
+
+
+def test_only_the_newest_are_kept_and_a_step_is_written_once(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() is None and checkpoints.restore(_abstract(_state())) is None
+        assert all(checkpoints.save(step, _state(step), META) for step in (0, 10, 20))
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 20] and checkpoints.latest() == 20
+        assert not checkpoints.save(20, _state(99), META)
+        state, _, step = checkpoints.restore(_abstract(_state()), step=10)
+        assert step == 10 and _bits(state) == _bits(_state(10))
+        assert "steps there: 10, 20" in _refused(checkpoints.restore, _abstract(_state()), step=15)
+
+
+def test_flipped_bytes_are_named_and_the_step_before_is_used(run):
+    _flip(run / "checkpoints" / "3")
+    with Checkpoints(run, keep=3) as checkpoints:
+        told = _refused(checkpoints.restore, _abstract(_state()), step=3)
+        assert "checkpoints/3 is damaged" in told and "use another step: 1, 2" in told
+        with pytest.warns(UserWarning, match="step 3: .*step 2 is used"):
+            state, _, step = checkpoints.restore(_abstract(_state()))
+        assert step == 2 and _bits(state) == _bits(_state(2))
+        # The number is free again, and nothing was thrown away.
+        assert checkpoints.latest() == 2 and (run / "damaged" / "3.1" / "state").is_dir()
+        assert checkpoints.save(3, _state(33), META)
+        checkpoints.wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            state, _, step = checkpoints.restore(_abstract(_state()))
+        assert step == 3 and _bits(state) == _bits(_state(33))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own clean-up
+@pytest.mark.parametrize("broken", ["manifest", "metadata", "meta", "arrays", "config byte"])
+def test_other_damage_is_survived_too(run, broken):
+    step = run / "checkpoints" / "3"
+    meta = step / "meta" / "metadata"
+    if broken == "manifest":
+        (step / "state" / "manifest.ocdbt").unlink()
+    elif broken == "metadata":
+        (step / "state" / "_METADATA").write_bytes(b"\0" * 10)
+    elif broken == "meta":
+        meta.write_text(meta.read_text()[:-20])
+    elif broken == "arrays":
+        for file in (step / "state").rglob("d/*"):
+            file.write_bytes(b"")
+    else:
+        meta.write_text(meta.read_text().replace("0.1", "0.9"))
+    with pytest.warns(UserWarning, match="step 3: .*step 2 is used"):
+        assert load_params(run)[2] == 2
+    assert step.exists()  # reading moves nothing
+    with Checkpoints(run) as checkpoints:
+        with pytest.warns(UserWarning, match="step 2 is used"):
+            state, _, found = checkpoints.restore(_abstract(_state()))
+        assert found == 2 and _bits(state) == _bits(_state(2))
+        assert checkpoints.save(4, _state(4), META)
+
+
+def test_all_damaged_is_an_error_and_moves_nothing(run):
+    for step in (1, 2, 3):
+        _flip(run / "checkpoints" / str(step))
+    with Checkpoints(run, keep=3) as checkpoints:
+        assert "every checkpoint" in _refused(checkpoints.restore, _abstract(_state()))
+        assert checkpoints.steps() == [1, 2, 3]
+    for file in (run / "checkpoints").glob("*/meta/metadata"):
+        file.write_text("{}")
+    assert "every checkpoint" in _refused(load_params, run)
+    assert "every checkpoint" in _refused(peek, run)
+
+
+def test_a_killed_write_is_no_step(tmp_path):
+    script = """
+        import os, signal, sys
+        import jax.numpy as jnp
+        from unclip_jax.checkpoint import Checkpoints
+        checkpoints = Checkpoints(sys.argv[1])
+        state = {"params": {"w": jnp.arange(20_000_000, dtype=jnp.float32)}}
+        checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {"config": "{}"})
+        checkpoints.wait()
+        checkpoints.save(2, state, {"config": "{}"})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], cwd=root, env=os.environ, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert any("tmp" in path.name for path in (tmp_path / "checkpoints").iterdir())
+    params, _, step, _ = load_params(tmp_path, "params")
+    assert step == 1 and params["w"].shape == (3,) and peek(tmp_path)[1] == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert checkpoints.save(2, {"params": {"w": jnp.ones(3)}}, {"config": "{}"})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_another_state_is_refused_by_name(run):
+    with Checkpoints(run, keep=3) as checkpoints:
+        told = _refused(checkpoints.restore, _abstract(_state(width=32)))
+        assert "params/block/kernel" in told or "ema/block/bias" in told
+        assert "bfloat16[256] there, bfloat16[128] here" in told and "more" in told
+        less = _abstract(_state(ema=False))
+        assert "ema/block/bias is bfloat16[256] there, absent here" in _refused(checkpoints.restore, less)
+        assert checkpoints.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+def test_weights_load_without_the_config(run, which):
+    for path in (run, str(run), run / "checkpoints"):
+        params, loaded, step, tokenizer = load_params(path, which)
+        assert _bits(params) == _bits(getattr(_state(3), which)) and step == 3
+        assert jax.tree.structure(params) == jax.tree.structure(_state().params)
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+        assert tokenizer == META["tokenizer"]
+        assert loaded == config.from_json(META["config"]) and loaded.is_locked
+        assert loaded.rules == ((".*", "fsdp"),)
+    assert load_params(run, which, step=1)[2] == 1
+    assert peek(run)[0] == loaded and peek(run)[1] == 3
+
+
+def test_no_averaged_weights(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _state(ema=False), {"config": "{}"})
+    assert "which='params'" in _refused(load_params, tmp_path)
+    assert load_params(tmp_path, "params")[3] is None
+    assert "'ema' or 'params'" in _refused(load_params, tmp_path, "opt")
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path, run):
+    assert "does not exist; expected the workdir" in _refused(load_params, tmp_path / "none")
+    assert "no checkpoints/ folder; expected" in _refused(load_params, tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in _refused(peek, tmp_path / "file")
+    (tmp_path / "stack.json").write_text("{}")
+    assert "stack of exported weights" in _refused(load_params, tmp_path)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert "no finished checkpoint" in _refused(load_params, tmp_path / "empty")
+    assert "steps there: 1, 2, 3" in _refused(load_params, run, step=9)
+
+
+def test_a_newer_format_is_refused(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT_VERSION", 2)
+        with Checkpoints(run, keep=4, async_=False) as checkpoints:
+            checkpoints.save(4, _state(4), META)
+    for read in (load_params, peek, lambda path: Checkpoints(path).restore(_abstract(_state()))):
+        told = _refused(read, run)
+        assert "format version 2" in told and "update unclip_jax" in told
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "must be writable" in _refused(Checkpoints, tmp_path / "file")
+    assert "keep=0" in _refused(Checkpoints, tmp_path, keep=0)
+
+
+def test_a_stored_config_is_data(tmp_path):
+    for text in (
+        "{\"a\": \"__import__('os').system('touch canary')\"}",
+        "__import__('os')",
+        '{"__class__": 1}',
+    ):
+        with Checkpoints(tmp_path / text[:4], async_=False) as checkpoints:
+            checkpoints.save(1, _state(), {"config": text})
+    assert peek(tmp_path / '{"a"')[0].a.startswith("__import__")
+    assert "no readable config" in _refused(peek, tmp_path / "__im")
+    assert "no readable config" in _refused(peek, tmp_path / '{"__')
+
+
+def _reference(array) -> int:
+    """The fingerprint by numpy in 64-bit arithmetic."""
+
+    def mix(x):
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+        return x ^ (x >> 16)
+
+    array = np.ascontiguousarray(array)
+    bits = array.reshape(-1).view(f"u{array.dtype.itemsize}").astype(np.uint64)
+    return int(mix(bits ^ mix(np.arange(bits.size, dtype=np.uint64))).sum() % 2**32)
+
+
+def test_fingerprints_do_not_depend_on_sharding():
+    state = _state()
+    expected = {path: _reference(x) for path, x in checkpoint._leaves(state)}
+    assert "params/block/kernel" in expected and "opt/1/0/mu/block/kernel" in expected
+    assert fingerprint(state) == expected
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, _abstract(state, 8, 8))
+    assert fingerprint(placed) == expected
+    assert fingerprint(jax.tree.map(np.asarray, state)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "bool"])
+def test_every_single_bit_and_every_exchange_shows(dtype):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(
+        0, 2 if dtype == "bool" else 256, size=(3, 4, jnp.dtype(dtype).itemsize), dtype=np.uint8
+    )
+    array = bits.view(jnp.dtype(dtype))[..., 0]
+    seen = [fingerprint({"a": array})["a"]]
+    for place in range(0 if dtype == "bool" else 8 * bits.size):
+        changed = bits.copy().reshape(-1)
+        changed[place // 8] ^= 1 << (place % 8)
+        seen.append(fingerprint({"a": changed.reshape(bits.shape).view(array.dtype)[..., 0]})["a"])
+    if dtype == "bool":
+        for place in range(array.size):
+            changed = array.copy().reshape(-1)
+            changed[place] ^= True
+            seen.append(fingerprint({"a": changed.reshape(array.shape)})["a"])
+    else:
+        seen.append(fingerprint({"a": array[::-1]})["a"])
+        seen.append(fingerprint({"a": array[:, ::-1]})["a"])
+    assert len(set(seen)) == len(seen)

@@ -1,0 +1,166 @@
+"""Settings are read strictly; two processes train as one, stop at the same step and leave one checkpoint."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax import checkpoint, distributed, sharding
+from unclip_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+FULL = {"UNCLIP_COORDINATOR": "127.0.0.1:9", "UNCLIP_PROCESSES": "2", "UNCLIP_PROCESS_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"UNCLIP_PROCESSES": ""}, "must come with UNCLIP_PROCESSES"),
+        ({"UNCLIP_COORDINATOR": ""}, "must come with UNCLIP_COORDINATOR"),
+        ({"UNCLIP_COORDINATOR": "host"}, "host:port"),
+        ({"UNCLIP_PROCESSES": "0"}, ">= 1"),
+        ({"UNCLIP_PROCESSES": "two"}, "whole number"),
+        ({"UNCLIP_PROCESS_ID": "2"}, "UNCLIP_PROCESS_ID=2 must be below UNCLIP_PROCESSES=2"),
+        ({"UNCLIP_PROCESS_ID": "-1"}, ">= 0"),
+        ({"UNCLIP_TIMEOUT": "soon"}, "UNCLIP_TIMEOUT='soon'"),
+    ],
+)
+def test_bad_settings_are_refused(monkeypatch, change, told):
+    for name, value in {**FULL, **change}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        distributed.initialize()
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {**FULL, "UNCLIP_PROCESSES": "1", "UNCLIP_PROCESS_ID": "0"}])
+def test_one_process_needs_nothing(monkeypatch, settings):
+    for name in FULL:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert not jax.distributed.is_initialized() and distributed.is_main()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_a_stop(number):
+    before = signal.getsignal(number)
+    restore = distributed.install_signal_handlers()
+    try:
+        assert not distributed.reached_preemption(0)
+        os.kill(os.getpid(), number)
+        assert distributed.reached_preemption(1) and distributed.reached_preemption(2)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+    finally:
+        restore()
+    assert signal.getsignal(number) is before
+    distributed.install_signal_handlers()()
+    assert not distributed.reached_preemption(3)
+
+
+WORKER = """
+    import sys, time
+    from unclip_jax import distributed
+    distributed.initialize()
+    import jax, jax.numpy as jnp, numpy as np
+    from unclip_jax import checkpoint, sharding
+    undo = distributed.install_signal_handlers()
+    assert jax.process_count() == 2 and jax.device_count() == 4
+    mesh = sharding.make_mesh(data=2, fsdp=2)
+    rows = np.arange(8, dtype=np.float32).reshape(8, 1)[4 * jax.process_index():][:4]
+    batch = sharding.put_batch(rows, sharding.batch_sharding(mesh))
+    params = {"w": np.arange(64, dtype=np.float32).reshape(16, 4)}
+    shardings = sharding.infer(params, ((".*", "fsdp"),), mesh, min_size=1)
+    make = jax.jit(lambda: {"w": jnp.arange(64, dtype=jnp.float32).reshape(16, 4)}, out_shardings=shardings)
+    step = jax.jit(lambda p, x: jax.tree.map(lambda w: w + jnp.sum(x), p), out_shardings=shardings)
+    params = make()
+    for number in range(1, 2000):
+        params = step(params, batch)
+        jax.block_until_ready(params)
+        if number == 3:
+            print("READY", flush=True)
+        time.sleep(0.01)
+        if distributed.reached_preemption(number):
+            break
+    with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(number, {"params": params}, {"config": "{}"})
+        checkpoints.wait()
+        abstract = sharding.abstract({"params": params}, {"params": shardings})
+        again, _, found = checkpoints.restore(abstract)
+    assert found == number
+    print("STOPPED", number, distributed.is_main(), flush=True)
+"""
+
+
+def _line(worker, word: str) -> list[str]:
+    """The words of the worker's next line that starts with `word`; gloo prints others."""
+    return next(line.split() for line in worker.stdout if line.startswith(word))
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_together(tmp_path, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "UNCLIP_COORDINATOR": f"127.0.0.1:{port}",
+        "UNCLIP_PROCESSES": "2",
+        "UNCLIP_TIMEOUT": "30",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(tmp_path)]
+    workers = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=env | {"UNCLIP_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    try:
+        for worker in workers:
+            _line(worker, "READY")
+        workers[1].send_signal(number)
+        ends = [_line(worker, "STOPPED") for worker in workers]
+        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()
+    step = int(ends[0][1])
+    assert ends == [["STOPPED", str(step), "True"], ["STOPPED", str(step), "False"]] and step < 1999
+    params, _, found, _ = checkpoint.load_params(tmp_path, "params")
+    expected = np.arange(64, dtype=np.float32).reshape(16, 4) + 28 * step
+    assert found == step
+    np.testing.assert_array_equal(params["w"], expected)
+    # One process, another mesh.
+    mesh = sharding.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    shapes = {"params": {"w": jax.ShapeDtypeStruct((16, 4), jnp.float32)}}
+    abstract = sharding.abstract(shapes, sharding.infer(shapes, ((".*", "fsdp"),), mesh, min_size=1))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        state, _, _ = checkpoints.restore(abstract)
+    np.testing.assert_array_equal(state["params"]["w"], expected)
+
+
+def test_an_absent_coordinator_is_told_in_time(monkeypatch):
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        settings = {"UNCLIP_COORDINATOR": f"127.0.0.1:{taken.getsockname()[1]}", "UNCLIP_TIMEOUT": "1"}
+        for name, value in {**FULL, **settings}.items():
+            monkeypatch.setenv(name, value)
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="does not answer within 1 s"):
+            distributed.initialize()
+        assert time.monotonic() - begin < 10

@@ -1,0 +1,123 @@
+"""export: from workdirs to a stack that draws, and refusal of stages that do not belong together."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from unclip_jax import checkpoint, config, evaluate, tasks
+from unclip_jax.errors import UserError
+from unclip_jax.export import collect
+from unclip_jax.pipeline import UnCLIP
+from unclip_jax.weights import load_stack
+
+
+def save(workdir, stage_config, params, tokenizer):
+    meta = {"config": config.to_json(stage_config), "tokenizer": tokenizer and tokenizer.to_json()}
+    with checkpoint.Checkpoints(workdir, async_=False) as saved:
+        saved.save(7, {"params": jax.tree.map(np.zeros_like, params), "ema": params}, meta)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Workdirs as training leaves them: {name: path}, and a second CLIP that nothing was trained with."""
+    root = tmp_path_factory.mktemp("runs")
+    made, words = tiny_stack.configs(), tiny_stack.tokenizer()
+    clip = tasks.make(made["clip"]).model
+    params = {name: tiny_stack.weights(stage, clip) for name, stage in made.items()}
+    for name in ("prior", "decoder"):
+        made[name].clip = str(root / "clip")
+        made[name].clip_identity = tasks.clip_identity(params["clip"])
+    for name, stage in made.items():
+        save(root / name, stage, params[name], None if name == "upsampler" else words)
+    save(root / "other", made["clip"], tiny_stack.weights(made["clip"], seed=3), words)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def stack(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "stack"
+    return collect(out, runs["clip"], runs["prior"], runs["decoder"], [runs["upsampler"]], dtype="float32")
+
+
+def test_the_stack_holds_the_averaged_weights(runs, stack):
+    loaded = load_stack(stack)
+    assert set(loaded.stages) == {"clip", "prior", "decoder", "upsampler"}
+    for name, stage in loaded.stages.items():
+        params = checkpoint.load_params(runs[name])[0]
+        jax.tree.map(np.testing.assert_array_equal, stage.params, params)
+        assert stage.step == 7
+
+
+def test_the_stack_loads_as_a_pipeline(stack):
+    pipe = UnCLIP.load(stack)
+    assert pipe.size == 32 and pipe.upsamplers == ["upsampler"]
+    assert pipe.tokenizer.to_json() == tiny_stack.tokenizer().to_json()
+
+
+def test_the_stack_names_no_place_on_the_machine_that_trained(runs, stack):
+    assert str(runs["clip"].parent) not in (stack / "stack.json").read_text()
+
+
+def test_the_upsampler_may_be_left_out(runs, tmp_path):
+    out = collect(tmp_path / "s", runs["clip"], runs["prior"], runs["decoder"])
+    assert UnCLIP.load(out).size == 16
+
+
+def test_a_stacks_clip_may_be_exported_again(runs, stack, tmp_path):
+    """As when a prior is trained anew on a published stack's CLIP; bf16 weights keep their identity."""
+    first = collect(tmp_path / "a", runs["clip"], runs["prior"], runs["decoder"])
+    again = collect(tmp_path / "b", first, runs["prior"], runs["decoder"])
+    identities = [load_stack(path).stages["clip"].extra["clip_identity"] for path in (stack, first, again)]
+    assert len(set(identities)) == 1
+
+
+def test_another_clip_is_refused_and_nothing_is_written(runs, tmp_path):
+    with pytest.raises(UserError, match="prior in .* was trained with another CLIP .*--clip .*clip"):
+        collect(tmp_path / "s", runs["other"], runs["prior"], runs["decoder"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"prior": "decoder"},
+            "holds a run of the task 'decoder'. Fix: give --prior a run of 'prior_diffusion'",
+        ),
+        ({"clip": "prior"}, "give --clip a run of 'clip'"),
+        ({"decoder": "nothing"}, "does not exist"),
+    ],
+    ids=str,
+)
+def test_a_wrong_workdir_is_named(runs, tmp_path, change, words):
+    given = {name: runs[name] for name in ("clip", "prior", "decoder")}
+    given |= {flag: runs.get(name, tmp_path / name) for flag, name in change.items()}
+    with pytest.raises(UserError, match=words):
+        collect(tmp_path / "s", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stack_that_is_there_stays_unless_told(runs, stack):
+    with pytest.raises(UserError, match="exists"):
+        collect(stack, runs["clip"], runs["prior"], runs["decoder"])
+    assert "upsampler" in load_stack(stack).stages
+
+
+@pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
+def test_a_stage_is_measured_by_its_own_metrics(runs, name):
+    report = evaluate.stage(runs[name], num=6, seed=1)
+    assert report["n"] == 8 and report["step"] == 7 and report["split"] == "test"
+    assert "loss" in report["metrics"] and all(np.isfinite(value) for value in report["metrics"].values())
+    if name == "clip":
+        assert report == evaluate.stage(runs[name], num=6, seed=1)
+        assert report["metrics"] != evaluate.stage(runs[name], num=6, seed=2)["metrics"]
+
+
+def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
+    made = tiny_stack.configs()["prior"]
+    made.clip, made.clip_identity = str(runs["other"]), "of another"
+    clip = tasks.load_clip(str(runs["clip"])).model
+    save(tmp_path / "prior", made, tiny_stack.weights(made, clip), tiny_stack.tokenizer())
+    with pytest.raises(UserError, match="another CLIP"):
+        evaluate.stage(tmp_path / "prior", num=4)

@@ -1,0 +1,151 @@
+"""AdamW against a numpy one written from the paper, and what decay, clipping and accumulation reach."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unclip_jax import optim
+from unclip_jax.errors import UserError
+
+
+def _params(rng):
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "dense": {"kernel": normal(4, 3), "bias": normal(3)},
+        "stack": {"kernel": normal(2, 4, 4), "bias": normal(2, 4), "scale": normal(2, 4)},
+        "mean": normal(4),
+        "logit_scale": np.float32(2.5),
+    }
+
+
+def _run(tx, params, gradients):
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for gradient in gradients:
+        params, state = step(params, state, jax.tree.map(jnp.asarray, gradient))
+    return params
+
+
+def _adamw(params, gradients, rates, *, decay, b1, b2, eps, clip):
+    """Loshchilov & Hutter 2019, algorithm 2, in float64, over a flat {name: array}."""
+    params = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    m = {k: np.zeros_like(v) for k, v in params.items()}
+    v = {k: np.zeros_like(x) for k, x in params.items()}
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in gradient.values()))
+        for k, g in gradient.items():
+            g = np.asarray(g, np.float64) * min(1.0, clip / norm)
+            m[k] = b1 * m[k] + (1 - b1) * g
+            v[k] = b2 * v[k] + (1 - b2) * g**2
+            ratio = (m[k] / (1 - b1**t)) / (np.sqrt(v[k] / (1 - b2**t)) + eps)
+            params[k] = params[k] - rate * (
+                ratio + (decay if k in ("w", "stack/kernel") else 0.0) * params[k]
+            )
+    return params
+
+
+def test_follows_the_paper():
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(5, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
+    gradients = [
+        {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()} for _ in range(8)
+    ]
+    rates = [0.05, 0.1] + [0.1 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * i / 6))) for i in range(6)]
+    tx = optim.make(
+        8, lr=0.1, warmup=2, final=0.2, weight_decay=0.3, b1=0.8, b2=0.95, eps=1e-3, clip_norm=0.5
+    )
+    expected = _adamw(params, gradients, rates, decay=0.3, b1=0.8, b2=0.95, eps=1e-3, clip=0.5)
+    result = _run(tx, params, gradients)
+    for name in params:
+        np.testing.assert_allclose(result[name], expected[name], rtol=2e-5, atol=2e-6)
+
+
+def test_zero_gradients_leave_undecayed_arrays_bit_identical():
+    params = _params(np.random.default_rng(1))
+    params["mean"] = np.array([0.0, -0.0, 1e-37, -3e38], np.float32)
+    zeros = jax.tree.map(np.zeros_like, params)
+    after = _run(optim.make(9, lr=1.0, weight_decay=0.5, warmup=1), params, [zeros] * 3)
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True
+        )
+        if np.asarray(old).tobytes() != np.asarray(new).tobytes()
+    }
+    assert changed == {"dense/kernel", "stack/kernel"}
+
+
+def test_no_decay_and_no_clipping():
+    params = _params(np.random.default_rng(2))
+    huge = jax.tree.map(lambda x: np.full_like(x, 1e6), params)
+    after = _run(optim.make(9, lr=0.5, schedule="constant", clip_norm=None), params, [huge])
+    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(old - new, 0.5, rtol=1e-4)  # Adam's first step is lr times the sign
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_accumulated_batches_equal_their_mean(schedule):
+    rng = np.random.default_rng(3)
+    params = _params(rng)["dense"]
+    small = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(12)]
+    mean = [jax.tree.map(lambda *g: np.mean(g, axis=0), *small[i : i + 3]) for i in range(0, 12, 3)]
+    same = dict(lr=0.1, warmup=2, schedule=schedule, weight_decay=0.1)
+    accumulated = _run(optim.make(12, accumulate=3, **same), params, small)
+    at_once = _run(optim.make(4, **same), params, mean)
+    for a, b in zip(jax.tree.leaves(accumulated), jax.tree.leaves(at_once), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_by_batch():
+    rate = optim.learning_rate(100, lr=2.0, warmup=10, schedule="linear", final=0.1, weight_decay=0.1)
+    np.testing.assert_allclose([rate(i) for i in range(10)], 0.2 * np.arange(1, 11), rtol=1e-6)
+    np.testing.assert_allclose(rate(55), (2.0 + 0.2) / 2, rtol=1e-6)
+    np.testing.assert_allclose([rate(100), rate(1000)], 0.2, rtol=1e-6)
+    cosine = np.array([optim.learning_rate(50, lr=1.0)(i) for i in range(51)])
+    assert (np.diff(cosine) < 0).all() and cosine[0] == 1 and abs(cosine[50]) < 1e-6
+    assert optim.learning_rate(50, lr=1.0, schedule="constant")(49) == 1
+    slow = optim.learning_rate(40, lr=1.0, warmup=2, accumulate=4)
+    np.testing.assert_allclose([slow(i) for i in range(8)], [0.5] * 4 + [1.0] * 4)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"lr": 0.0}, "optim.lr=0.0"),
+        ({"lr": -1e-3}, "> 0"),
+        ({"lr": math.nan}, "nan"),
+        ({"lr": math.inf}, "inf"),
+        ({"lr": "abc"}, "'abc'"),
+        ({"lr": True}, "True"),
+        ({"lr": None}, "None"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"num_steps": 1.5}, "an integer"),
+        ({"warmup": 11}, "warmup=11 must not exceed the 10 updates"),
+        ({"warmup": 6, "accumulate": 2}, "5 updates"),
+        ({"warmup": -1}, ">= 0"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"final": 1.5}, "<= 1"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"b1": 1.0}, "b1=1.0 must be a finite number, >= 0, < 1"),
+        ({"b2": -0.1}, "b2"),
+        ({"eps": 0.0}, "eps"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"accumulate": 0}, "accumulate"),
+    ],
+)
+def test_refuses(change, told):
+    with pytest.raises(UserError, match=".") as error:
+        optim.make(**{"num_steps": 10, "lr": 1e-3, **change})
+    assert told in str(error.value)

@@ -1,0 +1,235 @@
+"""pipeline: what decides a picture, and what may not."""
+
+import dataclasses
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from unclip_jax import pipeline
+from unclip_jax.data.images import to_uint8
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import Settings, UnCLIP
+from unclip_jax.weights import load_stack, save_stack
+
+PROMPTS = ["a red circle", "a large green star above a blue square", "two rings"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return UnCLIP.load(tiny_stack.path())
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe):
+    return pipe.generate(PROMPTS, seed=7, num=2, return_stages=True)
+
+
+def close(a, b):
+    """The same pictures but for rounding."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_pictures_come_prompt_by_prompt(drawn):
+    assert drawn.images.shape == (6, 32, 32, 3) and drawn.images.dtype == np.uint8
+    assert drawn.base.shape == (6, 16, 16, 3)
+    assert np.array_equal(drawn.z_txt[0], drawn.z_txt[1]) and not np.array_equal(
+        drawn.z_txt[1], drawn.z_txt[2]
+    )
+    assert len({image.tobytes() for image in drawn.images}) == 6
+
+
+def test_the_same_call_gives_the_same_bytes(pipe, drawn):
+    assert np.array_equal(pipe.generate(PROMPTS, seed=7, num=2), drawn.images)
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe, drawn):
+    assert close(pipe.generate(PROMPTS, seed=7, num=2, batch_size=4), drawn.images)  # 4 and 2, filled up
+
+
+def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
+    assert close(pipe.generate(PROMPTS, seed=7, num=1), drawn.images[::2])
+    assert close(pipe.generate(PROMPTS[:2], seed=7, num=2), drawn.images[:4])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 8}, {"guidance": 5.0}, {"steps": 3}, {"sampler": "ddim"}, {"prior_guidance": 1.0},
+     {"prior_steps": 2}, {"candidates": 4}],
+    ids=str,
+)  # fmt: skip
+def test_the_seed_and_each_setting_count(pipe, drawn, change):
+    base = pipe.without_upsamplers()
+    assert not close(base.generate(PROMPTS, num=2, **{"seed": 7, **change}), drawn.base)
+
+
+def test_upsample_steps_change_the_last_stage_only(pipe, drawn):
+    more = pipe.generate(PROMPTS, seed=7, num=2, upsample_steps=5, return_stages=True)
+    assert np.array_equal(more.base, drawn.base) and not close(more.images, drawn.images)
+
+
+def test_settings_that_repeat_the_config_change_nothing(pipe, drawn):
+    said = {"prior_steps": 4, "prior_guidance": 2.0, "candidates": 2, "steps": 4, "guidance": 2.0}
+    images = pipe.generate(PROMPTS, seed=7, num=2, sampler="ddpm", upsample_steps=3, **said)
+    assert np.array_equal(images, drawn.images)
+
+
+def test_the_stages_are_those_of_the_tasks(pipe, drawn):
+    """By hand, one picture alone, without the pipeline's batches and programs."""
+
+    @jax.jit
+    def by_hand(params, tokens, mask, key):
+        task = pipe.tasks
+        cond = task["decoder"].encode({"clip": params["clip"]}, {"tokens": tokens, "mask": mask})
+        keys = [jax.random.fold_in(key, stage)[None] for stage in (1, 2, 3)]
+        cond["z_img"] = task["prior"].sample(params["prior"], cond, keys[0])
+        low = task["decoder"].sample(params["decoder"], cond, keys[1])
+        return cond["z_img"], low, task["upsampler"].sample(params["upsampler"], {"low": low}, keys[2])
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 1), 1)
+    z_img, low, image = by_hand(pipe.params, *pipe.tokenizer.encode(PROMPTS[1:2]), key)
+    np.testing.assert_allclose(drawn.z_img[3], z_img[0], rtol=1e-4, atol=1e-4)
+    assert close(drawn.base[3], np.asarray(to_uint8(low))[0])
+    assert close(drawn.images[3], np.asarray(to_uint8(image))[0])
+
+
+def test_each_stage_is_compiled_once(pipe, drawn):
+    before = dict(pipe._programs)
+    pipe.generate(PROMPTS, seed=9, num=2)
+    assert pipe._programs == before
+    assert all(pipe._programs[key]._cache_size() >= 1 for key in before)
+
+
+def test_low_memory_gives_the_same_pictures(pipe, drawn):
+    low = dataclasses.replace(UnCLIP.load(tiny_stack.path(), low_memory=True), _programs=pipe._programs)
+    assert np.array_equal(low.generate(PROMPTS, seed=7, num=2), drawn.images)
+
+
+def test_weights_are_f32_on_a_cpu_and_bf16_on_request():
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(UnCLIP.load(tiny_stack.path(), dtype="bfloat16").params)}
+    assert dtypes == {"bfloat16", "float32"}  # statistics stay
+    if jax.default_backend() == "cpu":
+        assert {str(x.dtype) for x in jax.tree.leaves(UnCLIP.load(tiny_stack.path()).params)} == {"float32"}
+
+
+def test_bf16_weights_draw_nearly_the_same(drawn):
+    """They are what a stack stores and what an accelerator keeps; the computation stays f32."""
+    pipe = UnCLIP.load(tiny_stack.path(), dtype="bfloat16").without_upsamplers()
+    apart = np.abs(pipe.generate(PROMPTS, seed=7, num=2).astype(int) - drawn.base.astype(int))
+    assert apart.mean() < 1  # of 255; the f32 weights are bf16's numbers
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
+def test_every_u32_seed_has_its_own_keys(seed):
+    data = jax.random.key_data(pipeline.picture_keys(seed, 3, 4))
+    other = jax.random.key_data(pipeline.picture_keys(seed ^ 1, 3, 4))
+    assert len({tuple(row) for row in np.concatenate([data, other]).tolist()}) == 24
+
+
+def test_the_null_caption_is_drawn(pipe, drawn):
+    images = pipe.generate(["", *PROMPTS[1:]], seed=7, num=2)
+    assert not close(images[:2], drawn.images[:2]) and close(images[2:], drawn.images[2:])
+
+
+def test_a_long_prompt_is_cut_with_a_warning(pipe, drawn):
+    long = "a red circle " * 12
+    with pytest.warns(UserWarning, match="left out.*zebra"):
+        one = pipe.generate([long + "zebra", *PROMPTS[1:]], seed=7, num=2)
+    with pytest.warns(UserWarning, match="left out.*horse"):
+        other = pipe.generate([long + "horse", *PROMPTS[1:]], seed=7, num=2)
+    assert np.array_equal(one, other)
+
+
+def test_a_prompt_that_fits_gives_no_warning(pipe, drawn):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.generate(PROMPTS, seed=7, num=2)
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
+def test_nan_is_an_error_and_names_its_stage(pipe, drawn, stage):
+    params = {**pipe.params, stage: jax.tree.map(lambda x: x * np.nan, pipe.params[stage])}
+    with pytest.raises(UserError, match=f"'{stage}' gave NaN"):
+        dataclasses.replace(pipe, params=params).generate(PROMPTS, num=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": "a red circle"}, "must be a list"),
+        ({"prompts": []}, "at least one"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"num": 0}, "num=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 21}, "decoder: 21 steps are more than the 20"),
+        ({"prior_steps": 21}, "prior: 21 steps"),
+        ({"upsample_steps": 21}, "upsampler: 21 steps"),
+        ({"guidance": float("nan")}, "guidance=nan"),
+        ({"guidance": -1.0}, "guidance=-1"),
+        ({"prior_guidance": float("inf")}, "prior_guidance=inf"),
+        ({"candidates": 0}, "candidates=0"),
+        ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"stpes": 3}, "did you mean 'steps'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_arguments_are_told_before_anything_runs(pipe, change, words, monkeypatch):
+    monkeypatch.setattr(UnCLIP, "_run", None)
+    with pytest.raises(UserError, match=words):
+        pipe.generate(**{"prompts": ["a red circle"], **change})
+
+
+def test_settings_name_what_each_stage_will_use(pipe):
+    used = pipe.settings(steps=3, prior_guidance=1.5)
+    assert used["decoder"] == {"name": "ddpm", "steps": 3, "guidance": 2.0}
+    assert used["prior"] == {"name": "ddpm", "steps": 4, "guidance": 1.5, "candidates": 2}
+    assert used["upsampler"] == {"name": "ddim", "steps": 3}
+    with pytest.raises(UserError):
+        Settings(steps=True)
+
+
+def test_a_stack_lacking_a_stage_is_refused(tmp_path):
+    stack = load_stack(tiny_stack.path())
+    stages = {name: tuple(stage) for name, stage in stack.stages.items() if name != "prior"}
+    save_stack(tmp_path / "part", stages, stack.tokenizer_json)
+    with pytest.raises(UserError, match="no stages of the task 'prior_diffusion'"):
+        UnCLIP.load(tmp_path / "part")
+
+
+def test_two_priors_are_refused(tmp_path):
+    stack = load_stack(tiny_stack.path())
+    stages = {name: tuple(stage) for name, stage in stack.stages.items()}
+    save_stack(tmp_path / "two", {**stages, "prior_b": stages["prior"]}, stack.tokenizer_json)
+    with pytest.raises(UserError, match="2 stages of the task 'prior_diffusion'"):
+        UnCLIP.load(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("no-such", "no stack 'no-such'"), ("/nowhere/at/all", "does not exist")]
+)
+def test_a_missing_stack_is_named(path, words):
+    with pytest.raises(UserError, match=words):
+        UnCLIP.load(path)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_a_stage_of_another_clip_is_refused(tmp_path, width):
+    """By what identifies its CLIP; where that was not recorded, by the width of the embedding."""
+    stack = load_stack(tiny_stack.path())
+    stages = {name: tuple(stage) for name, stage in stack.stages.items()}
+    config = tiny_stack.configs()["clip"]
+    config.model.embed_dim = width
+    stages["clip"] = (
+        tiny_stack.weights(config, seed=5),
+        config,
+        1,
+        {"clip_identity": "b"} if width == 8 else {},
+    )
+    save_stack(tmp_path / "mixed", stages, stack.tokenizer_json)
+    with pytest.raises(UserError, match="prior.*another CLIP"):
+        UnCLIP.load(tmp_path / "mixed")

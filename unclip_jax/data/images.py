@@ -1,0 +1,222 @@
+"""Pictures at the edges: files, 8-bit arrays and contact sheets. Inside, all is f32 NHWC in [-1, 1]."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+
+from unclip_jax.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64 << 20
+
+
+class BadImage(UserError):
+    """A picture file that cannot be used; the loader passes over it."""
+
+
+def to_float(x):
+    """u8[...] to f32[...] in [-1, 1]: x / 127.5 - 1. NumPy stays NumPy, JAX stays JAX."""
+    return x.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(x):
+    """f32[...] in [-1, 1] to u8[...], rounded and clipped; the inverse of `to_float`. NaN becomes 0."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    x = xp.clip(xp.nan_to_num(x.astype(np.float32), nan=-1.0), -1, 1)
+    return xp.round(x * 127.5 + 127.5).astype(np.uint8)
+
+
+def resize(x: jax.Array, size: int, method: str = "bicubic") -> jax.Array:
+    """Resamples f32[B, H, W, C] to f32[B, size, size, C], antialiased when it shrinks (jax.image)."""
+    return jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), method, antialias=True)
+
+
+def gaussian_blur(x: jax.Array, sigma, kernel_size: int = 3) -> jax.Array:
+    """Blurs f32[B, H, W, C] by a separable Gaussian of `kernel_size` taps; edges reflected, edge pixel once.
+
+    The first upsampler's low-resolution input is blurred so (Ramesh et al. 2022, section 2.1).
+
+    Args:
+      sigma: standard deviation in pixels, > 0: a number, or f32[B], one per sample.
+      kernel_size: odd, with kernel_size // 2 < min(H, W).
+    """
+    radius = kernel_size // 2
+    if kernel_size % 2 == 0 or not 0 <= radius < min(x.shape[1:3]):
+        raise ValueError(f"kernel_size={kernel_size} must be odd and fit into a reflected {x.shape[1:3]}")
+    offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
+    sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (x.shape[0],))
+    weights = jnp.exp(-0.5 * (offsets[None] / sigma[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdims=True)).astype(x.dtype)[:, :, None, None, None]
+    for axis in (1, 2):
+        pad = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
+        padded, n = jnp.pad(x, pad, mode="reflect"), x.shape[axis]
+        # A sum of shifted copies: the weights differ from sample to sample, which a convolution cannot take.
+        x = sum(weights[:, k] * jax.lax.slice_in_dim(padded, k, k + n, axis=axis) for k in range(kernel_size))
+    return x
+
+
+def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square of an RGB picture as u8[size, size, 3]; area means where it shrinks."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    method = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), method, box=box), np.uint8)
+
+
+def random_crop(x: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A [size, size, C] window of [H, W, C], every place equally likely."""
+    top = rng.integers(x.shape[0] - size + 1)
+    left = rng.integers(x.shape[1] - size + 1)
+    return x[top : top + size, left : left + size]
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Reads a picture file of unknown origin as RGB.
+
+    Only FORMATS, at most MAX_BYTES and MAX_PIXELS (read from the header, before anything is decoded);
+    turned as its EXIF says, transparency over white, 16 bits to 8, the first frame of an animation.
+
+    Raises:
+      BadImage: names the file and what is wrong with it.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise BadImage(f"{path} has {size} bytes, a picture at most {MAX_BYTES}")
+        with open(path, "rb") as f:
+            return _decode(f.read(MAX_BYTES + 1), str(path))
+    except OSError as e:
+        raise BadImage(f"{path} cannot be read ({e.strerror or e})") from e
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage(f"{name} has {width}x{height} pixels, more than {MAX_PIXELS}")
+            image.load()
+            return _to_rgb(image)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError as e:
+        raise BadImage(f"{name} is not a picture this program reads ({', '.join(FORMATS)})") from e
+    except Exception as e:  # decoders of damaged files raise nearly anything
+        raise BadImage(f"{name} is damaged ({type(e).__name__}: {str(e)[:120]})") from e
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # Pillow clips more than 8 bits instead of scaling them
+        x = np.asarray(image, np.float64)
+        if image.mode == "F":  # no range is agreed on: 0…1 or 0…255
+            x = x * 255 if x.max(initial=0) <= 1 else x
+        elif image.mode != "I" or x.max(initial=0) > 255:
+            x = x / 257
+        image = Image.fromarray(np.clip(np.nan_to_num(x), 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def grid(
+    images: np.ndarray,
+    ncols: int,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    scale: int = 1,
+    pad: int = 2,
+) -> np.ndarray:
+    """A contact sheet on white of u8[N, H, W, 3], row by row; the pictures' own pixels are not altered.
+
+    Args:
+      ncols: pictures a row.
+      labels: a text under each, on at most two lines.
+      title: a text above all.
+      scale: each pixel is drawn as scale x scale.
+      pad: white pixels around each picture.
+    """
+    images = np.asarray(images, np.uint8)
+    if len(images) == 0:
+        raise ValueError("a contact sheet needs at least one picture")
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = images.shape
+    ncols = max(1, min(ncols, n))
+    font_size = int(np.clip(width // 10, 9, 20))
+    font = ImageFont.load_default(font_size)
+    line = font_size + 3
+    texts = [_wrap(_plain(label), font, width) for label in labels] if labels is not None else []
+    head = line + 2 * pad if title else 0
+    cell_h = height + 2 * pad + line * max((len(t) for t in texts), default=0)
+    cell_w, nrows = width + 2 * pad, -(-n // ncols)
+    sheet = np.full((head + nrows * cell_h, ncols * cell_w, 3), 255, np.uint8)
+    canvas = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        line_1 = _wrap(_plain(title), font, ncols * cell_w - 2 * pad, lines=1)[0]
+        draw.text((pad, pad), line_1, fill="black", font=font)
+    for i, image in enumerate(images):
+        x, y = (i % ncols) * cell_w + pad, head + (i // ncols) * cell_h + pad
+        for j, text in enumerate(texts[i] if i < len(texts) else ()):
+            draw.text((x, y + height + j * line), text, fill="black", font=font)
+        canvas.paste(Image.fromarray(image), (x, y))
+    return np.asarray(canvas)
+
+
+def _plain(text: str) -> str:
+    """One line without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _wrap(text: str, font, width: int, lines: int = 2) -> list[str]:
+    """Cuts a text into at most `lines` lines of `width` pixels, between words if it can; "…" marks a loss."""
+    out, words = [], text.split()
+    while words and len(out) < lines:
+        take = len(words)
+        while take > 1 and font.getlength(" ".join(words[:take])) > width:
+            take -= 1
+        row, words = " ".join(words[:take]), words[take:]
+        if font.getlength(row) > width or (words and len(out) == lines - 1):
+            while row and font.getlength(row + "…") > width:
+                row = row[:-1]
+            row += "…"
+        out.append(row)
+    return out or [""]
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping | None = None) -> None:
+    """Writes u8[H, W, 3] as PNG, whole or not at all; the same picture and metadata give the same bytes.
+
+    Args:
+      metadata: text chunks in this order; values that are not text are written as JSON with sorted keys.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"save_png takes u8[H, W, 3], got {image.dtype}{list(image.shape)}")
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    path = Path(path)
+    fd, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".png.tmp")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            Image.fromarray(image).save(f, "PNG", pnginfo=info)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

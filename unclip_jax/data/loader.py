@@ -1,0 +1,144 @@
+"""Batches from a source, by Grain: a global batch depends on (seed, step) alone.
+
+    0…n-1 → shuffle, anew each epoch → repeat → batch of numbers → this host's part → read, tokenise, stack
+
+It is the numbers that are batched, while the data set still has random access: so the batches are the same
+for any count of hosts, workers and threads, no host reads another's pictures, and the place is one number.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+
+from unclip_jax.data.images import BadImage, random_crop, to_float
+from unclip_jax.errors import UserError
+
+WARN_AT_MOST = 10
+
+
+def batches(
+    source,
+    tokenizer=None,
+    batch_size: int = 32,
+    *,
+    seed: int = 0,
+    start_step: int = 0,
+    num_workers: int = 0,
+    num_threads: int = 2,
+    prefetch: int = 4,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    shuffle: bool = True,
+    crop: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches for this host: image f32[b, H, W, 3], tokens i32[b, L], mask bool[b, L].
+
+    Args:
+      source: see data/source.py.
+      tokenizer: None leaves tokens and mask out.
+      batch_size: of all hosts together; b = batch_size / hosts.
+      seed: in [0, 2**32); decides the order and the crops.
+      start_step: the first batch is the one an uninterrupted run gets at this step.
+      num_workers: processes that read; 0 reads in this one. Workers import the main script again.
+      num_threads: threads that read, in each process; each makes a whole batch.
+      prefetch: batches held ready, in each process.
+      process_index, process_count: this host among all; jax's by default.
+      shuffle: False keeps the source's order.
+      crop: side of a random window of each picture, decided by (seed, position).
+    Returns:
+      An iterator with `close()`, which ends its workers.
+    """
+    import grain
+    from absl import flags
+
+    if process_count is None:
+        import jax
+
+        process_index, process_count = jax.process_index(), jax.process_count()
+    _check(source, batch_size, seed, process_count, crop)
+    _not_negative(start_step=start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+    # One number apart in `seed` must not be one epoch apart in the shuffle, whose seeds are seed + epoch.
+    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    ds = grain.MapDataset.range(len(source))
+    if shuffle:
+        ds = ds.shuffle(seed=order_seed)
+    ds = ds.repeat().map_with_index(_position_and_record).batch(batch_size)[start_step:]
+    local = batch_size // process_count
+    own = slice(process_index * local, (process_index + 1) * local)
+    ds = ds.map(_Read(source, tokenizer, own, seed, crop))
+    ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads them to start workers
+            flags.FLAGS.mark_as_parsed()
+        ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1))
+    return iter(ds)
+
+
+def _check(source, batch_size, seed, process_count, crop):
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of {process_count} (hosts)")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be in 0 … 2**32 - 1")
+    if len(source) == 0:
+        raise UserError(f"the data source '{source.name}' is empty")
+    size = getattr(source, "size", None)
+    if crop is not None and not 1 <= crop <= (size or crop):
+        raise UserError(f"crop={crop} must be in 1 … {size}, the side of the source's pictures")
+
+
+def _not_negative(**counts: int):
+    for name, value in counts.items():
+        if value < 0:
+            raise UserError(f"{name}={value} must not be negative")
+
+
+def _position_and_record(position: int, record: int) -> tuple[int, int]:
+    return position, record
+
+
+class _Read:
+    """(positions, records) of one global batch → this host's arrays. Picklable, for the workers."""
+
+    def __init__(self, source, tokenizer, own: slice, seed: int, crop: int | None):
+        self.source, self.tokenizer, self.own, self.seed, self.crop = source, tokenizer, own, seed, crop
+        self.max_bad = getattr(source, "max_bad", 0.1)
+        self.bad: dict[int, str] = {}
+
+    def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        images, captions = [], []
+        for position, record in zip(*(x[self.own].tolist() for x in batch), strict=True):
+            example = self._good_record(record)
+            image = example["image"]
+            if self.crop is not None:
+                image = random_crop(image, self.crop, np.random.default_rng([self.seed, position]))
+            images.append(image)
+            captions.append(example["caption"])
+        out = {"image": to_float(np.stack(images))}
+        if self.tokenizer is not None:
+            out["tokens"], out["mask"] = self.tokenizer.encode(captions, warn=False)
+        return out
+
+    def _good_record(self, record: int) -> dict:
+        """The record, or the next readable one after it: the same replacement in every run."""
+        n = len(self.source)
+        for i in range(record, record + n):
+            i %= n
+            if i not in self.bad:
+                try:
+                    return self.source[i]
+                except BadImage as e:
+                    self._note(i, str(e))
+        raise UserError(f"none of {n} pictures of '{self.source.name}' can be read; one: {self.bad[record]}")
+
+    def _note(self, i: int, why: str):
+        self.bad[i] = why
+        if len(self.bad) > self.max_bad * len(self.source):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.source)} pictures of '{self.source.name}' cannot be read, "
+                f"more than max_bad={self.max_bad:g} allows; the last: {why}",
+                "remove them, or raise data.max_bad",
+            )
+        if len(self.bad) <= WARN_AT_MOST:
+            more = "; further ones are passed over without a word" if len(self.bad) == WARN_AT_MOST else ""
+            warnings.warn(f"picture passed over ({len(self.bad)} so far): {why}{more}", stacklevel=2)

@@ -1,0 +1,71 @@
+"""What a denoiser is to the diffusion code, and classifier-free guidance over it (arXiv 2207.12598).
+
+Guidance here: u + s (c - u), so s = 1 is the conditional model, s = 0 the unconditional, s > 1 guided. It
+touches the prediction only; the variance is the conditional one's, as in GLIDE and Karlo.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Out(NamedTuple):
+    """A denoiser's output, float of any width.
+
+    pred: f32[B, …], x0, eps or v; var: f32[B, …] in [-1, 1], read by `schedule.model_log_variance`, or None.
+    """
+
+    pred: jax.Array
+    var: jax.Array | None = None
+
+
+# (xt f32[B, …], model_time i32[B]) -> Out; parameters and conditioning are closed over.
+Denoise = Callable[[jax.Array, jax.Array], Out]
+
+
+def guide(cond: Denoise, uncond: Denoise, scale: float | jax.Array) -> Denoise:
+    """u + scale (c - u) from two denoisers, called one after the other.
+
+    Args:
+      scale: a float, a traced scalar or f32[B]; 1 = unguided. As a Python 1.0, `uncond` is never called.
+    """
+    if _is_one(scale):
+        return cond
+
+    def denoise(xt, model_time):
+        c, u = cond(xt, model_time), uncond(xt, model_time)
+        return Out(_mix(c.pred, u.pred, scale), c.var)
+
+    return denoise
+
+
+def guide_batched(denoise2: Denoise, scale: float | jax.Array) -> Denoise:
+    """The same from one call on a doubled batch: one program, larger matrices.
+
+    Args:
+      denoise2: a denoiser whose conditioning has 2B rows, the conditional half first; it gets xt and
+        model_time doubled.
+      scale: as for `guide`. At a Python 1.0 still 2B rows are computed (use the conditional denoiser itself).
+    """
+
+    def denoise(xt, model_time):
+        out = denoise2(jnp.concatenate([xt, xt]), jnp.concatenate([model_time, model_time]))
+        c, u = jnp.split(out.pred, 2)
+        var = None if out.var is None else jnp.split(out.var, 2)[0]
+        return Out(c if _is_one(scale) else _mix(c, u, scale), var)
+
+    return denoise
+
+
+def _is_one(scale) -> bool:
+    return isinstance(scale, (int, float)) and scale == 1
+
+
+def _mix(c: jax.Array, u: jax.Array, scale: float | jax.Array) -> jax.Array:
+    # In f32: the difference of two near bf16 numbers, times s, would be mostly rounding.
+    c, u, scale = (jnp.asarray(a, jnp.float32) for a in (c, u, scale))
+    if scale.ndim:
+        scale = scale.reshape((-1,) + (1,) * (c.ndim - 1))
+    return u + scale * (c - u)

@@ -1,0 +1,114 @@
+"""Samplers: from noise to x0, each one `lax.scan` over a schedule's steps (respace it for fewer).
+
+DDPM: Ho et al. 2020 (arXiv 2006.11239, algorithm 2). DDIM: Song et al. 2020 (arXiv 2010.02502, eq. 12, 16).
+Randomness comes from one key per sample, so a sample depends on its own key and noise only, not on its batch
+(with JAX's default threefry keys; "rbg" ones draw for a whole batch from its first key).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion.guide import Denoise
+from unclip_jax.diffusion.schedule import (
+    Schedule,
+    at,
+    model_log_variance,
+    model_time,
+    q_posterior,
+    to_eps,
+    to_x0,
+)
+from unclip_jax.errors import UserError
+
+# Folded into a sample's key for its initial noise; the steps fold in their index, which is always lower.
+INITIAL = 2**31 - 1
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise to start from: key[B] and the shape of ONE sample -> f32[B, *shape]."""
+    return step_noise(keys, INITIAL, shape)
+
+
+def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """normal(fold_in(key, step), shape) for each sample's key: key[B] -> f32[B, *shape]."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
+
+
+def ddpm(
+    sched: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    keys: jax.Array,
+    *,
+    target: str,
+    var: str = "learned",
+    clip_x0: float | None = 1.0,
+) -> jax.Array:
+    """Ancestral sampling, x_{t-1} ~ N(posterior mean of x0's prediction, variance) -> x0 f32[B, …].
+
+    Args:
+      noise: f32[B, …], standard normal; keys: key[B].
+      target: what `denoise` predicts, "x0", "eps" or "v".
+      var: "learned" (the denoiser's; "small" where it gives none), "small" (the posterior's), "large" (beta).
+      clip_x0: bound of the predicted x0 in each step; None for none. The last step returns its mean.
+    """
+    def step(xt, i):
+        t = jnp.full((xt.shape[0],), i, jnp.int32)
+        out = denoise(xt, model_time(sched, t))
+        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        mean, _, _ = q_posterior(sched, x0, xt, t)
+        std = jnp.exp(0.5 * model_log_variance(sched, out.var, t, xt.ndim, var))
+        return mean + jnp.where(i > 0, std, 0.0) * step_noise(keys, i, xt.shape[1:]), None
+
+    return _scan(step, sched, noise)
+
+
+def ddim(
+    sched: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    keys: jax.Array | None = None,
+    *,
+    target: str,
+    eta: float = 0.0,
+    clip_x0: float | None = 1.0,
+) -> jax.Array:
+    """x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1} - s^2) eps + s z -> x0 f32[B, …].
+
+    s = eta sqrt(posterior variance), z standard normal (Song et al., eq. 12 and 16).
+
+    Args:
+      noise: f32[B, …], standard normal; keys: key[B], needed where eta > 0.
+      target: what `denoise` predicts, "x0", "eps" or "v".
+      eta: 0 (deterministic) … 1 (as random as DDPM with the posterior's variance).
+      clip_x0: bound of the predicted x0 in each step, eps being taken anew from the clipped x0; or None.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta} must be within 0 … 1")
+    if eta and keys is None:
+        raise UserError(f"eta={eta} needs random numbers", "give keys, one for each sample, or eta=0")
+    prev, std = sched.alphas_cumprod_prev, eta * np.sqrt(sched.posterior_variance)
+    direction = np.sqrt(np.maximum(1 - prev - std**2, 0))
+
+    def step(xt, i):
+        t = jnp.full((xt.shape[0],), i, jnp.int32)
+        out = denoise(xt, model_time(sched, t))
+        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        eps = to_eps(sched, x0, xt, t, target="x0")
+        xt_prev = at(np.sqrt(prev), t, xt.ndim) * x0 + at(direction, t, xt.ndim) * eps
+        return xt_prev + at(std, t, xt.ndim) * step_noise(keys, i, xt.shape[1:]) if eta else xt_prev, None
+
+    return _scan(step, sched, noise)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+
+
+def _scan(step, sched: Schedule, noise: jax.Array) -> jax.Array:
+    x0, _ = jax.lax.scan(step, jnp.asarray(noise, jnp.float32), jnp.arange(sched.num_steps), reverse=True)
+    return x0
+
+
+def _clip(x0: jax.Array, bound: float | None) -> jax.Array:
+    return x0 if bound is None else jnp.clip(x0, -bound, bound)

@@ -1,0 +1,159 @@
+"""Several processes, one run: how they find each other, who writes, and how all stop at the same step.
+
+The coordinator listens without authentication: keep its port inside a private network.
+"""
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+from jax.experimental import multihost_utils
+
+from unclip_jax.errors import UserError
+
+COORDINATOR, PROCESSES, PROCESS_ID = "UNCLIP_COORDINATOR", "UNCLIP_PROCESSES", "UNCLIP_PROCESS_ID"
+TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where unset
+
+_stop = threading.Event()
+
+
+def initialize() -> None:
+    """Joins the other processes of this run; does nothing for a single one. Call before any other use of jax.
+
+    Explicit: UNCLIP_COORDINATOR=host:port, UNCLIP_PROCESSES and UNCLIP_PROCESS_ID, the same command on every
+    host.
+    Found by jax itself: inside an `srun` step of several tasks, under `mpirun`, on a TPU slice whose hosts
+    are listed in the environment, and wherever UNCLIP_COORDINATOR=auto.
+
+    Raises:
+      UserError: an incomplete or impossible setting, or others that do not come within UNCLIP_TIMEOUT
+        seconds.
+    """
+    if jax.distributed.is_initialized():
+        return
+    explicit = _explicit(os.environ)
+    if explicit is None and not _found_by_jax(os.environ):
+        return
+    if explicit is not None and explicit["num_processes"] == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    timeout = _whole(os.environ, TIMEOUT, 300, low=1)
+    if explicit is not None and explicit["process_id"] > 0:
+        _await_coordinator(explicit["coordinator_address"], timeout)
+    try:
+        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        address = explicit["coordinator_address"] if explicit else "found by jax"
+        raise UserError(
+            f"the processes of the run did not meet at the coordinator ({address}) within {timeout} s "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            f"start the same command on every host, check the address and its port, or raise {TIMEOUT}",
+        ) from error
+
+
+def _await_coordinator(address: str, timeout: int) -> None:
+    """Returns once something listens at `address`; where nothing does, jax would abort the process."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{COORDINATOR}={address} does not answer within {timeout} s ({error})",
+                    f"start process 0 there, check address, port and firewall, or raise {TIMEOUT}",
+                ) from error
+        time.sleep(0.2)
+
+
+def is_main() -> bool:
+    """Whether this process writes the logs, previews and files of the run."""
+    return jax.process_index() == 0
+
+
+def install_signal_handlers() -> Callable[[], None]:
+    """Makes the first SIGTERM or Ctrl-C ask for a stop (`reached_preemption`); a second Ctrl-C interrupts at
+    once.
+
+    Among several processes jax's own service hears SIGTERM and tells the others; Ctrl-C is passed on to it.
+    Returns a function that puts the previous handlers back. Outside the main thread nothing is installed.
+    """
+    _stop.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    several = jax.distributed.is_initialized()
+    previous = {}
+
+    def ask(number, _):
+        _stop.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if several:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask)
+
+    def restore():
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    return restore
+
+
+def reached_preemption(step: int) -> bool:
+    """Whether to save and stop after `step`; True at the same step on every host.
+
+    Every process must ask at every step, in increasing order, from the same first one.
+    """
+    if jax.distributed.is_initialized():
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+    return _stop.is_set()
+
+
+def _found_by_jax(env) -> bool:
+    several = any(
+        _whole(env, name, 1, low=0) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    )
+    slice_hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host.strip()]
+    return (
+        several
+        or len(slice_hosts) > 1
+        or env.get(COORDINATOR) == "auto"
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    )
+
+
+def _explicit(env) -> dict | None:
+    """The keywords of jax.distributed.initialize that the environment spells out, or None."""
+    given = [name for name in (COORDINATOR, PROCESSES, PROCESS_ID) if env.get(name)]
+    if not given or given == [COORDINATOR] and env[COORDINATOR] == "auto":
+        return None
+    missing = [name for name in (COORDINATOR, PROCESSES, PROCESS_ID) if name not in given]
+    if missing:
+        raise UserError(
+            f"{' and '.join(given)} must come with {' and '.join(missing)}", "set all three or none"
+        )
+    address = env[COORDINATOR]
+    if not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise UserError(f"{COORDINATOR}={address!r} must be host:port", "such as 10.0.0.1:8476")
+    processes, process_id = _whole(env, PROCESSES, 1, low=1), _whole(env, PROCESS_ID, 0, low=0)
+    if process_id >= processes:
+        raise UserError(
+            f"{PROCESS_ID}={process_id} must be below {PROCESSES}={processes} (they count from 0)"
+        )
+    return {"coordinator_address": address, "num_processes": processes, "process_id": process_id}
+
+
+def _whole(env, name: str, default: int, low: int) -> int:
+    text = env.get(name) or str(default)
+    if not text.isdecimal() or int(text) < low:
+        raise UserError(f"{name}={text!r} must be a whole number >= {low}")
+    return int(text)

@@ -1,0 +1,25 @@
+"""What a user did wrong, told in one line: the value, the requirement, the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The command line prints it as one line and exits with code 2.
+
+    Args:
+      what: the value and the requirement, such as "batch_size=12 must be a multiple of 8 (data x fsdp devices)".
+      fix: the remedy; left out where `what` says it all.
+    """
+
+    def __init__(self, what: str, fix: str = ""):
+        what = what.rstrip(".")
+        super().__init__(f"{what}. Fix: {fix}" if fix else what)
+
+
+def suggest(name: str, options: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest valid one, or the list of all."""
+    options = sorted(map(str, options))
+    near = difflib.get_close_matches(str(name), options, n=1)
+    listing = ", ".join(options[:20]) + (", …" if len(options) > 20 else "")
+    return f"did you mean '{near[0]}'? Valid: {listing}" if near else f"use one of {listing}"

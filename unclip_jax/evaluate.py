@@ -1,0 +1,158 @@
+"""Measures what was trained: a stack by how well its pictures fit their prompts, a stage by its own metrics.
+
+`alignment` draws pictures from prompts of the shapes world and has each judged by `metrics.shapes_oracle`,
+apart for one and two objects, and for (shape, colour) pairs seen in training and held out of it: the held-out
+ones tell whether the model composes or remembers.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from unclip_jax.errors import UserError, suggest
+
+METRICS = ("shapes_oracle",)
+OBJECTS = ("one", "two")
+PAIRS = {"seen": False, "heldout": True}
+KEYS = ("count", "shape", "colour", "size", "position", "relation", "background")
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Interval for a share of k in n (Wilson 1927), 95% by default; within [0, 1], sound for k = 0 and n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = k / n, z * z
+    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return (0.0 if k == 0 else low), (1.0 if k == n else high)
+
+
+def stage(workdir, num: int = 200, seed: int = 0) -> dict:
+    """One trained stage's own metrics, by its averaged weights, on the split that its config holds out.
+
+    Args:
+      workdir: of a training run.
+      num: examples, rounded up to whole batches of the size trained with.
+      seed: of the order of the examples and of whatever is drawn.
+
+    Returns: {task, step, split, n, seed, metrics: {name: value}}.
+    """
+    from unclip_jax import checkpoint, data, tasks
+    from unclip_jax.data import loader
+    from unclip_jax.tokenizer import Tokenizer
+
+    params, config, step, text = checkpoint.load_params(workdir)
+    clip = tasks.load_clip(config.clip) if config.clip else None
+    if clip and clip.identity != config.clip_identity:
+        raise UserError(
+            f"{workdir} was trained with another CLIP than the one now in {config.clip}",
+            "put the CLIP that it was trained with back in that place",
+        )
+    task = tasks.make(config, clip.model if clip else None)
+    source = data.make(**{**config.data, "split": config.eval.split})
+    tokenizer = Tokenizer.from_json(text) if text else None
+    settings = {**config.loader, "num_workers": 0}
+    count = -(-num // config.batch_size)
+    stream = loader.batches(source, tokenizer, config.batch_size, seed=seed, **settings)
+    metrics = tasks.measure(task, {"clip": clip.params} if clip else {}, params, stream, count, seed)
+    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise UserError(f"{bad[0]} of {workdir} is not a finite number", "use an earlier checkpoint")
+    facts = {"task": config.task, "step": step, "split": config.eval.split}
+    return {**facts, "n": count * config.batch_size, "seed": seed, "metrics": metrics}
+
+
+def alignment(
+    draw: Callable[[list[str]], np.ndarray],
+    num: int = 200,
+    seed: int = 0,
+    objects: Sequence[str] = OBJECTS,
+) -> tuple[list[dict], dict[str, tuple]]:
+    """How often pictures show what their prompts say.
+
+    Args:
+      draw: prompts -> u8[N, S, S, 3], one picture each.
+      num: prompts of each kind; there are len(objects) * 2 kinds.
+      seed: of the prompts.
+      objects: of "one", "two".
+
+    Returns:
+      Rows {objects, pairs, n, right, low, high, attributes: {name: {n, right}}} with shares in [0, 1] and a
+      95% interval, the last row over all; and {"one seen": (prompts, images, verdicts), …}.
+    """
+    from unclip_jax.data.shapes import prompts
+
+    if num < 1:
+        raise UserError(f"num={num} must be at least 1")
+    for kind in objects:
+        if kind not in OBJECTS:
+            raise UserError(f"num-objects={kind!r} is unknown", suggest(kind, OBJECTS))
+    kinds = list(itertools.product(objects, PAIRS))
+    texts = {kind: prompts(kind[0], PAIRS[kind[1]], num, seed) for kind in kinds}
+    images = draw(list(itertools.chain.from_iterable(texts.values())))
+    rows, seen, everything = [], {}, []
+    for k, kind in enumerate(kinds):
+        own = images[k * num : (k + 1) * num]
+        verdicts = judge(own, texts[kind])
+        everything += verdicts
+        rows.append({"objects": kind[0], "pairs": kind[1], **tally(verdicts)})
+        seen[" ".join(kind)] = (texts[kind], own, verdicts)
+    rows.append({"objects": "all", "pairs": "all", **tally(everything)})
+    return rows, seen
+
+
+def judge(images: np.ndarray, prompts: Sequence[str]) -> list[dict[str, bool]]:
+    """The oracle's verdict of each picture u8[S, S, 3] on its prompt: {"right": all of it, "shape": …}."""
+    from unclip_jax.metrics.shapes_oracle import score
+
+    return [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def tally(verdicts: Sequence[dict[str, bool]]) -> dict:
+    """Verdicts as shares; an attribute counts where a prompt mentions it.
+
+    Attributes are of the objects that fit the prompt best, so stray objects flatter them; they lower "count"
+    and "right".
+    """
+    n, k = len(verdicts), sum(bool(v["right"]) for v in verdicts)
+    low, high = wilson(k, n)
+    attributes = {}
+    for key in KEYS:
+        said = [bool(v[key]) for v in verdicts if key in v]
+        if said:
+            attributes[key] = {"n": len(said), "right": round(sum(said) / len(said), 6)}
+    shares = {"right": round(k / n, 6), "low": round(low, 6), "high": round(high, 6)}
+    return {"n": n, **shares, "attributes": attributes}
+
+
+def table(rows: Iterable[dict]) -> str:
+    """The rows of `alignment` for reading, in percent."""
+    lines = [["objects", "pairs", "n", "right %", "95% interval", *(f"{key} %" for key in KEYS)]]
+    for row in rows:
+        shares = [row["attributes"].get(key) for key in KEYS]
+        lines.append([
+            row["objects"], row["pairs"], str(row["n"]), f"{100 * row['right']:.1f}",
+            f"{100 * row['low']:.1f} - {100 * row['high']:.1f}",
+            *(f"{100 * share['right']:.1f}" if share else "-" for share in shares),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [
+        [c.ljust(w) if j < 2 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def sheet(seen: dict[str, tuple], each: int = 16) -> np.ndarray:
+    """A contact sheet u8[H, W, 3] of the first pictures of each kind, with prompt and verdict under them."""
+    from unclip_jax.data.images import grid
+
+    images, labels = [], []
+    for prompts, pictures, verdicts in seen.values():
+        for prompt, picture, verdict in list(zip(prompts, pictures, verdicts, strict=True))[:each]:
+            wrong = [key for key in KEYS if not verdict.get(key, True)]
+            labels.append(f"[{'wrong ' + ', '.join(wrong) if wrong else 'right'}] {prompt}")
+            images.append(picture)
+    images = np.stack(images)
+    return grid(images, 8, labels=labels, scale=max(1, -(-160 // images.shape[2])), pad=4)

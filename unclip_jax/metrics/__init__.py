@@ -1,0 +1,1 @@
+"""Measures of pictures: whether they are what their captions claim."""

@@ -1,0 +1,92 @@
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): a vision Transformer and a causal caption Transformer that meet in one space."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.text import TextEncoder
+from unclip_jax.nn.transformer import LayerNorm, Transformer
+
+
+class VisionTransformer(nn.Module):
+    """Image → the class token's state after the last LayerNorm (Dosovitskiy et al. 2020, with CLIP's extra LayerNorm first).
+
+    Attributes:
+      image_size: side in pixels, a multiple of `patch`.
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    layers: int
+    heads: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """image f32[B, S, S, 3] → [B, width]."""
+        if image.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(f"CLIP takes {self.image_size}x{self.image_size} images, got {image.shape[1]}x{image.shape[2]}")
+        patches = (self.patch, self.patch)
+        x = nn.Conv(self.width, patches, patches, use_bias=False, dtype=self.dtype, name="patches")(image)
+        x = x.reshape(x.shape[0], -1, self.width)
+        init = nn.initializers.normal(self.width**-0.5)
+        cls = self.param("class", init, (self.width,)).astype(x.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls[None, None], (x.shape[0], 1, self.width)), x], axis=1)
+        x = x + self.param("position", init, (x.shape[1], self.width))[None].astype(x.dtype)
+        x = LayerNorm(self.dtype, name="first_norm")(x)
+        x = Transformer(
+            self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype, name="transformer"
+        )(x)
+        return LayerNorm(self.dtype, name="final_norm")(x[:, 0])
+
+
+class CLIP(nn.Module):
+    """Both towers, their projections and the learned temperature.
+
+    Attributes:
+      embed_dim: D, of the shared space.
+      vision: keywords of `VisionTransformer`.
+      text: keywords of `TextEncoder`.
+      norm: the length that every embedding leaves with; the unCLIP paper's prior works at 17.2 (App. C), which gives
+        components of unit size. None leaves embeddings as projected, as the public Karlo stack uses them. This is the only
+        place where embeddings are scaled, in training and in sampling alike.
+    """
+
+    embed_dim: int
+    vision: Mapping[str, Any]
+    text: Mapping[str, Any]
+    norm: float | None = 17.2
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.visual = VisionTransformer(**self.vision, dtype=self.dtype)
+        self.textual = TextEncoder(**self.text, dtype=self.dtype)
+        self.image_projection = nn.Dense(self.embed_dim, use_bias=False)
+        self.text_projection = nn.Dense(self.embed_dim, use_bias=False)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+
+    def _leave(self, z: jax.Array) -> jax.Array:
+        z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return z if self.norm is None else z * self.norm * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-12)
+
+    def embed_image(self, image: jax.Array) -> jax.Array:
+        """image f32[B, S, S, 3] in [-1, 1] → z_img f32[B, D]."""
+        return self._leave(self.image_projection(self.visual(image)))
+
+    def embed_text(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """tokens i32[B, L], mask bool[B, L] → z_txt f32[B, D], read at EOS, the last True; and the states [B, L, W]."""
+        states = self.textual(tokens, mask)
+        last = jnp.maximum(mask.sum(-1) - 1, 0)
+        at_eos = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+        return self._leave(self.text_projection(at_eos)), states
+
+    def __call__(self, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """→ z_img f32[B, D], z_txt f32[B, D], and the temperature's inverse exp(min(s, ln 100)), a scalar."""
+        scale = jnp.exp(jnp.minimum(self.logit_scale, jnp.log(100.0)))
+        return self.embed_image(image), self.embed_text(tokens, mask)[0], scale

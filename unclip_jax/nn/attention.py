@@ -1,0 +1,25 @@
+"""The one attention function; every backend is chosen here."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """softmax(q kᵀ / sqrt(D)) v, the softmax in f32.
+
+    Args:
+      q: [B, N, H, D].
+      k: [B, S, H, D].
+      v: [B, S, H, D].
+      mask: bool, broadcastable to [B, H, N, S]; True where a query may look. A row without any True attends
+        evenly to all keys, so it stays finite.
+
+    Returns:
+      [B, N, H, D] in q's dtype.
+    """
+    return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+
+
+def causal_mask(queries: int, keys: int) -> jax.Array:
+    """bool[1, 1, queries, keys]: the last `queries` positions of a sequence of `keys`, each seeing itself and all before."""
+    return jnp.tril(jnp.ones((queries, keys), bool), keys - queries)[None, None]

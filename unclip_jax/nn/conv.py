@@ -1,0 +1,121 @@
+"""The convolutional parts of the ADM UNet (Dhariwal & Nichol 2021): residual block, attention over pixels and context."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.nn.attention import attention
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm computed in f32 (eps 1e-5), returned in `dtype`.
+
+    Written as per-channel moments pooled over each group: XLA reduces one pass over x, and the batch axis is never folded
+    into another, so it stays sharded.
+    """
+
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, C] → normalised, times (1 + scale) plus shift where given, both [B, C]."""
+        channels = x.shape[-1]
+        gamma = self.param("scale", nn.initializers.ones, (channels,))
+        beta = self.param("bias", nn.initializers.zeros, (channels,))
+        h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        moments = jnp.stack([h.mean((1, 2)), jnp.square(h).mean((1, 2))])
+        mean, square = moments.reshape(2, -1, self.groups, channels // self.groups).mean(-1)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-5)
+        mean, inverse = (jnp.repeat(a, channels // self.groups, axis=-1) for a in (mean, inverse))
+        a = inverse * gamma[None]
+        b = beta[None] - mean * a
+        if scale is not None:
+            a, b = a * (1 + scale), b * (1 + scale) + shift
+        return (h * a[:, None, None] + b[:, None, None]).astype(self.dtype)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """2x2 average pooling: [B, H, W, C] → [B, H/2, W/2, C]."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour, twice: [B, H, W, C] → [B, 2H, 2W, C]."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+RESAMPLE = {"": lambda x: x, "down": downsample, "up": upsample}
+
+
+class ResBlock(nn.Module):
+    """GN → SiLU → [resample] → conv → GN modulated by the embedding → SiLU → dropout → conv (zero at first), plus skip.
+
+    Attributes:
+      channels: of the output; a 1x1 convolution carries the skip where the input has others.
+      resample: "", "down" or "up", applied to both branches before the first convolution.
+      scale_shift: GN(h) (1 + scale) + shift from the embedding (ADM); else h + embedding before the norm.
+    """
+
+    channels: int
+    resample: str = ""
+    scale_shift: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False) -> jax.Array:
+        """x [B, H, W, C], emb [B, E] → [B, H', W', channels]."""
+        resample = RESAMPLE[self.resample]
+        h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
+        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
+        width = self.channels * (2 if self.scale_shift else 1)
+        emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
+        norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
+        if self.scale_shift:
+            h = norm2(h, *jnp.split(emb.astype(jnp.float32), 2, axis=-1))
+        else:
+            h = norm2(h + emb[:, None, None])
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(h)
+        x = resample(x)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class PixelAttention(nn.Module):
+    """Self-attention over pixels whose keys and values are joined by those of the context (GLIDE's added-KV attention).
+
+    Keys are [context, pixels]; the context is projected as it is, the pixels after GroupNorm; the output starts at zero.
+    """
+
+    head_channels: int = 64
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+        """x [B, H, W, C], context [B, M, K] or None, mask bool[B, M] or None (all seen) → [B, H, W, C]."""
+        b, height, width, channels = x.shape
+        if channels % self.head_channels:
+            raise ValueError(f"channels={channels} must be a multiple of head_channels={self.head_channels}")
+        split = (channels // self.head_channels, self.head_channels)
+        pixels = height * width
+        h = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, pixels, channels)
+        q, k, v = (nn.DenseGeneral(split, dtype=self.dtype, name=n)(h) for n in ("query", "key", "value"))
+        if context is not None:
+            ck, cv = (
+                nn.DenseGeneral(split, dtype=self.dtype, name=n)(context) for n in ("context_key", "context_value")
+            )
+            k, v = jnp.concatenate([ck, k], axis=1), jnp.concatenate([cv, v], axis=1)
+            if mask is not None:
+                mask = jnp.concatenate([mask, jnp.ones((b, pixels), bool)], axis=1)[:, None, None]
+        h = attention(q, k, v, mask)
+        h = nn.DenseGeneral(
+            channels, axis=(-2, -1), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out"
+        )(h)
+        return x + h.reshape(x.shape)

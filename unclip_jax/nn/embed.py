@@ -1,0 +1,40 @@
+"""Embeddings of time and of position in a sequence."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
+    """cos(t w_i) then sin(t w_i), w_i = max_period^(-i / (width/2)) (Ho et al. 2020, in GLIDE's order: cosines first).
+
+    Args:
+      time: [B], any real or integer dtype.
+      width: even.
+
+    Returns:
+      f32[B, width].
+    """
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = time.astype(jnp.float32)[:, None] * frequency[None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid → Dense → SiLU → Dense: [B] → f32[B, width].
+
+    Attributes:
+      width: of both layers and of the result.
+      frequencies: width of the sinusoid; `width` itself where None.
+    """
+
+    width: int
+    frequencies: int | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, time: jax.Array) -> jax.Array:
+        h = sinusoid(time, self.frequencies or self.width).astype(self.dtype)
+        h = nn.Dense(self.width, dtype=self.dtype, name="fc1")(h)
+        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(nn.silu(h))

@@ -1,0 +1,136 @@
+"""The optimizer of every stage: AdamW (Loshchilov & Hutter 2019), warm-up, clipping, gradient accumulation.
+
+Weight decay is decoupled and reaches weight matrices only. Two step counts exist where gradients are
+accumulated: `num_steps` counts batches, as the training loop does; warm-up and decay count optimizer
+updates, of which there are `num_steps // accumulate`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unclip_jax.errors import UserError, suggest
+
+SCHEDULES: dict[str, Callable] = {
+    "constant": lambda progress: jnp.ones_like(progress),
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+}
+# Told by name because layers stacked for a scan turn their biases and scales into matrices.
+UNDECAYED = frozenset({"bias", "scale", "mean", "std", "logit_scale"})
+
+
+def make(
+    num_steps: int,
+    *,
+    lr: float,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    final: float = 0.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = 1.0,
+    accumulate: int = 1,
+) -> optax.GradientTransformation:
+    """AdamW: clip by global norm, then p -= lr_t (m / (sqrt(v) + eps) + weight_decay p).
+
+    Args:
+      num_steps: batches the whole run takes, >= 1.
+      lr: the highest learning rate, > 0.
+      warmup: updates over which the rate rises linearly to `lr`; the first update already has lr / warmup.
+      schedule: "cosine", "linear" or "constant" after the warm-up.
+      final: the last rate as a fraction of `lr`, in [0, 1]; "constant" has no use for it.
+      weight_decay: >= 0; for arrays of rank >= 2 that are not biases, scales or statistics (`decayed`).
+      b1, b2: decay of the first and second moment, in [0, 1).
+      eps: > 0.
+      clip_norm: the greatest global gradient norm, > 0, or None for no clipping.
+      accumulate: batches whose mean gradient makes one update, >= 1.
+
+    Raises:
+      UserError: a number outside its range, or an unknown schedule.
+    """
+    _number("optim.weight_decay", weight_decay, low=0)
+    _number("optim.b1", b1, low=0, below=1)
+    _number("optim.b2", b2, low=0, below=1)
+    _number("optim.eps", eps, above=0)
+    if clip_norm is not None:
+        _number("optim.clip_norm", clip_norm, above=0)
+    rate = _update_rate(num_steps, lr, warmup, schedule, final, accumulate)
+    tx = optax.chain(
+        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
+    )
+    return (
+        optax.MultiSteps(tx, every_k_schedule=accumulate).gradient_transformation() if accumulate > 1 else tx
+    )
+
+
+def learning_rate(
+    num_steps: int,
+    *,
+    lr: float,
+    warmup: int = 0,
+    schedule: str = "cosine",
+    final: float = 0.0,
+    accumulate: int = 1,
+    **_,
+) -> optax.Schedule:
+    """The rate `make` uses, by batch count (for logs): i32[] -> f32[]. Takes the same keywords."""
+    rate = _update_rate(num_steps, lr, warmup, schedule, final, accumulate)
+    return lambda step: rate(jnp.asarray(step) // accumulate)
+
+
+def decayed(params) -> dict:
+    """Which arrays weight decay reaches: a tree of bool like `params`."""
+
+    def decays(path, array):
+        return array.ndim >= 2 and jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _update_rate(num_steps, lr, warmup, schedule, final, accumulate) -> optax.Schedule:
+    """The learning rate of update `count` = 0, 1, …"""
+    _number("num_steps", num_steps, low=1, whole=True)
+    _number("optim.accumulate", accumulate, low=1, whole=True)
+    _number("optim.lr", lr, above=0)
+    _number("optim.warmup", warmup, low=0, whole=True)
+    _number("optim.final", final, low=0, high=1)
+    if schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={schedule!r} is unknown", suggest(schedule, SCHEDULES))
+    updates = max(1, num_steps // accumulate)
+    if warmup > updates:
+        raise UserError(
+            f"optim.warmup={warmup} must not exceed the {updates} updates of the run "
+            f"(num_steps={num_steps}, accumulate={accumulate})",
+            f"set optim.warmup to {updates} or less, or raise num_steps",
+        )
+    shape = SCHEDULES[schedule]
+
+    def rate(count):
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum(1.0, (count + 1) / max(1, warmup))
+        progress = jnp.clip((count - warmup) / max(1, updates - warmup), 0.0, 1.0)
+        return lr * rise * (final + (1 - final) * shape(progress))
+
+    return rate
+
+
+def _number(name, value, *, low=-math.inf, above=-math.inf, high=math.inf, below=math.inf, whole=False):
+    """Raises UserError unless `value` is finite, low <= value <= high and above < value < below."""
+    kinds = int if whole else (int, float)
+    ok = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if ok and low <= value <= high and above < value < below:
+        return
+    ends = [
+        f"{sign} {end}"
+        for sign, end in ((">=", low), (">", above), ("<=", high), ("<", below))
+        if math.isfinite(end)
+    ]
+    kind = "an integer" if whole else "a finite number"
+    raise UserError(f"{name}={value!r} must be {kind}" + "".join(f", {end}" for end in ends))

@@ -1,0 +1,345 @@
+"""The trained stack as one object: text -> z_txt -> prior -> z_img -> decoder -> upsamplers -> u8 pictures.
+
+Ramesh et al. 2022, figure 2, lower half. Each stage is one compiled program, its whole sampling loop inside.
+Stages run one after the other over all pictures; with `low_memory` the device holds one stage's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unclip_jax import tasks as task_registry
+from unclip_jax.data.images import to_uint8
+from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.errors import UserError, suggest
+from unclip_jax.tokenizer import Tokenizer
+from unclip_jax.weights import DTYPES, STATISTICS, load_stack
+
+BUNDLED = Path(__file__).parent / "bundled"
+ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a caller may change about sampling; None keeps what the stage's config says.
+
+    Steps are 1 … the number the stage was trained with; a guidance of 1 is none, 0 ignores the prompt.
+
+    Args:
+      prior_steps, prior_guidance, candidates: of the prior; the best of `candidates` by dot product is kept.
+      steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim").
+      upsample_steps: of every upsampler.
+    """
+
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    candidates: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    upsample_steps: int | None = None
+
+    def __post_init__(self):
+        for name in ("prior_steps", "candidates", "steps", "upsample_steps"):
+            value = getattr(self, name)
+            if value is not None and not _whole(value, 1):
+                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("prior_guidance", "guidance"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise UserError(f"sampler={self.sampler!r} is unknown", suggest(self.sampler, SAMPLERS))
+
+    def of(self, role: str) -> dict[str, Any]:
+        """The keyword arguments they mean for one role's `Task.sample`."""
+        names = {
+            "prior": {"steps": "prior_steps", "guidance": "prior_guidance", "candidates": "candidates"},
+            "decoder": {"steps": "steps", "guidance": "guidance", "name": "sampler"},
+            "upsampler": {"steps": "upsample_steps"},
+        }[role]
+        values = {key: getattr(self, name) for key, name in names.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class Drawn(NamedTuple):
+    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice."""
+
+    images: np.ndarray
+    base: np.ndarray
+    z_img: np.ndarray
+    z_txt: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class UnCLIP:
+    """A trained stack that draws pictures from prompts. Made by `UnCLIP.load`.
+
+    Args:
+      tokenizer: the one that every stage was trained with.
+      tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run.
+    """
+
+    tokenizer: Tokenizer
+    tasks: Mapping[str, Any]
+    configs: Mapping[str, ConfigDict]
+    params: Mapping[str, dict]
+    _programs: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, path: str | Path = "shapes", low_memory: bool = False, dtype: str | None = None) -> UnCLIP:
+        """Reads a stack directory, or the bundled stack of that name.
+
+        Args:
+          path: "shapes", or a directory written by `unclip export`.
+          low_memory: keep the weights in host memory, each stage on the device only while it runs.
+          dtype: "float32" or "bfloat16" of the weights; None is float32 on a CPU and as stored elsewhere.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
+        with jax.default_device(_host()):
+            stack = load_stack(_locate(path))
+            names = _chain({name: stage.config for name, stage in stack.stages.items()}, stack.path)
+            configs = {name: stack.stages[stage].config for name, stage in names.items()}
+            params = {name: stack.stages[stage].params for name, stage in names.items()}
+            _check_same_clip(
+                stack.path, configs, params, stack.stages[names["clip"]].extra.get("clip_identity")
+            )
+            if dtype is None and jax.default_backend() == "cpu":
+                dtype = "float32"
+            if dtype is not None:
+                params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
+        if not low_memory:
+            params = jax.device_put(params, jax.local_devices()[0])
+        return cls(Tokenizer.from_json(stack.tokenizer_json), _make_tasks(configs), configs, params)
+
+    @property
+    def upsamplers(self) -> list[str]:
+        """The stages that enlarge, in the order they run."""
+        return [name for name in self.tasks if name.startswith("upsampler")]
+
+    @property
+    def size(self) -> int:
+        """Side of the final pictures, in pixels."""
+        return self.configs[(self.upsamplers or ["decoder"])[-1]].data.size
+
+    def without_upsamplers(self) -> UnCLIP:
+        """The same stack ending with the decoder's own pictures."""
+        keep = [name for name in self.tasks if name not in self.upsamplers]
+        return dataclasses.replace(
+            self,
+            tasks={name: self.tasks[name] for name in keep},
+            configs={name: self.configs[name] for name in keep},
+            params={name: self.params[name] for name in keep},
+        )
+
+    def settings(self, **changed) -> dict[str, dict]:
+        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in.
+
+        Raises:
+          UserError: a setting is unknown, out of its range, or asks for more steps than were trained.
+        """
+        names = [field.name for field in dataclasses.fields(Settings)]
+        for name in changed:
+            if name not in names:
+                raise UserError(f"{name} is no setting of sampling", suggest(name, names))
+        changes = Settings(**changed)
+        used = {}
+        for name in [n for n in self.tasks if n != "clip"]:
+            config, own = self.configs[name], changes.of(_role(name))
+            trained = config.diffusion.num_steps
+            if own.get("steps", 1) > trained:
+                raise UserError(
+                    f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
+                )
+            used[name] = {**config.sampler.to_dict(), **own}
+        return used
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        num: int = 1,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ) -> np.ndarray | Drawn:
+        """Draws `num` pictures of each prompt -> u8[len(prompts) * num, H, W, 3], prompt by prompt.
+
+        Picture i of prompt p is decided by (seed, p, i), the prompt and the settings: neither `num` nor other
+        prompts nor `batch_size` changes it by more than rounding.
+
+        Args:
+          prompts: texts; "" is the null caption.
+          seed: 0 … 2**32 - 1.
+          batch_size: pictures drawn at once.
+          return_stages: give a `Drawn` with what the stages before the last made.
+          progress: show a bar on a terminal.
+          **settings: see `Settings`.
+
+        Raises:
+          UserError: a bad argument, or a stage gave NaN.
+        """
+        _check_call(prompts, seed, num, batch_size)
+        used = self.settings(**settings)
+        total = len(prompts) * num
+        size = min(batch_size, 1 << (total - 1).bit_length())
+        bar = None if progress else True
+        keys = picture_keys(seed, len(prompts), num)
+
+        def run(number, stage, rows):
+            return self._run(stage, (rows, _fold(keys, number)), used[stage], total, size, bar)
+
+        tokens, mask = self.tokenizer.encode(list(prompts))
+        cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
+        cond |= self._run("clip", (cond,), {}, total, size, bar)
+        cond["z_img"] = run(1, "prior", cond)
+        base = images = run(2, "decoder", cond)
+        for number, stage in enumerate(self.upsamplers, start=3):
+            images = run(number, stage, {"low": images})
+        pictures = to_uint8(images)
+        if not return_stages:
+            return pictures
+        return Drawn(pictures, to_uint8(base), cond["z_img"], cond["z_txt"])
+
+    def _run(self, stage: str, rows, options: Mapping, total: int, size: int, bar: bool | None):
+        """One stage over all rows, `size` at a time, the last chunk filled up with copies of the last row."""
+        program = self._program(stage, options)
+        params = jax.device_put(self.params[stage], jax.local_devices()[0])
+        parts = []
+        for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
+            chunk = np.minimum(np.arange(start, start + size), total - 1)
+            parts.append(jax.device_get(program(params, *jax.tree.map(lambda x, at=chunk: x[at], rows))))
+        out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
+            raise UserError(
+                f"stage '{stage}' gave NaN or infinite values, so no picture was made",
+                "lower the guidance, take more steps, or use dtype float32",
+            )
+        return out
+
+    def _program(self, stage: str, options: Mapping):
+        """The compiled program of one stage, (params, rows[, keys]) -> output; one for each `options`."""
+        key = (stage, tuple(sorted(options.items())))
+        if key not in self._programs:
+            task = self.tasks[stage]
+            if stage == "clip":  # text alone: what the prior's encoding adds to tokens and mask
+                encode = self.tasks["prior"].encode
+                self._programs[key] = jax.jit(lambda params, rows: encode({"clip": params}, rows))
+            else:
+                self._programs[key] = jax.jit(
+                    lambda params, rows, keys: task.sample(params, rows, keys, **options)
+                )
+        return self._programs[key]
+
+
+def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
+    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
+    p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
+    root = jax.random.key(np.uint32(seed))
+    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
+
+
+def _fold(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def _host() -> jax.Device | None:
+    """The device whose memory is the host's; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _locate(path: str | Path) -> Path:
+    """The directory of a bundled stack by its name, or of any stack by its path."""
+    path = Path(path)
+    bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}
+    if str(path) in bundled and not (path / "stack.json").is_file():
+        return bundled[str(path)]
+    if len(path.parts) == 1 and not path.expanduser().exists():
+        names = ", ".join(sorted(bundled)) or "none"
+        what = f"there is no stack {str(path)!r}: no such directory, and the bundled stacks are {names}"
+        raise UserError(what, "give a directory written by `unclip export`")
+    return path
+
+
+def _role(stage: str) -> str:
+    return "upsampler" if stage.startswith("upsampler") else stage
+
+
+def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
+    """{"clip": …, "prior": …, "decoder": …, "upsampler": …, "upsampler_2": …} -> their names in the stack."""
+    by_task: dict[str, list[str]] = {}
+    for name in sorted(configs):
+        by_task.setdefault(str(configs[name].get("task")), []).append(name)
+    chain = {}
+    for role in ("clip", "prior", "decoder"):
+        found = by_task.pop(ROLES[role], [])
+        if len(found) != 1:
+            raise UserError(
+                f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
+                "export a whole stack: unclip export --clip … --prior … --decoder …",
+            )
+        chain[role] = found[0]
+    upsamplers = sorted(by_task.pop("upsampler", []), key=lambda name: configs[name].data.size)
+    if by_task:
+        raise UserError(f"stack {path}: task {sorted(by_task)[0]!r} is unknown", "update unclip_jax")
+    chain |= {f"upsampler_{k + 1}" if k else "upsampler": name for k, name in enumerate(upsamplers)}
+    return chain
+
+
+def _check_same_clip(path: Path, configs: Mapping, params: Mapping, identity: str | None) -> None:
+    """Embeddings mean something to the CLIP alone that they were learned from."""
+    width = configs["clip"].model.embed_dim
+    for name, statistic in (("prior", "mean"), ("decoder", "null_image")):
+        own = configs[name].get("clip_identity")
+        if params[name][statistic].shape != (width,) or (own and identity and own != identity):
+            raise UserError(
+                f"stack {path}: its {name} was trained with another CLIP than the one in the stack",
+                "export stages that were trained with the same --config.clip",
+            )
+
+
+def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
+    """Each stage's Task; the prior and the decoder know the CLIP they were trained on."""
+    made = {"clip": task_registry.make(configs["clip"])}
+    for name in configs:
+        if name != "clip":
+            made[name] = task_registry.make(configs[name], clip=made["clip"].model)
+    return made
+
+
+def _cast(path, x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as dtype, but for whole numbers and the few statistics that scale everything else."""
+    statistic = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
+    return x if statistic or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(DTYPES[dtype])
+
+
+def _whole(value, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _check_call(prompts, seed, num, batch_size) -> None:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("prompts must be a list of texts", "write generate(['a red circle'])")
+    if not len(prompts):
+        raise UserError("prompts must hold at least one text")
+    if not _whole(seed, 0, 2**32 - 1):
+        raise UserError(f"seed={seed!r} must be a whole number in 0 … 4294967295")
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if not _whole(value, 1):
+            raise UserError(f"{name}={value!r} must be a whole number of at least 1")

@@ -1,0 +1,180 @@
+"""Sharding as data: a mesh (data, fsdp, tensor) and ordered rules from array paths to partitions.
+
+Models hold no axis names. Batches are split over data x fsdp, arrays over fsdp (and tensor where a rule says
+so); the same rules serve the optimizer's moments and the averaged weights, whose paths end in that of their
+parameter.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from unclip_jax.errors import UserError, suggest
+
+AXES = ("data", "fsdp", "tensor")
+FSDP_MIN_SIZE = 2**16  # elements; below this a gather costs more than the copy it saves
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
+    """The mesh of all devices, or of `devices`; one axis may be -1, which takes what the others leave.
+
+    Raises:
+      UserError: the product of the axes is not the number of devices.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    spelled = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(isinstance(s, bool) or not isinstance(s, int) or s == 0 or s < -1 for s in sizes.values()):
+        raise UserError(f"mesh {spelled} must be whole numbers >= 1, or -1 for the rest")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh {spelled}: only one axis may be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
+        divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(
+            f"mesh {spelled} must multiply to the {count} devices",
+            f"leave mesh.data=-1 and choose fsdp and tensor so that their product is one of {divisors}",
+        )
+    # Explicit axes, jax's default, break gradients of Linen modules.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE):
+    """The sharding of every array of a tree, by the first rule whose pattern is found in its path.
+
+    Args:
+      shapes: tree of arrays or ShapeDtypeStructs; a path reads "params/block/kernel", "opt/…/block/kernel".
+      rules: ordered (regex, spec). The spec is "replicate"; or "fsdp": split the largest axis that divides by
+        the fsdp axis of the mesh, replicate where none does or the array has fewer than `min_size` elements;
+        or a tuple with a mesh axis, a tuple of them, or None for each dimension, such as (None, "tensor").
+      mesh: from `make_mesh`.
+      min_size: elements.
+
+    Returns:
+      A tree of NamedSharding like `shapes`. Scalars are replicated and need no rule.
+
+    Raises:
+      UserError: an array no rule matches, a rule that decides for no array, or a spec that does not fit one.
+    """
+    compiled = [_compile(rule) for rule in rules]
+    used = set()
+
+    def choose(path, array):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(name)), None)
+        used.add(found)
+        if array.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        if found is None:
+            raise UserError(
+                f"array {name} {array.shape} matches no sharding rule", "end the rules with ('.*', 'fsdp')"
+            )
+        return NamedSharding(mesh, _partition(name, array.shape, compiled[found][1], mesh, min_size))
+
+    shardings = jax.tree_util.tree_map_with_path(choose, shapes)
+    for index, (pattern, _) in enumerate(compiled):
+        if index not in used:
+            raise UserError(
+                f"sharding rule {pattern.pattern!r} decides for no array "
+                "(nothing has such a path, or earlier rules take all of it)",
+                "correct the pattern, put it before the wider ones, or remove it",
+            )
+    return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches: the first axis split over data x fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(shapes, shardings):
+    """ShapeDtypeStructs that carry shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
+    """Raises UserError unless `batch_size` (over all hosts) is a positive multiple of data x fsdp."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size <= 0:
+        raise UserError(f"{name}={batch_size!r} must be a whole number >= 1", f"use {parts}")
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"{name}={batch_size} must be a multiple of {parts} (data x fsdp devices)", f"use {nearest}"
+        )
+
+
+def put_batch(batch, sharding: NamedSharding):
+    """This process's rows of a batch (numpy) -> global arrays under `sharding`."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _compile(rule) -> tuple[re.Pattern, object]:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+        raise UserError(f"sharding rule {rule!r} must be a pair (regex, spec)", "such as ('.*', 'fsdp')")
+    spec = rule[1]
+    try:
+        pattern = re.compile(rule[0])
+    except re.error as error:
+        raise UserError(f"sharding rule {rule!r} must start with a regular expression ({error})") from None
+    if isinstance(spec, str) and spec not in ("fsdp", "replicate"):
+        raise UserError(
+            f"sharding rule {pattern.pattern!r} has the unknown spec {spec!r}",
+            suggest(spec, ("fsdp", "replicate")) + ", or a tuple such as (None, 'tensor')",
+        )
+    if not isinstance(spec, (str, tuple, list)):
+        raise UserError(
+            f"sharding rule {pattern.pattern!r}: spec {spec!r} must be 'fsdp', 'replicate' or a tuple"
+        )
+    return pattern, spec
+
+
+def _partition(name: str, shape: tuple[int, ...], spec, mesh: Mesh, min_size: int) -> PartitionSpec:
+    if spec == "replicate":
+        return PartitionSpec()
+    if spec == "fsdp":
+        parts = mesh.shape["fsdp"]
+        fitting = [(size, axis) for axis, size in enumerate(shape) if size and size % parts == 0]
+        if parts == 1 or not fitting or math.prod(shape) < min_size:
+            return PartitionSpec()
+        axis = max(fitting)[1]
+        return PartitionSpec(*(None,) * axis, "fsdp")
+    return _explicit(name, shape, spec, mesh)
+
+
+def _explicit(name: str, shape: tuple[int, ...], spec: Sequence, mesh: Mesh) -> PartitionSpec:
+    if len(spec) > len(shape):
+        raise UserError(f"sharding spec {spec!r} has more entries than array {name} {shape} has dimensions")
+    entries, seen = [], []
+    for size, entry in zip(shape, spec, strict=False):
+        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise UserError(
+                    f"sharding spec {spec!r} names no mesh axis: {axis!r}", suggest(axis, mesh.shape)
+                )
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if size % parts:
+            raise UserError(
+                f"array {name} {shape}: {size} must be a multiple of {parts} (mesh axes {entry!r})"
+            )
+        seen += axes
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    if len(seen) != len(set(seen)):
+        raise UserError(f"sharding spec {spec!r} uses a mesh axis twice")
+    return PartitionSpec(*entries)

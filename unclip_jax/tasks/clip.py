@@ -1,0 +1,84 @@
+"""CLIP's contrastive training (Radford et al. 2021, figure 3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unclip_jax.models.clip import CLIP
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTask:
+    """Symmetric cross-entropy over the similarities of all images with all captions of the global batch."""
+
+    model: CLIP
+
+    @classmethod
+    def from_config(cls, config, clip=None):
+        """Vocabulary and caption length come from `config.tokenizer`."""
+        model = config.model.to_dict()
+        tokens = {"vocab_size": config.tokenizer.vocab_size, "max_len": config.tokenizer.max_len}
+        return cls(CLIP(**{**model, "text": {**model["text"], **tokens}}))
+
+    def init(self, rng):
+        size, length = self.model.vision["image_size"], self.model.text["max_len"]
+        tokens = jnp.zeros((1, length), jnp.int32)
+        return self.model.init(rng, jnp.zeros((1, size, size, 3)), tokens, tokens == 0)["params"]
+
+    def prepare(self, frozen, params, batches):
+        return params
+
+    def encode(self, frozen, batch):
+        return batch
+
+    def logits(self, params, batch):
+        """f32[B, B]: row = image, column = caption, scaled by the temperature.
+
+        Written over the global batch: under jit with a sharded batch, XLA gathers one side's embeddings, so that every
+        image meets every caption, whatever the devices.
+        """
+        image, text, scale = self.model.apply({"params": params}, batch["image"], batch["tokens"], batch["mask"])
+        return scale * unit(image) @ unit(text).T
+
+    def loss(self, params, batch, rng):
+        logits = self.logits(params, batch)
+        labels = jnp.arange(logits.shape[0])
+        by_image = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        by_text = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
+        accuracy = (logits.argmax(-1) == labels).mean()
+        temperature = jnp.exp(-jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+        return (by_image + by_text).mean() / 2, {"accuracy": accuracy, "temperature": temperature}
+
+    def sample(self, params, cond, keys, **over):
+        """CLIP draws nothing; its sample is the image embedding z_img f32[B, D]."""
+        return self.model.apply({"params": params}, cond["image"], method="embed_image")
+
+    def evaluate(self, params, batch, rng):
+        logits = self.logits(params, batch)
+        n = logits.shape[0]
+        hits = lambda scores: jnp.sum(scores.argmax(-1) == jnp.arange(n))  # noqa: E731
+        loss, _ = self.loss(params, batch, rng)
+        return {
+            f"image_to_text_recall@1_of_{n}": (hits(logits), n),
+            f"text_to_image_recall@1_of_{n}": (hits(logits.T), n),
+            "loss": (loss * n, n),
+        }
+
+    def preview(self, params, batch, rng):
+        """The similarity matrix of the batch as one picture; a bright diagonal is what is wanted."""
+        return matrix_picture(self.logits(params, batch))
+
+
+def unit(z: jax.Array) -> jax.Array:
+    """z / |z| along the last axis."""
+    return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)
+
+
+def matrix_picture(matrix: jax.Array) -> jax.Array:
+    """A matrix [N, M] as one grey picture f32[1, 4N, 4M, 3], each row's smallest value black and largest white."""
+    low, high = matrix.min(-1, keepdims=True), matrix.max(-1, keepdims=True)
+    grey = 2 * (matrix - low) / jnp.maximum(high - low, 1e-6) - 1
+    grey = jnp.repeat(jnp.repeat(grey, 4, 0), 4, 1)
+    return jnp.broadcast_to(grey[None, :, :, None], (1, *grey.shape, 3))

@@ -1,0 +1,152 @@
+"""The decoder's training and sampling (unCLIP, section 2.1): diffusion over images given z_img and the caption."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.loss import diffusion_loss
+from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.models.clip import CLIP
+from unclip_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderTask:
+    """Decoder, drawn with classifier-free guidance on z_img and caption together.
+
+    Attributes:
+      image_size: side of the images in pixels.
+      target: what the network predicts, "eps" (the paper), "v" or "x0".
+      clip_drop: share of examples whose z_img is dropped (the paper: 0.1).
+      text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
+      vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
+      sampler: defaults of `sample`: name, steps, guidance.
+    """
+
+    model: Decoder
+    schedule: Schedule
+    clip: CLIP
+    image_size: int
+    sampler: dict[str, Any]
+    target: str = "eps"
+    weighting: str = "none"
+    clip_drop: float = 0.1
+    text_drop: float = 0.5
+    vlb_weight: float = 0.001
+
+    @classmethod
+    def from_config(cls, config, clip: CLIP):
+        """Embedding width, vocabulary and caption length come from the CLIP; the output's width from the objective."""
+        model = config.model.to_dict()
+        if model["text"] is not None:
+            tokens = {"vocab_size": clip.text["vocab_size"], "max_len": clip.text["max_len"]}
+            model["text"] = {**model["text"], **tokens}
+        channels = 6 if config.objective.vlb_weight else 3
+        net = Decoder(clip.embed_dim, **{**model, "unet": {**model["unet"], "out_channels": channels}})
+        sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
+        return cls(net, schedule, clip, config.data.size, sampler, **config.objective)
+
+    def init(self, rng):
+        d, length, size = self.clip.embed_dim, self.clip.text["max_len"], self.image_size
+        one = jnp.ones((1,), bool)
+        z, tokens = jnp.zeros((1, d)), jnp.zeros((1, length), jnp.int32)
+        states = jnp.zeros((1, length, self.clip.text["width"]))
+        image = jnp.zeros((1, size, size, 3))
+        time = jnp.zeros((1,), jnp.int32)
+        return self.model.init(rng, image, time, z, one, tokens, tokens == 0, one, z, states)["params"]
+
+    def prepare(self, frozen, params, batches):
+        return params
+
+    def encode(self, frozen, batch):
+        variables = {"params": frozen["clip"]}
+        z_txt, states = self.clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
+        batch = {**batch, "z_txt": z_txt, "states": states}
+        if "image" in batch:
+            image = batch["image"]
+            side = self.clip.vision["image_size"]
+            if image.shape[1] != side:
+                image = jax.image.resize(image, (image.shape[0], side, side, 3), "bicubic", antialias=True)
+            batch["z_img"] = self.clip.apply(variables, image, method="embed_image")
+        return batch
+
+    def condition(self, params, batch, keep_image, keep_text):
+        """The network's `Condition` for an encoded batch."""
+        args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
+        return self.model.apply({"params": params}, *args, method="condition")
+
+    def loss(self, params, batch, rng):
+        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
+        x0 = batch["image"]
+        b = x0.shape[0]
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
+        keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
+        keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
+        cond = self.condition(params, batch, keep_image, keep_text)
+
+        def denoise(xt, time):
+            out = self.model.apply(
+                {"params": params}, xt, time, cond, train=True, method="denoise", rngs={"dropout": dropout}
+            )
+            return split_variance(out)
+
+        loss, metrics = diffusion_loss(
+            self.schedule,
+            denoise,
+            x0,
+            t,
+            jax.random.normal(noise_rng, x0.shape),
+            self.target,
+            self.vlb_weight,
+            self.weighting,
+        )
+        return loss.mean(), metrics
+
+    def sample(self, params, cond, keys, **over):
+        """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
+
+        Caption Transformer and projections are run once, not in every step.
+        """
+        settings = {**self.sampler, **over}
+        b, guidance = cond["z_img"].shape[0], settings["guidance"]
+        halves = 1 if guidance == 1 else 2
+        cond = {k: jnp.concatenate([cond[k]] * halves) for k in ("z_img", "tokens", "mask", "z_txt", "states")}
+        keep = jnp.arange(b * halves) < b
+        shared = self.condition(params, cond, keep, keep)
+
+        def denoise(xt, time):
+            return split_variance(self.model.apply({"params": params}, xt, time, shared, method="denoise"))
+
+        image = SAMPLERS[settings["name"]](
+            respace(self.schedule, settings["steps"]),
+            denoise if halves == 1 else guide_batched(denoise, guidance),
+            initial_noise(keys, (self.image_size, self.image_size, 3)),
+            keys,
+            target=self.target,
+        )
+        return jnp.clip(image, -1, 1)
+
+    def evaluate(self, params, batch, rng):
+        return mean_loss(self, params, batch, rng)
+
+    def preview(self, params, batch, rng):
+        """True images, and below them what the decoder draws from their captions and embeddings."""
+        image = batch["image"]
+        drawn = self.sample(params, batch, jax.random.split(rng, image.shape[0]))
+        return jnp.concatenate([image, drawn])
+
+
+def split_variance(out: jax.Array) -> Out:
+    """A network's 3 or 6 channels as prediction and, where there are 6, the variance's place in [-1, 1]."""
+    return Out(*jnp.split(out, 2, axis=-1)) if out.shape[-1] == 6 else Out(out)
+
+
+def mean_loss(task, params, batch, rng) -> dict[str, tuple[jax.Array, int]]:
+    """The training loss and its parts as {metric: (sum, count)}."""
+    loss, metrics = task.loss(params, batch, rng)
+    b = batch["image"].shape[0]
+    return {name: (value * b, b) for name, value in {"loss": loss, **metrics}.items()}

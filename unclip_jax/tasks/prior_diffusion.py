@@ -1,0 +1,152 @@
+"""The diffusion prior's training and sampling (unCLIP, section 2.2): predict the unnoised z_img, mean squared error."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.loss import diffusion_loss
+from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.models.clip import CLIP
+from unclip_jax.models.prior import Prior
+from unclip_jax.tasks.clip import matrix_picture, unit
+
+PREPARE_BATCHES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorTask:
+    """Prior over whitened embeddings: diffusion runs on (z_img - mean) / std, statistics that live beside the weights.
+
+    Parameters are {"net": …, "mean": f32[D], "std": f32[D]}; the statistics get no gradient.
+
+    Attributes:
+      clip: the frozen CLIP whose embeddings are modelled.
+      text_drop: share of examples trained without caption and text embedding (the paper: 0.1).
+      clip_x0: bound on the whitened prediction while sampling, or None.
+      sampler: defaults of `sample`: name, steps, guidance, candidates.
+    """
+
+    model: Prior
+    schedule: Schedule
+    clip: CLIP
+    sampler: dict[str, Any]
+    text_drop: float = 0.1
+    clip_x0: float | None = 5.0
+
+    @classmethod
+    def from_config(cls, config, clip: CLIP):
+        """`config.model.caption` says how the caption enters: "tokens" (the paper) or "states" (Karlo)."""
+        model = config.model.to_dict()
+        vocab_size = clip.text["vocab_size"] if model.pop("caption") == "tokens" else 0
+        net = Prior(clip.embed_dim, clip.text["max_len"], vocab_size=vocab_size, **model)
+        return cls(net, make_schedule(**config.diffusion), clip, config.sampler.to_dict(), **config.objective)
+
+    def init(self, rng):
+        d, length = self.clip.embed_dim, self.clip.text["max_len"]
+        mask = jnp.ones((1, length), bool)
+        caption = jnp.zeros((1, length), jnp.int32)
+        if not self.model.vocab_size:
+            caption = jnp.zeros((1, length, self.clip.text["width"]))
+        z, keep = jnp.zeros((1, d)), jnp.ones((1,), bool)
+        net = self.model.init(rng, z, jnp.zeros((1,), jnp.int32), caption, mask, z, keep)["params"]
+        return {"net": net, "mean": jnp.zeros((d,)), "std": jnp.ones((d,))}
+
+    def prepare(self, frozen, params, batches):
+        """Mean and standard deviation of z_img per component, over the first batches of the training data."""
+        moments = jax.jit(lambda frozen, batch: _moments(self.encode(frozen, batch)["z_img"]))
+        count, total, square = 0, 0.0, 0.0
+        for _ in range(PREPARE_BATCHES):
+            n, s, q = moments(frozen, next(batches))
+            count, total, square = count + n, total + s, square + q
+        mean = total / count
+        std = jnp.sqrt(jnp.maximum(square / count - mean**2, 1e-6))
+        return {**params, "mean": mean, "std": std}
+
+    def encode(self, frozen, batch):
+        variables = {"params": frozen["clip"]}
+        z_txt, states = self.clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
+        batch = {**batch, "z_txt": z_txt, "states": states}
+        if "image" in batch:
+            batch["z_img"] = self.clip.apply(variables, batch["image"], method="embed_image")
+        return batch
+
+    def _caption(self, batch):
+        return batch["tokens"] if self.model.vocab_size else batch["states"]
+
+    def loss(self, params, batch, rng):
+        t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
+        b = batch["z_img"].shape[0]
+        x0 = (batch["z_img"] - params["mean"][None]) / params["std"][None]
+        x0 = jax.lax.stop_gradient(x0)
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
+        keep = jax.random.uniform(drop_rng, (b,)) >= self.text_drop
+
+        def denoise(xt, time):
+            args = (self._caption(batch), batch["mask"], batch["z_txt"], keep)
+            return Out(self.model.apply({"params": params["net"]}, xt, time, *args))
+
+        loss, metrics = diffusion_loss(self.schedule, denoise, x0, t, jax.random.normal(noise_rng, x0.shape), "x0")
+        return loss.mean(), metrics
+
+    def sample(self, params, cond, keys, **over):
+        """cond {tokens, mask, z_txt, states} of B captions → z_img f32[B, D].
+
+        `candidates` embeddings are drawn for each caption and the one with the largest dot product with z_txt kept
+        (the paper: 2). The prefix of every caption is run once, not in every step, and shared by its candidates.
+        """
+        settings = {**self.sampler, **over}
+        candidates, guidance = settings["candidates"], settings["guidance"]
+        b, d = cond["z_txt"].shape
+        keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(candidates)))(keys)
+        keys = keys.reshape(b * candidates)
+        variables = {"params": params["net"]}
+        # Rows: all captions, then, with guidance, all captions dropped.
+        halves = 1 if guidance == 1 else 2
+        caption, mask, z_txt = (jnp.concatenate([a] * halves) for a in (self._caption(cond), cond["mask"], cond["z_txt"]))
+        keep = jnp.arange(b * halves) < b
+        kv, mask = self.model.apply(variables, caption, mask, z_txt, keep, method="prefix")
+        kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)
+        mask = jnp.repeat(mask, candidates, axis=0)
+
+        def denoise(xt, time):
+            return Out(self.model.apply(variables, xt, time, kv, mask, method="step"))
+
+        z = SAMPLERS[settings["name"]](
+            respace(self.schedule, settings["steps"]),
+            denoise if halves == 1 else guide_batched(denoise, guidance),
+            initial_noise(keys, (d,)),
+            keys,
+            target="x0",
+            clip_x0=self.clip_x0,
+        )
+        z = (z * params["std"][None] + params["mean"][None]).reshape(b, candidates, d)
+        best = jnp.einsum("bcd,bd->bc", z, cond["z_txt"]).argmax(1)
+        return jnp.take_along_axis(z, best[:, None, None], axis=1)[:, 0]
+
+    def evaluate(self, params, batch, rng):
+        """Cosine of drawn and true embeddings, beside those of the text embedding and of the data's mean."""
+        b = batch["z_img"].shape[0]
+        z = self.sample(params, batch, jax.random.split(rng, b))
+        loss, _ = self.loss(params, batch, rng)
+        cosine = lambda a: jnp.sum(unit(a) * unit(batch["z_img"]))  # noqa: E731
+        return {
+            "cosine": (cosine(z), b),
+            "cosine_of_text_embedding": (cosine(batch["z_txt"]), b),
+            "cosine_of_mean": (cosine(jnp.broadcast_to(params["mean"][None], z.shape)), b),
+            "cosine_of_others": (cosine(jnp.roll(batch["z_img"], 1, axis=0)), b),
+            "loss": (loss * b, b),
+        }
+
+    def preview(self, params, batch, rng):
+        """Cosines of drawn (rows) with true embeddings (columns), whitened; a bright diagonal is what is wanted."""
+        z = self.sample(params, batch, jax.random.split(rng, batch["z_img"].shape[0]))
+        drawn, true = ((a - params["mean"][None]) / params["std"][None] for a in (z, batch["z_img"]))
+        return matrix_picture(unit(drawn) @ unit(true).T)
+
+
+def _moments(z):
+    return z.shape[0], z.sum(0), jnp.square(z).sum(0)

@@ -1,0 +1,279 @@
+"""A trained stack as one directory: what sampling needs, in files that hold no code.
+
+    stack.json             format version, and of each stage its config, step, dtype and SHA-256
+    <stage>.safetensors    its weights, flat by path ("block/kernel")
+    tokenizer.json
+
+Written whole or not at all: into a temporary folder beside it, then renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from ml_collections import ConfigDict
+from safetensors.flax import save_file
+
+import unclip_jax
+from unclip_jax.errors import UserError, suggest
+
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 16 * 2**20  # a safetensors header, stack.json or a tokenizer; real ones are below 4 MB
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+# Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
+STATISTICS = frozenset({"mean", "std", "logit_scale"})
+_STAGE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class Stage(NamedTuple):
+    """One trained network: weights (nested dict of arrays, as stored), config, training step, other facts."""
+
+    params: dict
+    config: ConfigDict
+    step: int
+    extra: dict
+
+
+class Stack(NamedTuple):
+    """The stages of a stack by name, the tokenizer's JSON text and the directory they came from."""
+
+    stages: dict[str, Stage]
+    tokenizer_json: str
+    path: Path
+
+
+def save_stack(
+    out: str | os.PathLike,
+    stages: Mapping[str, tuple],
+    tokenizer_json: str,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a stack directory and returns its path.
+
+    Args:
+      out: the directory to make.
+      stages: {name: (params, config, step, extra)}, `extra` a dict of JSON values; names like
+        "prior_diffusion".
+      tokenizer_json: `Tokenizer.to_json()`.
+      dtype: "bfloat16" or "float32" for floating arrays; "mean", "std" and "logit_scale" stay f32.
+      overwrite: replace a stack that is there; anything else at `out` is never replaced.
+
+    Raises:
+      UserError: `out` exists, is not writable, or a stage has no arrays or a NaN or infinite one.
+    """
+    out = Path(out).expanduser().resolve()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
+    if not stages:
+        raise UserError("a stack must have at least one stage")
+    _check_target(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out.parent} must be a writable folder ({error.strerror})") from None
+    try:
+        index = {
+            "format_version": FORMAT_VERSION,
+            "unclip_jax": unclip_jax.__version__,
+            "created_by": "unclip_jax.weights.save_stack",
+            "stages": {},
+        }
+        for name, (params, config, step, extra) in stages.items():
+            index["stages"][name] = _write_stage(temporary, name, params, config, step, extra, dtype)
+        (temporary / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        (temporary / "stack.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        _swap_in(temporary, out)
+    except OSError as error:
+        raise UserError(f"stack {out} could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def load_stack(path: str | os.PathLike, stages: Iterable[str] | None = None) -> Stack:
+    """Reads a stack directory, or only the named `stages` of it; arrays keep their stored dtype.
+
+    Raises:
+      UserError: no stack there, a missing stage or file, a wrong checksum, a malformed file, or a newer
+        format.
+    """
+    path = Path(path).expanduser().resolve()
+    index = _index(path)
+    wanted = list(index["stages"]) if stages is None else list(stages)
+    for name in wanted:
+        if name not in index["stages"]:
+            raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
+    loaded = {name: _read_stage(path, name, index["stages"][name]) for name in wanted}
+    return Stack(loaded, _text(path / "tokenizer.json"), path)
+
+
+def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtype: str) -> dict:
+    """Writes <name>.safetensors; returns the stage's entry of stack.json."""
+    if not _STAGE.fullmatch(name):
+        raise UserError(f"stage name {name!r} must be lower-case letters, digits and _")
+    arrays = _flat(params, name, dtype)
+    file = folder / f"{name}.safetensors"
+    save_file(arrays, file)
+    config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return {
+        "config": config,
+        "step": int(step),
+        "sha256": _sha256(file),
+        "dtype": dtype,
+        "extra": dict(extra or {}),
+    }
+
+
+def _flat(params, stage: str, dtype: str) -> dict[str, jax.Array]:
+    flat = {}
+    for path, array in jax.tree_util.tree_leaves_with_path(params):
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        name = "/".join(names)
+        if not names or any(not part or "/" in part for part in names):
+            raise UserError(f"stage {stage}: array path {names!r} must be of names without '/'")
+        array = jnp.asarray(array)
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            if not bool(jnp.isfinite(array).all()):
+                raise UserError(
+                    f"stage {stage}: array {name} holds NaN or infinite values", "use an earlier step"
+                )
+            array = array.astype(jnp.float32 if names[-1] in STATISTICS else DTYPES[dtype])
+        flat[name] = array
+    if not flat:
+        raise UserError(f"stage {stage} has no arrays")
+    return flat
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists", "choose another directory, or ask to overwrite it")
+    if not (out / "stack.json").is_file():
+        raise UserError(
+            f"{out} exists and is not a stack, so it is not overwritten", "choose another directory"
+        )
+
+
+def _swap_in(temporary: Path, out: Path) -> None:
+    """Renames `temporary` to `out`; the stack that was there is put back if that fails, else removed."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        temporary.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _index(path: Path) -> dict:
+    """stack.json, checked as far as names, types and version go."""
+    if not (path / "stack.json").is_file():
+        state = (
+            "does not exist" if not path.exists() else "is a file" if path.is_file() else "has no stack.json"
+        )
+        if (path / "checkpoints").is_dir():
+            state = "is the workdir of one training run"
+        raise UserError(
+            f"{path} {state}; expected a stack directory (stack.json and <stage>.safetensors)",
+            "give a directory written by `unclip convert`",
+        )
+    try:
+        index = json.loads(_text(path / "stack.json"))
+        version, stages = index["format_version"], index["stages"]
+        entries = [(entry["config"], entry["step"], entry["sha256"]) for entry in stages.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path / 'stack.json'} is malformed ({error!r})") from None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(
+            f"stack {path} has format version {version}; this version of unclip_jax reads up to "
+            f"{FORMAT_VERSION}",
+            "update unclip_jax",
+        )
+    sound = all(type(c) is dict and type(s) is int and type(h) is str for c, s, h in entries)
+    if not sound or not all(_STAGE.fullmatch(name) for name in stages):
+        raise UserError(f"{path / 'stack.json'} is malformed (stage names, configs, steps or checksums)")
+    return index
+
+
+def _read_stage(path: Path, name: str, entry: dict) -> Stage:
+    file = path / f"{name}.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing, though stack.json lists it", "copy the whole stack directory again"
+        )
+    _check_header(file)
+    if _sha256(file) != entry["sha256"]:
+        raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
+    params = {}
+    try:
+        with safetensors.safe_open(file, framework="flax") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                *blocks, last = key.split("/")
+                inner = params
+                for block in blocks:
+                    inner = inner.setdefault(block, {})
+                inner[last] = tensors.get_tensor(key)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is no valid safetensors file ({error})") from None
+    try:
+        config = ConfigDict(_tuples(entry["config"])).lock()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
+    return Stage(params, config, entry["step"], entry.get("extra", {}))
+
+
+def _check_header(file: Path) -> None:
+    """Refuses a safetensors file by its first 8 bytes before anything is allocated for it."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    header = int(np.frombuffer(start, "<u8")[0]) if len(start) == 8 else -1
+    if start.startswith(b"version "):
+        raise UserError(f"{file} is a Git LFS pointer, not the file itself", "run git lfs pull")
+    if not 2 <= header <= size - 8:
+        raise UserError(f"{file} is truncated or no safetensors file ({size} bytes)", "copy it again")
+    if header > MAX_JSON_BYTES:
+        raise UserError(f"{file} has a header of {header} bytes, more than the {MAX_JSON_BYTES} allowed")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{file} is larger than the {MAX_JSON_BYTES} bytes allowed")
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing", "copy the whole stack directory again") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error})") from None
+
+
+def _tuples(value):
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
