@@ -4,7 +4,7 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
 
     6  cli
     5  train  evaluate  plan  ui  interop  export  demo
-    4  pipeline
+    4  pipeline  logs
     3  tasks
     2  models
     1  diffusion  nn
@@ -26,7 +26,7 @@ RANKS = {
     1: "diffusion nn",
     2: "models",
     3: "tasks",
-    4: "pipeline",
+    4: "pipeline logs",
     5: "train evaluate plan ui interop export demo",
     6: "cli __main__",
 }

@@ -131,7 +131,7 @@ class UnCLIP:
     @property
     def size(self) -> int:
         """Side of the final pictures, in pixels."""
-        return self.configs[(self.upsamplers or ["decoder"])[-1]].data.size
+        return self.tasks[(self.upsamplers or ["decoder"])[-1]].image_size
 
     def without_upsamplers(self) -> UnCLIP:
         """The same stack ending with the decoder's own pictures."""

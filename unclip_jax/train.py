@@ -1,35 +1,36 @@
 """The one training loop, for every task.
 
-    state, metrics = step(state, frozen, batch)          until num_steps, a stop signal, or a number that is not finite
+    state, metrics = step(state, frozen, batch, index)    until num_steps, a stop signal, or a number that is not finite
 
-All randomness of a step comes from (seed, step) and all data from (seed, step), so a resumed run repeats the uninterrupted
-one bit for bit on the same devices.
+All randomness of a step comes from (seed, step) and all data from (seed, step), so a resumed run repeats the
+uninterrupted one bit for bit on the same devices.
 """
 
 import contextlib
 import fcntl
+import functools
+import inspect
 import itertools
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from unclip_jax import checkpoint, config as configs, data, distributed, optim, sharding, tasks
-from unclip_jax.data import images, loader
-from unclip_jax.errors import UserError
+from unclip_jax import checkpoint, data, distributed, optim, sharding, tasks
+from unclip_jax import config as configs
+from unclip_jax.data import loader
+from unclip_jax.data.source import Source
+from unclip_jax.errors import UserError, suggest
+from unclip_jax.logs import Checks, Logs, say
 from unclip_jax.tokenizer import Tokenizer
 
-# Settings that may differ when a run goes on: none of them changes what the weights are.
-MAY_CHANGE = ("num_steps", "every", "keep", "mesh", "rules", "loader", "eval", "clip", "sampler")
+# What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
+MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "sampler.")
+MAY_CHANGE += ("loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -50,13 +51,14 @@ def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Arra
 
 
 def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int) -> Callable:
-    """(state, frozen, batch) → (state, metrics), pure.
+    """(state, frozen, batch, index) → (state, metrics), pure; the batch is number `index` of the run, from 0.
 
-    The average is ema += (1 - d) (params - ema) with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run is not
-    held back by its random start. Where loss or gradient is not finite the state stays as it was, and metrics["loss"] tells.
+    The average is ema += (1 - d) (params - ema) with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run
+    is not held back by its random start. Where loss or gradient is not finite the state stays as it was, and
+    metrics["loss"] tells; it stays so for all later batches too, whose index is no longer its step.
     """
 
-    def step(state: TrainState, frozen: Mapping, batch: Mapping) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Mapping, batch: Mapping, index: jax.Array) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.encode(frozen, batch)
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, rng)
@@ -65,9 +67,9 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
         rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == index)
         new = TrainState(state.step + 1, params, ema, opt)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
         return new, {"loss": jnp.where(jnp.isfinite(norm), loss, jnp.nan), "grad_norm": norm, **metrics}
 
     return step
@@ -78,6 +80,8 @@ class Run(NamedTuple):
 
     config: ConfigDict
     workdir: Path
+    source: Source
+    held_out: Source | None
     tokenizer: Tokenizer | None
     task: tasks.Task
     tx: optax.GradientTransformation
@@ -95,191 +99,115 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     Raises:
       UserError: whatever does not fit, before anything is compiled.
     """
+    config = configs.from_json(configs.to_json(config), "config")
+    workdir, earlier = _earlier_run(workdir)
+    _check_values(config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, mesh)
-    _check_numbers(config)
-    config = config.copy_and_resolve_references()
+    tx = optim.make(config.num_steps, **config.optim)
+    source = data.make(**config.data)
+    checked = config.every.preview or config.every.eval
+    held_out = data.make(**{**config.data, "split": config.eval.split}) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
-    text = clip.tokenizer_json if clip else _own_tokenizer(config, workdir)
+    text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
         config.clip_identity = clip.identity if clip else ""
         if tokenizer:
             config.tokenizer.update(vocab_size=tokenizer.vocab_size, max_len=tokenizer.max_len)
+    if earlier:
+        _check_same_run(config, earlier, workdir)
     task = tasks.make(config, clip.model if clip else None)
-    tx = optim.make(config.num_steps, **config.optim)
-    stored = Path(workdir) / "config.json"
-    if stored.is_file():
-        _check_same_run(config, configs.from_json(stored.read_text(), str(stored)), workdir)
-    try:
+    with _said_of(f"the network of {config.task} cannot be built", "correct config.model"):
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed)))
-    except ValueError as e:
-        raise UserError(f"the network of {config.task} cannot be built: {e}", "correct config.model") from e
     shardings = sharding.infer(shapes, config.rules, mesh)
     frozen = {"clip": jax.device_put(clip.params, sharding.replicated(mesh))} if clip else {}
-    return Run(config, Path(workdir), tokenizer, task, tx, mesh, frozen, shardings, shapes)
+    return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Trains to `config.num_steps`, resuming what is in `workdir`. Returns an exit code: 0, or 75 after a stop signal.
 
     Writes checkpoints/, config.json, tokenizer.json, metrics.jsonl, tb/ and previews/ into `workdir`.
+
+    Raises:
+      UserError: a config that does not fit, with nothing written; a workdir in use; a loss that is not finite, with
+        the state before it saved.
     """
     distributed.initialize()
     run = make_run(config, workdir)
-    config, task = run.config, run.task
-    source = data.make(**config.data)
-    batch_sharding = sharding.batch_sharding(run.mesh)
-
-    def batches(start, stream=source, size=config.batch_size, **over):
-        settings = {**config.loader, **over}
-        made = loader.batches(stream, run.tokenizer, size, seed=config.seed, start_step=start, **settings)
-        return (sharding.put_batch(b, batch_sharding) for b in made)
-
-    with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved, run.mesh:
+    config, every = run.config, run.config.every
+    batches = functools.partial(_batches, run)
+    step_fn = make_train_step(run.task, run.tx, config.ema_decay, config.seed)
+    _rehearse(run, step_fn, batches)
+    with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
         state = restored[0] if restored else _fresh(run, batches)
         start = int(state.step)
         if start >= config.num_steps:
-            logging.info("already finished: %d of %d steps", start, config.num_steps)
+            say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
-        step_fn = make_train_step(task, run.tx, config.ema_decay, config.seed)
         step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, None))
-        logs = Logs(run, start)
-        checks = Checks(run, batches)
-        meta = {
-            "config": configs.to_json(config),
-            "tokenizer": run.tokenizer.to_json() if run.tokenizer else None,
-            "clip_identity": config.clip_identity,
-        }
+        logs, checks, meta = Logs(config, run.workdir, start), Checks(run, batches), _meta(run)
         stop = distributed.install_signal_handlers()
-        every, stream = config.every, batches(start)
+        stream = batches(start)
         try:
             for number in range(start + 1, config.num_steps + 1):
-                state, metrics = step_fn(state, run.frozen, next(stream))
+                state, metrics = step_fn(state, run.frozen, next(stream), number - 1)
                 logs.add(metrics)
                 last = number == config.num_steps
                 preempted = distributed.reached_preemption(number)
-                if number % every.log == 0 or last or preempted or number % every.save == 0:
-                    if not logs.write(number):
-                        good = int(state.step)
-                        saved.save(good, state, {**meta, "data_step": good})
-                        raise UserError(
-                            f"loss or gradient at step {good + 1} is not a finite number; the state of step {good} is saved",
-                            "lower optim.lr, raise optim.warmup, or compute in float32",
-                        )
-                if number % every.save == 0 or last or preempted:
+                save = number % every.save == 0 or last or preempted
+                if (number % every.log == 0 or save) and not logs.write(number):
+                    good = int(state.step)
+                    saved.save(good, state, {**meta, "data_step": good})
+                    what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
+                    fix = "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir"
+                    raise UserError(what, fix)
+                if save:
                     saved.save(number, state, {**meta, "data_step": number})
                 if preempted and not last:
                     saved.wait()
-                    logging.warning("stop signal: saved step %d; the same command goes on from there", number)
+                    say(f"stop signal: step {number} is saved; the same command goes on from there")
                     return PREEMPTED
                 if every.preview and (number % every.preview == 0 or last):
-                    checks.preview(state, number)
+                    checks.preview(state.ema, number)
                 if every.eval and (number % every.eval == 0 or last):
-                    logs.record(number, checks.evaluate(state))
+                    logs.record(number, checks.evaluate(state.ema))
         finally:
             stop()
             logs.close()
+            stream.close()
     return 0
 
 
-class Logs:
-    """Progress bar, metrics.jsonl and TensorBoard; written by the main process.
-
-    Metrics stay on the device until they are written, so that no step waits for the host.
-    """
-
-    def __init__(self, run: Run, start: int):
-        self.pending: list[dict] = []
-        self.batch_size = run.config.batch_size
-        self.rate = optim.learning_rate(run.config.num_steps, **run.config.optim)
-        self.clock, self.number = time.perf_counter(), start
-        self.main = distributed.is_main()
-        self.bar = tqdm(
-            total=run.config.num_steps, initial=start, desc=run.config.task, unit="step", disable=not self.main, mininterval=1
-        )
-        if self.main:
-            from tensorboardX import SummaryWriter
-
-            path = run.workdir / "metrics.jsonl"
-            _keep_until(path, start)
-            self.file = path.open("a")
-            self.board = SummaryWriter(str(run.workdir / "tb"), purge_step=start + 1)
-
-    def add(self, metrics: dict) -> None:
-        """Takes one step's metrics, still on the device."""
-        self.pending.append(metrics)
-
-    def write(self, number: int) -> bool:
-        """Means since the last time; waits for the device. False where a step's loss was not finite."""
-        if not self.pending:
-            return True
-        fetched = jax.device_get(self.pending)
-        self.pending = []
-        now = time.perf_counter()
-        steps = number - self.number
-        means = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
-        means["images_per_second"] = steps * self.batch_size / (now - self.clock)
-        means["learning_rate"] = float(self.rate(number))
-        self.clock, self.number = now, number
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
-        self.bar.update(steps)
-        self.record(number, means)
-        return bool(np.isfinite([m["loss"] for m in fetched]).all())
-
-    def record(self, number: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same scalars for TensorBoard."""
-        if self.main:
-            self.file.write(json.dumps({"step": number, **values}) + "\n")
-            self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, number)
-
-    def close(self) -> None:
-        """Ends the bar and the files."""
-        self.bar.close()
-        if self.main:
-            self.file.close()
-            self.board.close()
+def _batches(run: Run, start: int, source=None, size: int = 0, **over) -> Iterator[dict[str, jax.Array]]:
+    """Batches on the run's devices from number `start` on, of its own source and size unless others are given."""
+    settings = {"seed": run.config.seed, "start_step": start, **run.config.loader, **over}
+    source = run.source if source is None else source
+    made = loader.batches(source, run.tokenizer, size or run.config.batch_size, **settings)
+    place = sharding.batch_sharding(run.mesh)
+    with contextlib.closing(made):
+        for batch in made:
+            yield sharding.put_batch(batch, place)
 
 
-class Checks:
-    """Previews and metrics of the averaged weights on held-out data, while training."""
+def _rehearse(run: Run, step: Callable, batches: Callable) -> None:
+    """Traces all that training will compile, on a picture for each device; UserError for what does not fit."""
+    task, config, key = run.task, run.config, jax.random.key(0)
+    few = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
 
-    def __init__(self, run: Run, batches: Callable):
-        self.run, self.batches = run, batches
-        self.settings = run.config.eval
-        self._draw = None
+    def check(params, batch):
+        batch = task.encode(run.frozen, batch)
+        return task.evaluate(params, batch, key), task.preview(params, batch, key)
 
-    @property
-    def source(self):
-        """The evaluation split, uncropped."""
-        return data.make(**{**self.run.config.data, "split": self.settings.split})
-
-    def preview(self, state: TrainState, number: int) -> None:
-        """Writes previews/step_N.png: the same held-out examples and noise each time."""
-        task, config = self.run.task, self.run.config
-        if self._draw is None:
-            stream = self.batches(0, self.source, self.settings.preview, crop=None, num_workers=0, shuffle=False)
-            self.batch = next(iter(stream))
-
-            def draw(params, frozen, batch):
-                return images.to_uint8(task.preview(params, task.encode(frozen, batch), jax.random.key(config.seed)))
-
-            self._draw = jax.jit(draw, out_shardings=sharding.replicated(self.run.mesh))
-        pictures = np.asarray(self._draw(state.ema, self.run.frozen, self.batch))
-        if distributed.is_main():
-            path = self.run.workdir / "previews" / f"step_{number:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            images.save_png(path, images.grid(pictures, min(len(pictures), self.settings.preview)), {"step": str(number)})
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """{"eval/metric": value} over `eval.batches` batches of the evaluation split."""
-        stream = self.batches(0, self.source, self.run.config.batch_size, num_workers=0)
-        measured = tasks.measure(self.run.task, self.run.frozen, state.ema, stream, self.settings.batches)
-        return {f"eval/{name}": value for name, value in measured.items()}
+    batch = next(batches(0, size=few, num_workers=0))
+    held_out = run.held_out and next(batches(0, run.held_out, few, crop=None, num_workers=0))
+    with _said_of(f"task {config.task} does not fit its data", "compare config.model and config.data with configs/"):
+        jax.eval_shape(step, run.shapes, run.frozen, batch, 0)
+        if run.held_out:
+            jax.eval_shape(check, run.shapes.params, held_out)
 
 
 def _fresh(run: Run, batches: Callable) -> TrainState:
@@ -293,36 +221,72 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _own_tokenizer(config: ConfigDict, workdir: str | Path) -> str | None:
-    """The tokenizer of a stage without CLIP: none, the run's own, one given by path, or one trained on the captions."""
+def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:
+    """The tokenizer of a stage without CLIP: none, the earlier run's, one given by path, or one trained on captions."""
     if config.tokenizer is None:
         return None
-    if (Path(workdir) / "tokenizer.json").is_file():
-        return Tokenizer.load(Path(workdir) / "tokenizer.json").to_json()
-    if config.tokenizer.path:
-        return Tokenizer.load(config.tokenizer.path).to_json()
-    source = data.make(**config.data)
+    if workdir or config.tokenizer.path:
+        return Tokenizer.load(workdir / "tokenizer.json" if workdir else config.tokenizer.path).to_json()
     captions = (source[i]["caption"] for i in itertools.islice(range(len(source)), TOKENIZER_CAPTIONS))
     return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def _check_values(config: ConfigDict) -> None:
+    """Raises UserError for what can be told wrong without building anything."""
+    tasks.check(config.task, bool(config.clip))
+    if config.clip and config.task not in tasks.WITH_CLIP:
+        raise UserError(f"clip={config.clip!r} is of no use to the task '{config.task}'", "leave it out")
+    for block, function in (("mesh", sharding.make_mesh), ("optim", optim.make), ("loader", loader.batches)):
+        known = list(inspect.signature(function).parameters)
+        for key in config[block]:
+            if key not in known:
+                raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
+    flat = configs.flatten(config)
+    for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):
+        value, least = flat[name], 0 if name in ("every.preview", "every.eval") else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}={value!r} must be a whole number >= {least}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
-    for name in ("log", "save"):
-        if config.every[name] < 1:
-            raise UserError(f"every.{name}={config.every[name]} must be at least 1 (steps)")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed} must be in 0 … 2**32 - 1")
 
 
-def _check_same_run(config: ConfigDict, stored: ConfigDict, workdir: str | Path) -> None:
-    changed = [c for c in configs.diff(stored, config) if c.split(":")[0].split(".")[0] not in MAY_CHANGE]
+@contextlib.contextmanager
+def _said_of(what: str, fix: str):
+    """Whatever is raised inside, as one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise UserError(f"{what}: {(why.strip().splitlines() or [''])[0][:300]}", fix) from e
+
+
+def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
+    """The folder, and the config of the run that saved a checkpoint in it, or None."""
+    if not str(workdir) or "://" in str(workdir):
+        raise UserError(f"workdir {str(workdir)!r} must be a folder", "mount a bucket, and give the folder")
+    workdir = Path(workdir).expanduser()
+    stored = workdir / "config.json"
+    saved = any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
+    return workdir, configs.from_json(stored.read_text(), str(stored)) if saved and stored.is_file() else None
+
+
+def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> None:
+    changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE)]
     if changed:
         raise UserError(
             f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}",
             "use another --workdir, or the config that this one was started with",
         )
+
+
+def _meta(run: Run) -> dict:
+    """What a checkpoint says of itself."""
+    tokenizer = run.tokenizer.to_json() if run.tokenizer else None
+    return {"config": configs.to_json(run.config), "tokenizer": tokenizer, "clip_identity": run.config.clip_identity}
 
 
 def _write_once(run: Run) -> None:
@@ -334,20 +298,8 @@ def _write_once(run: Run) -> None:
         files["tokenizer.json"] = run.tokenizer.to_json()
     for name, text in files.items():
         temporary = run.workdir / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.rename(run.workdir / name)
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    path.write_text("".join(kept))
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(run.workdir / name)
 
 
 @contextlib.contextmanager
@@ -362,6 +314,7 @@ def _locked(workdir: Path):
         if file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
+        file.close()
         raise UserError(f"workdir {workdir} is in use by another run", "wait for it or choose another --workdir") from e
     try:
         yield

@@ -195,7 +195,7 @@ def _index(path: Path) -> dict:
             state = "is the workdir of one training run"
         raise UserError(
             f"{path} {state}; expected a stack directory (stack.json and <stage>.safetensors)",
-            "give a directory written by `unclip convert`",
+            "give a directory written by `unclip export`",
         )
     try:
         index = json.loads(_text(path / "stack.json"))

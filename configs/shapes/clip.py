@@ -6,7 +6,7 @@
 Variants: laptop (the bundled stack's), tiny (for tests).
 """
 
-from configs import common
+from configs import common, small
 
 VARIANTS = {
     "laptop": dict(
@@ -27,15 +27,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = ""):
-    v = common.choose(variant, VARIANTS)
-    return common.base(
-        "clip",
-        batch_size=v["batch_size"],
-        num_steps=v["num_steps"],
-        model=dict(embed_dim=v["embed_dim"], vision=v["vision"], text=v["text"], norm=v["embed_dim"] ** 0.5),
-        tokenizer=dict(path="", vocab_size=512, max_len=32),
-        data=dict(size=32),
-        optim=dict(lr=1e-3, warmup=100, weight_decay=0.1, b2=0.98),
-        ema_decay=0.99,
-        eval=dict(batches=4, preview=32),
-    )
+    return small.clip(common.choose(variant, VARIANTS), data=dict(size=32), vocab_size=512)

@@ -5,7 +5,7 @@
 Variants: laptop (the bundled stack's), tiny (for tests).
 """
 
-from configs import common
+from configs import common, small
 
 VARIANTS = {
     "laptop": dict(
@@ -28,17 +28,4 @@ VARIANTS = {
 
 
 def get_config(variant: str = ""):
-    v = common.choose(variant, VARIANTS)
-    return common.base(
-        "decoder",
-        batch_size=v["batch_size"],
-        num_steps=v["num_steps"],
-        model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"]),
-        diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
-        objective=dict(target="v", weighting="none", clip_drop=0.1, text_drop=0.5, vlb_weight=0.001),
-        sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
-        data=dict(size=32),
-        optim=dict(lr=1e-3, warmup=200, weight_decay=0.01),
-        every=dict(preview=1000, eval=1000),
-    )
+    return small.decoder(common.choose(variant, VARIANTS), data=dict(size=32))

@@ -63,7 +63,7 @@ def batches(
     ds = grain.MapDataset.range(len(source))
     if shuffle:
         ds = ds.shuffle(seed=order_seed)
-    ds = ds.repeat().map_with_index(_position_and_record).batch(batch_size)[start_step:]
+    ds = ds.repeat().map_with_index(_position_and_record).batch(batch_size, drop_remainder=True)[start_step:]
     local = batch_size // process_count
     own = slice(process_index * local, (process_index + 1) * local)
     ds = ds.map(_Read(source, tokenizer, own, seed, crop))

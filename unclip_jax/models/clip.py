@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021, arXiv 2103.00020): a vision Transformer and a causal caption Transformer that meet in one space."""
+"""CLIP (Radford et al. 2021, arXiv 2103.00020): a vision and a causal caption Transformer that meet in one space."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,9 @@ from unclip_jax.nn.transformer import LayerNorm, Transformer
 
 
 class VisionTransformer(nn.Module):
-    """Image → the class token's state after the last LayerNorm (Dosovitskiy et al. 2020, with CLIP's extra LayerNorm first).
+    """Image → the class token's state after the last LayerNorm.
+
+    Dosovitskiy et al. 2020, with CLIP's extra LayerNorm first.
 
     Attributes:
       image_size: side in pixels, a multiple of `patch`.
@@ -31,7 +33,8 @@ class VisionTransformer(nn.Module):
     def __call__(self, image: jax.Array) -> jax.Array:
         """image f32[B, S, S, 3] → [B, width]."""
         if image.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(f"CLIP takes {self.image_size}x{self.image_size} images, got {image.shape[1]}x{image.shape[2]}")
+            wanted, got = f"{self.image_size}x{self.image_size}", f"{image.shape[1]}x{image.shape[2]}"
+            raise ValueError(f"CLIP takes {wanted} images, got {got}")
         patches = (self.patch, self.patch)
         x = nn.Conv(self.width, patches, patches, use_bias=False, dtype=self.dtype, name="patches")(image)
         x = x.reshape(x.shape[0], -1, self.width)
@@ -54,8 +57,8 @@ class CLIP(nn.Module):
       vision: keywords of `VisionTransformer`.
       text: keywords of `TextEncoder`.
       norm: the length that every embedding leaves with; the unCLIP paper's prior works at 17.2 (App. C), which gives
-        components of unit size. None leaves embeddings as projected, as the public Karlo stack uses them. This is the only
-        place where embeddings are scaled, in training and in sampling alike.
+        components of unit size. None leaves embeddings as projected, as the public Karlo stack uses them. This is the
+        only place where embeddings are scaled, in training and in sampling alike.
     """
 
     embed_dim: int

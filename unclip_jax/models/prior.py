@@ -2,8 +2,8 @@
 
     [caption states, L] [CLIP text embedding] [timestep] [noised CLIP image embedding] [query]
 
-whose output at the query predicts the unnoised CLIP image embedding. Nothing before the timestep can see the timestep or the
-noised embedding, so a sampler runs that prefix once (`prefix`) and three tokens a step (`__call__` with `kv`).
+whose output at the query predicts the unnoised CLIP image embedding. Nothing before the timestep can see the timestep
+or the noised embedding, so a sampler runs that prefix once (`prefix`) and three tokens a step (`step`).
 """
 
 import flax.linen as nn
@@ -62,7 +62,7 @@ class Prior(nn.Module):
         return causal_mask(queries, total) & (seen | itself)
 
     def _prefix(self, caption, mask, z_txt, keep):
-        """The first L+1 tokens [B, L+1, W] and the mask of real ones, both without the caption where `keep` is False."""
+        """The first L+1 tokens [B, L+1, W] and the mask of real ones; without the caption where `keep` is False."""
         mask = mask & keep[:, None]
         x = self.token_embed(caption) if self.vocab_size else self.states_in(caption)
         z = jnp.where(keep[:, None], z_txt, self.null_text[None])
@@ -75,7 +75,7 @@ class Prior(nn.Module):
         return x + self.position[None, -SUFFIX:]
 
     def prefix(self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array) -> tuple[KV, jax.Array]:
-        """What every step of a sample shares: keys and values [layers, B, L+1, heads, W/heads], and the mask bool[B, L]."""
+        """What all steps of a sample share: keys and values [layers, B, L+1, heads, W/heads], and the mask [B, L]."""
         x, mask = self._prefix(caption, mask, z_txt, keep)
         queries = self.max_len + 1
         visible = self._mask(mask, self.max_len + 1 + SUFFIX)[:, :, :queries, :queries]

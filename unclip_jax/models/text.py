@@ -1,4 +1,4 @@
-"""The caption Transformer, in CLIP's form (causal) and in GLIDE's (all see all, padding replaced by learned vectors)."""
+"""The caption Transformer, in CLIP's form (causal) and in GLIDE's (all see all, learned vectors for padding)."""
 
 import flax.linen as nn
 import jax

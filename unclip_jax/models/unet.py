@@ -1,7 +1,7 @@
 """The ADM UNet (Dhariwal & Nichol 2021, arXiv 2105.05233) as GLIDE and unCLIP use it.
 
-Levels go down in resolution by residual blocks that pool, and up by residual blocks that repeat pixels. Every block's output
-on the way down, the stem's and the pooled ones' included, is concatenated behind the features on the way up.
+Levels go down in resolution by residual blocks that pool, and up by residual blocks that repeat pixels. Every block's
+output on the way down, the stem's and the pooled ones' included, is concatenated behind the features on the way up.
 """
 
 import einops
@@ -36,7 +36,7 @@ class UNet(nn.Module):
       groups: of every GroupNorm (the paper: 32; must divide all channel counts).
       remat: recompute each residual block in the backward pass.
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
-        paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, section 3.3).
+        paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
     """
 

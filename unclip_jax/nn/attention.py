@@ -21,5 +21,5 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
 
 def causal_mask(queries: int, keys: int) -> jax.Array:
-    """bool[1, 1, queries, keys]: the last `queries` positions of a sequence of `keys`, each seeing itself and all before."""
+    """bool[1, 1, queries, keys]: the last `queries` of a sequence of `keys`, each seeing itself and all before it."""
     return jnp.tril(jnp.ones((queries, keys), bool), keys - queries)[None, None]

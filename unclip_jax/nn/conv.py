@@ -1,4 +1,4 @@
-"""The convolutional parts of the ADM UNet (Dhariwal & Nichol 2021): residual block, attention over pixels and context."""
+"""The convolutional parts of the ADM UNet (Dhariwal & Nichol 2021): residual block, attention to pixels and context."""
 
 import flax.linen as nn
 import jax
@@ -10,8 +10,8 @@ from unclip_jax.nn.attention import attention
 class GroupNorm(nn.Module):
     """GroupNorm computed in f32 (eps 1e-5), returned in `dtype`.
 
-    Written as per-channel moments pooled over each group: XLA reduces one pass over x, and the batch axis is never folded
-    into another, so it stays sharded.
+    Written as per-channel moments pooled over each group: XLA reduces one pass over x, and the batch axis is never
+    folded into another, so it stays sharded.
     """
 
     groups: int = 32
@@ -90,7 +90,7 @@ class ResBlock(nn.Module):
 class PixelAttention(nn.Module):
     """Self-attention over pixels whose keys and values are joined by those of the context (GLIDE's added-KV attention).
 
-    Keys are [context, pixels]; the context is projected as it is, the pixels after GroupNorm; the output starts at zero.
+    Keys are [context, pixels], the context projected as it is, the pixels after GroupNorm; the output starts at zero.
     """
 
     head_channels: int = 64

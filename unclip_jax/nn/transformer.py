@@ -45,12 +45,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: KV | None, mask: jax.Array | None) -> tuple[jax.Array, KV]:
-        """x [B, N, W], kv a pair [B, P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, this x's own (k, v))."""
+        """x [B, N, W], kv a pair [B, P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v))."""
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
         small = nn.initializers.normal(self.out_std)
         h = LayerNorm(self.dtype, name="norm1")(x)
-        q, k, v = (nn.DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in ("query", "key", "value"))
+        names = ("query", "key", "value")
+        q, k, v = (nn.DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
         own = (k, v)
         if kv is not None:
             k, v = (jnp.concatenate([past.astype(now.dtype), now], axis=1) for past, now in zip(kv, own, strict=True))

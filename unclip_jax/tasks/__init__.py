@@ -1,4 +1,4 @@
-"""The stages of unCLIP as Tasks: a network, a schedule, and the numbers of its objective. The loop knows only this protocol.
+"""The stages of unCLIP as Tasks: a network, a schedule, numbers of the objective. The loop knows only this protocol.
 
     stage             network   learns
     clip              CLIP      which caption belongs to which image
@@ -7,11 +7,14 @@
     upsampler         UNet      small image → large image
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 
+from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
@@ -20,13 +23,15 @@ from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip
 from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
-__all__ = ["TASKS", "FrozenCLIP", "Task", "clip_identity", "load_clip", "make", "measure"]
+__all__ = [
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "check", "clip_identity", "load_clip", "make", "measure", "measurer"
+]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
 
 
 class Task(Protocol):
-    """What the loop, the evaluation and the pipeline ask of a stage. All methods but `prepare` are pure and can be jitted.
+    """What the loop, the evaluation and the pipeline ask of a stage. All methods but `prepare` are pure, fit for jit.
 
     `frozen` is {"clip": parameters} for the stages that learn against a frozen CLIP, else {}.
     """
@@ -44,7 +49,7 @@ class Task(Protocol):
         """The scalar to minimise over an encoded batch, and scalars to log."""
 
     def sample(self, params: Any, cond: Batch, keys: jax.Array, **over) -> jax.Array:
-        """Draws one output per row of `cond`, each from its own key in `keys` key[B]; `over` replaces sampler settings."""
+        """Draws an output for each row of `cond` by its own key in `keys` key[B]; `over` replaces sampler settings."""
 
     def evaluate(self, params: Any, batch: Batch, rng: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         """{metric: (sum, count)} over an encoded batch, to be added up over batches and divided at the end."""
@@ -59,6 +64,8 @@ TASKS = {
     "decoder": DecoderTask,
     "upsampler": UpsamplerTask,
 }
+WITH_CLIP = ("prior_diffusion", "decoder")  # learn against a frozen CLIP
+SHARES = ("text_drop", "clip_drop", "blur_share")
 
 
 def make(config, clip: CLIP | None = None) -> Task:
@@ -69,30 +76,65 @@ def make(config, clip: CLIP | None = None) -> Task:
       clip: the frozen CLIP's module, for the prior and the decoder.
 
     Raises:
-      UserError: for an unknown task, a missing CLIP, or keywords that the network does not take.
+      UserError: for an unknown task, a missing CLIP, keywords that the network does not take, or a number of
+        the objective or the sampler outside its range.
     """
-    if config.task not in TASKS:
-        raise UserError(f"unknown task '{config.task}'", suggest(config.task, TASKS))
-    if config.task in ("prior_diffusion", "decoder") and clip is None:
-        raise UserError(f"task {config.task} needs a trained CLIP", "set --config.clip=WORKDIR of a CLIP run or a stack")
+    check(config.task, clip is not None)
     try:
-        return TASKS[config.task].from_config(config, clip)
+        task = TASKS[config.task].from_config(config, clip)
     except TypeError as e:
-        raise UserError(f"config of task {config.task} does not fit its network: {e}", "compare it with configs/") from e
+        what = f"config of task {config.task} does not fit its network: {e}"
+        raise UserError(what, "compare it with configs/") from e
+    _check_numbers(task)
+    return task
+
+
+def check(name: str, has_clip: bool) -> None:
+    """Raises UserError for an unknown task, and for one that lacks the CLIP it learns against."""
+    if name not in TASKS:
+        raise UserError(f"unknown task '{name}'", suggest(name, TASKS))
+    if name in WITH_CLIP and not has_clip:
+        raise UserError(f"task {name} needs a trained CLIP", "set --config.clip=WORKDIR of a CLIP run or a stack")
 
 
 def measure(task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int, seed: int = 0) -> dict:
     """`task.evaluate` averaged over the next `count` batches: {metric: float}. The same seed, the same numbers."""
+    return measurer(task, seed)(frozen, params, batches, count)
+
+
+def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
+    """`measure` of one task, (frozen, params, batches, count) → {metric: float}, compiled once for many calls."""
 
     @jax.jit
     def step(frozen, params, batch, index):
         rng = jax.random.fold_in(jax.random.key(seed), index)
         return task.evaluate(params, task.encode(frozen, batch), rng)
 
-    totals: dict[str, list[float]] = {}
-    for index in range(count):
-        for name, (value, number) in jax.device_get(step(frozen, params, next(batches), index)).items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(value)
-            total[1] += float(number)
-    return {name: value / number for name, (value, number) in totals.items()}
+    def run(frozen, params, batches, count):
+        totals: dict[str, list[float]] = {}
+        for index in range(count):
+            for name, (value, number) in jax.device_get(step(frozen, params, next(batches), index)).items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += float(value)
+                total[1] += float(number)
+        return {name: value / number for name, (value, number) in totals.items()}
+
+    return run
+
+
+def _check_numbers(task: Task) -> None:
+    """Raises UserError for shares outside [0, 1], and for sampler settings that would fail at the first drawing."""
+    for name in SHARES:
+        if not 0 <= getattr(task, name, 0) <= 1:
+            raise UserError(f"objective.{name}={getattr(task, name)} must be within 0 … 1")
+    settings = getattr(task, "sampler", None)
+    if settings is None:
+        return
+    if settings.get("name") not in SAMPLERS:
+        raise UserError(f"sampler.name={settings.get('name')!r} is unknown", suggest(settings.get("name"), SAMPLERS))
+    respace(task.schedule, settings.get("steps", 0))
+    guidance = settings.get("guidance", 1)
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise UserError(f"sampler.guidance={guidance} must be a finite number >= 0 (1 is none)")
+    if settings.get("candidates", 1) < 1:
+        raise UserError(f"sampler.candidates={settings['candidates']} must be at least 1")

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unclip_jax.data.images import resize
+from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 
 
@@ -19,6 +21,9 @@ class ClipTask:
     def from_config(cls, config, clip=None):
         """Vocabulary and caption length come from `config.tokenizer`."""
         model = config.model.to_dict()
+        side, patch = (model["vision"].get(name) for name in ("image_size", "patch"))
+        if side and patch and side % patch:
+            raise UserError(f"model.vision.image_size={side} must be a multiple of model.vision.patch={patch}")
         tokens = {"vocab_size": config.tokenizer.vocab_size, "max_len": config.tokenizer.max_len}
         return cls(CLIP(**{**model, "text": {**model["text"], **tokens}}))
 
@@ -69,6 +74,21 @@ class ClipTask:
     def preview(self, params, batch, rng):
         """The similarity matrix of the batch as one picture; a bright diagonal is what is wanted."""
         return matrix_picture(self.logits(params, batch))
+
+
+def ask(clip: CLIP, params, batch):
+    """`batch` with what a frozen CLIP says of it: z_txt f32[B, D], states [B, L, W], of images z_img f32[B, D].
+
+    Images of another size than CLIP's are resized for it, and stay as they are in the batch.
+    """
+    variables = {"params": params}
+    z_txt, states = clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
+    batch = {**batch, "z_txt": z_txt, "states": states}
+    if "image" in batch:
+        image, side = batch["image"], clip.vision["image_size"]
+        image = image if image.shape[1] == side else resize(image, side)
+        batch["z_img"] = clip.apply(variables, image, method="embed_image")
+    return batch
 
 
 def unit(z: jax.Array) -> jax.Array:

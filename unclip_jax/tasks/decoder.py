@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.data.images import resize
 from unclip_jax.diffusion.guide import Out, guide_batched
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
+from unclip_jax.tasks.clip import ask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,8 @@ class DecoderTask:
     """Decoder, drawn with classifier-free guidance on z_img and caption together.
 
     Attributes:
-      image_size: side of the images in pixels.
+      image_size: side of the drawn images in pixels; `config.data.size` unless the objective names another, so that
+        CLIP can see larger images than are drawn (the paper: 256 and 64).
       target: what the network predicts, "eps" (the paper), "v" or "x0".
       clip_drop: share of examples whose z_img is dropped (the paper: 0.1).
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
@@ -48,7 +51,7 @@ class DecoderTask:
         channels = 6 if config.objective.vlb_weight else 3
         net = Decoder(clip.embed_dim, **{**model, "unet": {**model["unet"], "out_channels": channels}})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
-        return cls(net, schedule, clip, config.data.size, sampler, **config.objective)
+        return cls(net, schedule, clip, sampler=sampler, **{"image_size": config.data.size, **config.objective})
 
     def init(self, rng):
         d, length, size = self.clip.embed_dim, self.clip.text["max_len"], self.image_size
@@ -63,15 +66,10 @@ class DecoderTask:
         return params
 
     def encode(self, frozen, batch):
-        variables = {"params": frozen["clip"]}
-        z_txt, states = self.clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
-        batch = {**batch, "z_txt": z_txt, "states": states}
-        if "image" in batch:
-            image = batch["image"]
-            side = self.clip.vision["image_size"]
-            if image.shape[1] != side:
-                image = jax.image.resize(image, (image.shape[0], side, side, 3), "bicubic", antialias=True)
-            batch["z_img"] = self.clip.apply(variables, image, method="embed_image")
+        """Adds what CLIP says of the images as they come, then brings them to `image_size`."""
+        batch = ask(self.clip, frozen["clip"], batch)
+        if "image" in batch and batch["image"].shape[1] != self.image_size:
+            batch["image"] = jnp.clip(resize(batch["image"], self.image_size), -1, 1)
         return batch
 
     def condition(self, params, batch, keep_image, keep_text):

@@ -12,7 +12,7 @@ from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
-from unclip_jax.tasks.clip import matrix_picture, unit
+from unclip_jax.tasks.clip import ask, matrix_picture, unit
 
 PREPARE_BATCHES = 32
 
@@ -67,12 +67,7 @@ class PriorTask:
         return {**params, "mean": mean, "std": std}
 
     def encode(self, frozen, batch):
-        variables = {"params": frozen["clip"]}
-        z_txt, states = self.clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
-        batch = {**batch, "z_txt": z_txt, "states": states}
-        if "image" in batch:
-            batch["z_img"] = self.clip.apply(variables, batch["image"], method="embed_image")
-        return batch
+        return ask(self.clip, frozen["clip"], batch)
 
     def _caption(self, batch):
         return batch["tokens"] if self.model.vocab_size else batch["states"]
@@ -106,7 +101,8 @@ class PriorTask:
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if guidance == 1 else 2
-        caption, mask, z_txt = (jnp.concatenate([a] * halves) for a in (self._caption(cond), cond["mask"], cond["z_txt"]))
+        whole = (self._caption(cond), cond["mask"], cond["z_txt"])
+        caption, mask, z_txt = (jnp.concatenate([a] * halves) for a in whole)
         keep = jnp.arange(b * halves) < b
         kv, mask = self.model.apply(variables, caption, mask, z_txt, keep, method="prefix")
         kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)

@@ -1,7 +1,8 @@
-"""The upsamplers' training and sampling (unCLIP, section 2.3): diffusion over large images given small ones, no caption.
+"""The upsamplers' training and sampling (unCLIP, section 2.3): diffusion over large images given small ones.
 
-The small image is enlarged and concatenated to the noised one. In training it is blurred a little, so that the network does
-not lean on details that a drawn image lacks; networks without attention train on crops and draw at any size.
+The small image is enlarged and concatenated to the noised one. In training it is blurred a little, so that the network
+does not lean on details that a drawn image lacks; networks without attention train on crops and draw at any size. No
+caption enters.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ class UpsamplerTask:
     def from_config(cls, config, clip=None):
         channels = 6 if config.objective.vlb_weight else 3
         net = UNet(**{**config.model.to_dict(), "out_channels": channels})
-        return cls(net, make_schedule(**config.diffusion), config.data.size, config.sampler.to_dict(), **config.objective)
+        sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
+        return cls(net, schedule, config.data.size, sampler, **config.objective)
 
     def init(self, rng):
         image = jnp.zeros((1, self.image_size, self.image_size, 6))
@@ -56,7 +58,10 @@ class UpsamplerTask:
 
     def encode(self, frozen, batch):
         """Adds the small images, "low" f32[B, H / factor, H / factor, 3]."""
-        return {**batch, "low": resize(batch["image"], batch["image"].shape[1] // self.factor)}
+        side = batch["image"].shape[1]
+        if side % self.factor:
+            raise ValueError(f"images of {side} pixels must be divisible by factor={self.factor}")
+        return {**batch, "low": resize(batch["image"], side // self.factor)}
 
     def _denoise(self, params, low, size, train=False, rngs=None):
         enlarged = resize(low, size)

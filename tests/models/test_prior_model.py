@@ -1,0 +1,104 @@
+"""The prior: causality of its prefix, which is what lets samplers run it once; and what a dropped caption hides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.random_params import draw, run
+from unclip_jax.models.prior import Prior
+
+B, D, L, STATES = 2, 5, 4, 7
+MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+TOKENS = np.array([[1, 6, 2, 0], [1, 2, 0, 0]])
+KEEP = np.ones(B, bool)
+TIME = np.array([3, 800])
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+XT, Z_TXT, CAPTION_STATES = normal(B, D), normal(B, D, seed=1), normal(B, L, STATES, seed=2)
+
+
+def make(vocab_size=11, dtype="float64"):
+    prior = Prior(D, L, width=8, layers=2, heads=2, vocab_size=vocab_size, dtype=jnp.dtype(dtype))
+    caption = TOKENS if vocab_size else CAPTION_STATES
+    return prior, caption, draw(prior, XT, TIME, caption, MASK, Z_TXT, KEEP, dtype=np.float64)
+
+
+@pytest.mark.parametrize("vocab_size", [0, 11])
+def test_prefix_and_step_give_what_the_whole_sequence_gives(vocab_size):
+    with jax.enable_x64():
+        prior, caption, p = make(vocab_size)
+        for keep in (KEEP, np.array([False, True])):
+            whole = run(prior, p, XT, TIME, caption, MASK, Z_TXT, keep)
+            kv, mask = run(prior, p, caption, MASK, Z_TXT, keep, method="prefix")
+            steps = run(prior, p, XT, TIME, kv, mask, method="step")
+            assert whole.shape == (B, D) and whole.dtype == np.float64
+            np.testing.assert_allclose(steps, whole, rtol=0, atol=1e-12)
+
+
+def all_keys_and_values(prior, xt, time, caption, mask, z_txt, keep):
+    """Keys and values of the whole sequence in every layer, as training computes them."""
+    prefix, mask = prior._prefix(caption, mask, z_txt, keep)
+    x = jnp.concatenate([prefix, prior._suffix(xt, time)], axis=1)
+    return jnp.stack(prior.transformer(x, prior._mask(mask, x.shape[1]), return_kv=True)[1])
+
+
+def test_no_layer_of_the_prefix_sees_time_or_noise():
+    with jax.enable_x64():
+        prior, caption, p = make()
+
+        def kept(xt, time):
+            return prior.apply({"params": p}, xt, time, caption, MASK, Z_TXT, KEEP, method=all_keys_and_values)
+
+        @jax.jit
+        def pull(xt, weight):
+            return jax.grad(lambda xt: jnp.sum(kept(xt, TIME) * weight))(xt)
+
+        one, other = jax.jit(kept)(XT, TIME), jax.jit(kept)(XT, TIME[::-1])
+        weight = normal(*one.shape)  # [k or v, layer, B, position, head, channel]
+        before = np.arange(L + 4) < L + 1
+        at = before[:, None, None]
+        assert (pull(XT, weight * at) == 0).all() and (pull(XT, weight * ~at) != 0).all()
+        np.testing.assert_array_equal(one[:, :, :, before], other[:, :, :, before])
+        assert (one[:, :, :, L + 1] != other[:, :, :, L + 1]).any((-1, -2)).all()
+
+
+@pytest.mark.parametrize("vocab_size", [0, 11])
+def test_padding_has_no_influence(vocab_size):
+    with jax.enable_x64():
+        prior, caption, p = make(vocab_size)
+        other = np.where(MASK if vocab_size else MASK[..., None], caption, 9)
+        a, b = (run(prior, p, XT, TIME, c, MASK, Z_TXT, KEEP) for c in (caption, other))
+        np.testing.assert_array_equal(a, b)
+        assert (run(prior, p, XT, TIME, other, np.ones_like(MASK), Z_TXT, KEEP) != a).all()
+
+
+def test_a_dropped_caption_is_not_seen():
+    with jax.enable_x64():
+        prior, caption, p = make()
+        keep = np.array([False, True])
+        a = run(prior, p, XT, TIME, caption, MASK, Z_TXT, keep)
+        b = run(prior, p, XT, TIME, (caption + 3) % 11, ~MASK, -Z_TXT, keep)
+        np.testing.assert_array_equal(a[0], b[0])
+        assert (a[1] != b[1]).all()
+
+
+def test_everything_else_is_seen():
+    with jax.enable_x64():
+        prior, caption, p = make()
+        args = (XT, TIME, caption, MASK, Z_TXT, KEEP)
+        base = run(prior, p, *args)
+        for i, other in enumerate((-XT, TIME + 1, caption + 1, MASK[::-1], -Z_TXT, ~KEEP)):
+            assert (run(prior, p, *args[:i], other, *args[i + 1 :]) != base).all(), i
+
+
+def test_bfloat16_returns_f32():
+    prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11, dtype="bfloat16", remat=True)
+    args = (jnp.zeros((B, D)), TIME, TOKENS, MASK, jnp.zeros((B, D)), KEEP)
+    out, variables = jax.eval_shape(lambda: prior.init_with_output(jax.random.key(0), *args))
+    assert out.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {np.dtype(np.float32)}

@@ -1,0 +1,74 @@
+"""Attention against softmax written out in NumPy, and what its masks let through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.nn.attention import attention, causal_mask
+
+B, N, S, H, D = 2, 3, 5, 2, 4
+
+
+def inputs(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(dtype) for shape in ((B, N, H, D), (B, S, H, D), (B, S, H, D))]
+
+
+def by_hand(q, k, v, mask=None):
+    """For each sample, head and query: exp of the scores of the visible keys, divided by their sum."""
+    out = np.zeros(q.shape)
+    for b, n, h in np.ndindex(B, N, H):
+        score = k[b, :, h].astype(np.float64) @ q[b, n, h] / np.sqrt(D)
+        seen = True if mask is None else np.broadcast_to(mask, (B, H, N, S))[b, h, n]
+        weight = np.exp(score) * seen
+        out[b, n, h] = weight @ v[b, :, h] / weight.sum()
+    return out
+
+
+@pytest.mark.parametrize("shape", [None, (B, 1, 1, S), (1, 1, N, S), (B, 1, N, S), (B, H, N, S)])
+def test_is_softmax_over_the_visible_keys(shape):
+    q, k, v = inputs()
+    mask = None
+    if shape:
+        mask = np.random.default_rng(1).random(shape) < 0.5
+        mask[..., 0] = True
+    np.testing.assert_allclose(attention(q, k, v, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
+
+
+def test_hidden_keys_have_exactly_no_influence():
+    q, k, v = inputs()
+    mask = np.array([True, True, False, True, False])[None, None, None]
+    changed = [np.where(mask[0, 0].T[None, :, None], a, 1e6) for a in (k, v)]
+    assert (attention(q, k, v, mask) == attention(q, *changed, mask)).all()
+
+
+def test_a_row_without_visible_keys_is_the_mean_of_all():
+    q, k, v = inputs()
+    out = attention(q, k, v, np.zeros((1, 1, 1, S), bool))
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), q.shape), rtol=0, atol=1e-6)
+
+
+def test_bfloat16_rounds_in_and_out_but_not_the_softmax():
+    """5,000 equal weights, which would not sum to 1 in bfloat16's 8 bits."""
+    q = jnp.zeros((1, 1, 1, D), jnp.bfloat16)
+    k = jnp.ones((1, 5000, 1, D), jnp.bfloat16)
+    v = jnp.ones((1, 5000, 1, D), jnp.bfloat16)
+    out = attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1, rtol=0, atol=2**-8)
+
+
+def test_large_scores_stay_finite():
+    q, k, v = inputs()
+    assert np.isfinite(attention(1e3 * q, 1e3 * k, v)).all()
+    gradients = jax.jit(jax.grad(lambda *x: attention(*x).sum(), (0, 1, 2)))(1e3 * q, 1e3 * k, v)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (3, 7), (1, 5)])
+def test_causal_mask_lets_each_see_itself_and_all_before(queries, keys):
+    mask = causal_mask(queries, keys)
+    assert mask.shape == (1, 1, queries, keys) and mask.dtype == bool
+    for i, j in np.ndindex(queries, keys):
+        assert bool(mask[0, 0, i, j]) == (j <= keys - queries + i)

@@ -1,0 +1,117 @@
+"""The Transformer against its blocks in NumPy, kept keys and values against the whole sequence, and causality."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.random_params import draw, run
+from unclip_jax.nn.attention import causal_mask
+from unclip_jax.nn.transformer import ACTIVATIONS, LayerNorm, Transformer
+
+WIDTH, LAYERS, HEADS = 8, 3, 2
+erf = np.vectorize(math.erf)
+
+
+def tokens(n=5, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal((2, n, WIDTH)).astype(dtype)
+
+
+def layer_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def block(x, p, seen):
+    """One block in NumPy; `seen` bool[N, N]."""
+    h = layer_norm(x, p["norm1"]["norm"])
+    q, k, v = (np.einsum("bnc,chd->bnhd", h, p[n]["kernel"]) + p[n]["bias"] for n in ("query", "key", "value"))
+    weight = np.exp(np.einsum("bnhd,bshd->bhns", q, k) / math.sqrt(WIDTH / HEADS)) * seen
+    h = np.einsum("bhns,bshd->bnhd", weight / weight.sum(-1, keepdims=True), v)
+    x = x + np.einsum("bnhd,hdc->bnc", h, p["out"]["kernel"]) + p["out"]["bias"]
+    h = layer_norm(x, p["norm2"]["norm"]) @ p["fc1"]["kernel"] + p["fc1"]["bias"]
+    h = 0.5 * h * (1 + erf(h / math.sqrt(2)))
+    return x + h @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_is_its_blocks_one_after_the_other(causal):
+    x, module = tokens(), Transformer(WIDTH, LAYERS, HEADS)
+    p = draw(module, x)
+    seen, want = np.tril(np.ones((5, 5), bool)) if causal else np.ones((5, 5), bool), x.astype(np.float64)
+    for layer in range(LAYERS):
+        want = block(want, jax.tree.map(lambda a, i=layer: a[i], p["blocks"]), seen)
+    got = run(module, p, x, causal_mask(5, 5) if causal else None)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    x = np.linspace(-4, 4, 33)
+    want = {
+        "gelu": 0.5 * x * (1 + erf(x / math.sqrt(2))),
+        "gelu_tanh": 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+    }[name]
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut):
+    with jax.enable_x64():
+        x = tokens(7, dtype=np.float64)
+        module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
+        p = draw(module, x, dtype=np.float64)
+        whole = run(module, p, x, causal_mask(7, 7))
+        head, kv = run(module, p, x[:, :cut], causal_mask(cut, cut), return_kv=True)
+        tail = run(module, p, x[:, cut:], causal_mask(7 - cut, 7), kv)
+        assert kv[0].shape == (LAYERS, 2, cut, HEADS, WIDTH // HEADS) and whole.dtype == np.float64
+        np.testing.assert_allclose(np.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
+
+
+def test_without_a_causal_mask_the_prefix_does_not_do():
+    """So that the test above could fail."""
+    x, module = tokens(7), Transformer(WIDTH, LAYERS, HEADS)
+    p = draw(module, x)
+    _, kv = run(module, p, x[:, :4], return_kv=True)
+    assert not np.allclose(run(module, p, x[:, 4:], None, kv), run(module, p, x)[:, 4:], atol=1e-3)
+
+
+def test_nothing_reaches_back_through_a_causal_mask():
+    x, module = tokens(), Transformer(WIDTH, LAYERS, HEADS)
+    variables = {"params": draw(module, x)}
+    outputs = lambda x: module.apply(variables, x, causal_mask(5, 5)).sum((0, 2))  # noqa: E731
+    reach = np.abs(jax.jit(jax.jacrev(outputs))(x)).sum((1, 3))  # [position read, position changed]
+    assert (reach[np.triu_indices(5, 1)] == 0).all() and (reach[np.tril_indices(5)] > 0).all()
+
+
+def test_rematerialised_is_the_same_function():
+    x = tokens()
+    plain, again = (Transformer(WIDTH, LAYERS, HEADS, remat=remat) for remat in (False, True))
+    p = draw(plain, x)
+    assert jax.tree.structure(p) == jax.tree.structure(draw(again, x))
+    grads = [jax.jit(jax.grad(lambda p, m=m: jnp.square(m.apply({"params": p}, x)).sum()))(p) for m in (plain, again)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *grads)
+
+
+def test_bfloat16_computes_in_it_and_keeps_f32_parameters():
+    x, module = tokens(), Transformer(WIDTH, LAYERS, HEADS, dtype="bfloat16")
+    p = draw(module, x)
+    assert {a.dtype for a in jax.tree.leaves(p)} == {np.dtype(np.float32)}
+    got = run(module, p, x)
+    assert got.dtype == jnp.bfloat16
+    exact = run(Transformer(WIDTH, LAYERS, HEADS), p, x)
+    assert np.abs(np.asarray(got, np.float32) - exact).max() < 0.1
+
+
+def test_layer_norm():
+    x, norm = 5 + 3 * tokens(), LayerNorm()
+    p = draw(norm, x)
+    np.testing.assert_allclose(norm.apply({"params": p}, x), layer_norm(x, p["norm"]), rtol=0, atol=1e-5)
+
+
+def test_width_must_split_into_heads():
+    with pytest.raises(ValueError, match="width=8 must be a multiple of heads=3"):
+        jax.eval_shape(lambda: Transformer(8, 1, 3).init(jax.random.key(0), tokens()))

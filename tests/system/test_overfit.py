@@ -1,0 +1,63 @@
+"""Each stage, trained by the one loop on eight pictures, learns them by heart."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_runs
+from tests.tiny_runs import one_device, quick_compiles  # noqa: F401 (fixtures)
+from unclip_jax import checkpoint, data, train
+from unclip_jax.data import loader
+
+pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
+
+
+def fit(stage: str, workdir):
+    """Trains; returns the run, the eight pictures as a batch, the last parameters, and metrics.jsonl."""
+    config = tiny_runs.memorise(stage)
+    assert train.train(config, workdir) == 0
+    run = train.make_run(config, workdir)
+    batch = next(loader.batches(data.make(**config.data), run.tokenizer, 8, shuffle=False))
+    params, _, step, _ = checkpoint.load_params(workdir, which="params")
+    assert step == config.num_steps
+    return run, batch, params, [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def test_clip_tells_the_eight_pairs_apart(tmp_path):
+    _, batch, _, lines = fit("clip", tmp_path)
+    assert len(np.unique(batch["tokens"], axis=0)) == 8
+    assert lines[-1]["accuracy"] == 1.0  # the mean of 20 steps
+    # With the right caption twice as likely as the seven others together, each cross-entropy is below ln 1.5.
+    assert lines[-1]["loss"] < np.log(1.5) < np.log(8) - 0.5 < lines[0]["loss"]
+
+
+def test_prior_draws_each_captions_own_embedding(tmp_path):
+    run, batch, params, lines = fit("prior_diffusion", tmp_path)
+
+    @jax.jit
+    def draw(params, batch):
+        batch = run.task.encode(run.frozen, batch)
+        z = run.task.sample(params, batch, jax.random.split(jax.random.key(7), 8))
+        return z, batch["z_img"]
+
+    drawn, true = (np.asarray(z, np.float64) for z in draw(params, batch))
+    mean, std = true.mean(0), true.std(0)
+    np.testing.assert_allclose(params["mean"], mean, atol=1e-4)  # of the data, untouched by 240 steps
+    np.testing.assert_allclose(params["std"], std, rtol=1e-3, atol=1e-3)
+    # Whitened, other pictures' embeddings are as far as they can be: their cosines average to -1/7.
+    drawn, true = ((z - mean) / std for z in (drawn, true))
+    cosine = (drawn @ true.T) / np.linalg.norm(drawn, axis=1)[:, None] / np.linalg.norm(true, axis=1)
+    assert np.diag(cosine).mean() > 0.95 and (cosine.argmax(1) == np.arange(8)).all()
+    assert lines[-1]["mse"] < 0.2 * lines[0]["mse"]
+
+
+@pytest.mark.parametrize("stage", ["decoder", "upsampler"])
+def test_images_are_learned_far_beyond_the_mean(stage, tmp_path):
+    run, batch, _, lines = fit(stage, tmp_path)
+    # v = sqrt(abar) eps - sqrt(1 - abar) x0: predicting 0, as a new network does, costs E v^2 = abar + (1 - abar) x0^2.
+    abar = run.task.schedule.alphas_cumprod
+    at_first = np.mean(abar + (1 - abar) * np.mean(batch["image"] ** 2))
+    assert lines[-1]["mse"] < 0.3 * at_first
+    assert 0.3 * at_first < lines[0]["mse"] < 1.2 * at_first

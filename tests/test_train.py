@@ -1,0 +1,430 @@
+"""The loop: what a step does, what a run writes, and that a config which does not fit is one error and no file.
+
+Most runs here train `tests/toy.py`, a stage that compiles at once; the real ones are in tests/system.
+"""
+
+import fcntl
+import inspect
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from tests import tiny_runs, tiny_stack, toy
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
+from unclip_jax import checkpoint, cli, logs, optim, train
+from unclip_jax import config as configs
+from unclip_jax.data import loader
+from unclip_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+# One step.
+
+
+@pytest.fixture
+def task(monkeypatch):
+    return toy.add(monkeypatch)
+
+
+def start(task, tx):
+    state = train.init_state(task, tx, jax.random.key(0))
+    return state._replace(params={**state.params, "wide": jnp.zeros(4)}, ema={**state.ema, "wide": jnp.zeros(4)})
+
+
+def grey(value, n=2):
+    return {"image": jnp.full((n, 2, 2, 3), value, jnp.float32)}
+
+
+def test_average_and_parameters_follow_their_formulas(task):
+    """SGD on (m - c - jitter)^2: c += 2 lr (m - c - jitter); ema += (1 - d)(c - ema), d = min(0.6, (1+n)/(10+n))."""
+    tx, lr, steps = optax.sgd(0.1), 0.1, 20
+    step = jax.jit(train.make_train_step(task, tx, ema_decay=0.6, seed=5))
+    state = start(task, tx)._replace(opt=tx.init(start(task, tx).params))
+    c = ema = np.asarray(state.params["colour"], np.float64)
+    decays = []
+    for n in range(steps):
+        m = math.sin(n)
+        rng = jax.random.fold_in(jax.random.key(5), n)
+        jitter = 0.1 * np.asarray(jax.random.normal(rng, (3,)), np.float64)
+        decays.append(min(0.6, (1 + n) / (10 + n)))
+        loss = np.square(m - c - jitter).sum()
+        c = c + 2 * lr * (m - c - jitter)
+        ema = ema + (1 - decays[-1]) * (c - ema)
+        state, metrics = step(state, {}, grey(m), n)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(state.params["colour"], c, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.ema["colour"], ema, rtol=1e-4, atol=1e-6)
+    assert int(state.step) == steps and decays[0] == 0.1 and decays[-1] == 0.6
+
+
+def test_randomness_follows_from_seed_and_step_alone(task):
+    tx = optax.sgd(0.0)
+
+    def jitters(seed, numbers):
+        step = jax.jit(train.make_train_step(task, tx, 0.5, seed))
+        state = start(task, tx)
+        return [float(step(state._replace(step=jnp.int32(n)), {}, grey(0.0), n)[1]["jitter"]) for n in numbers]
+
+    assert jitters(1, [0, 1, 2]) == jitters(1, [0, 1, 2])
+    assert jitters(1, [2, 0]) == jitters(1, [0, 1, 2])[::-2]
+    assert len({*jitters(1, range(3)), *jitters(2, range(3))}) == 6
+
+
+def bits(tree):
+    return [np.asarray(a).tobytes() for a in jax.tree.leaves(tree)]
+
+
+def test_a_bad_batch_and_all_after_it_change_nothing(task):
+    tx = optax.adam(0.1)
+    step = jax.jit(train.make_train_step(task, tx, 0.9, 0))
+    state = start(task, tx)
+    state = state._replace(opt=tx.init(state.params))
+    state, _ = step(state, {}, grey(0.5), 0)
+    for bad in (math.nan, math.inf):
+        held, metrics = step(state, {}, grey(bad), 1)
+        assert bits(held) == bits(state) and not np.isfinite(metrics["loss"])
+    later, metrics = step(held, {}, grey(0.5), 2)
+    assert bits(later) == bits(state) and np.isfinite(metrics["loss"])
+    after, _ = step(held, {}, grey(0.5), 1)
+    assert int(after.step) == 2 and bits(after.params) != bits(state.params)
+
+
+def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):
+    """sqrt(x - x) is 0, its slope is not a number."""
+    monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (jnp.sqrt(p["colour"] - p["colour"]).sum(), {}))
+    tx = optax.sgd(0.1)
+    state = start(task, tx)
+    held, metrics = jax.jit(train.make_train_step(task, tx, 0.9, 0))(state, {}, grey(0.5), 0)
+    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+
+
+def test_the_step_and_the_loop_stay_readable():
+    assert len(inspect.getsource(train.make_train_step).splitlines()) < 40
+    assert len(inspect.getsource(train.train).splitlines()) < 70
+
+
+# One run.
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def state_of(workdir, which="params"):
+    params, _, step, _ = checkpoint.load_params(workdir, which)
+    return step, params
+
+
+def test_what_a_run_writes(task, tmp_path, capsys):
+    config = toy.config(every__preview=5, every__eval=4, eval__batches=3, every__save=3, keep=2)
+    workdir = tmp_path / "a" / "run"
+    assert train.train(config, workdir) == 0
+    assert {p.name for p in workdir.iterdir()} == {
+        ".lock", "checkpoints", "config.json", "metrics.jsonl", "previews", "tb"
+    }  # fmt: skip
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [6, 8]
+    assert configs.diff(configs.from_json((workdir / "config.json").read_text()), config) == []
+    assert configs.diff(checkpoint.peek(workdir)[0], config) == []
+    written = lines(workdir)
+    losses = [line for line in written if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert {"loss", "grad_norm", "jitter", "images_per_second", "learning_rate"} < losses[0].keys()
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert sorted(p.name for p in (workdir / "previews").iterdir()) == ["step_0000005.png", "step_0000008.png"]
+    assert any((workdir / "tb").iterdir())
+    # The held-out metric is of the averaged weights, on the first batches of the split.
+    measured = [line for line in written if "eval/error" in line]
+    assert [line["step"] for line in measured] == [4, 8]
+    run = train.make_run(config, workdir)
+    stream = loader.batches(run.held_out, None, 8, seed=config.seed)
+    means = np.concatenate([next(stream)["image"].mean((1, 2)) for _ in range(3)])
+    colour = np.asarray(state_of(workdir, "ema")[1]["colour"])
+    assert measured[-1]["eval/error"] == pytest.approx(np.abs(means - colour).mean(), rel=1e-4)
+    assert task.traces.count("evaluate") == 2  # once when rehearsed, once for all that follow
+
+
+def test_preview_shows_the_same_held_out_pictures_for_any_number_of_devices(task, tmp_path):
+    config = toy.config(every__preview=4, eval__preview=3)  # drawn are 8: one for each device
+    assert train.train(config, tmp_path) == 0
+    first, last = (np.asarray(Image.open(p)) for p in sorted((tmp_path / "previews").iterdir()))
+    assert first.shape == last.shape
+    top = slice(0, first.shape[0] // 2)
+    assert np.array_equal(first[top], last[top]) and not np.array_equal(first, last)
+
+
+def test_a_finished_run_says_so_and_does_nothing(task, tmp_path, capsys):
+    config = toy.config()
+    train.train(config, tmp_path)
+    before = lines(tmp_path)
+    capsys.readouterr()
+    assert train.train(config, tmp_path) == 0
+    assert f"already finished: {tmp_path} is at step 8 of 8" in capsys.readouterr().err
+    assert lines(tmp_path) == before
+    shorter = toy.config(num_steps=5)
+    assert train.train(shorter, tmp_path) == 0
+    assert "is at step 8 of 5" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_from_the_last(task, tmp_path):
+    """The rate is constant here, so that the longer run is the run that was longer from the start."""
+    train.train(toy.config(num_steps=5), tmp_path / "parts")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1}\nnot JSON\n[7]\n')  # of a process that died
+    changes = {"num_steps": 9, "every__log": 2, "every__save": 3, "keep": 1, "loader__num_threads": 1}
+    assert train.train(toy.config(**changes), tmp_path / "parts") == 0
+    train.train(toy.config(num_steps=9), tmp_path / "whole")
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6, 8, 9]
+    first, second = state_of(tmp_path / "parts"), state_of(tmp_path / "whole")
+    assert first[0] == second[0] == 9 and bits(first[1]) == bits(second[1])
+
+
+def test_logged_rate_is_that_of_the_step(task, tmp_path):
+    config = toy.config(optim__warmup=4)
+    with config.unlocked():
+        config.optim.schedule = "cosine"
+    train.train(config, tmp_path)
+    rate = optim.learning_rate(8, **config.optim)
+    np.testing.assert_allclose([x["learning_rate"] for x in lines(tmp_path)], [rate(n) for n in range(8)], rtol=1e-6)
+    assert lines(tmp_path)[3]["learning_rate"] == pytest.approx(config.optim.lr)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(n): training's batch n, from 0, holds one pixel that is not a number."""
+
+    def poison(number):
+        made = loader.batches
+
+        def batches(source, tokenizer, size, *, start_step=0, **settings):
+            for n, batch in enumerate(made(source, tokenizer, size, start_step=start_step, **settings), start_step):
+                if n == number:
+                    batch["image"][0, 0, 0, 0] = np.nan
+                yield batch
+
+        batches.__signature__ = inspect.signature(made)
+        monkeypatch.setattr(loader, "batches", batches)
+
+    return poison
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_good_state_saved(task, tmp_path, poison):
+    """The loss is looked at every fourth step only; the steps after the bad one must leave no trace."""
+    train.train(toy.config(num_steps=5), tmp_path / "clean")
+    poison(5)
+    with pytest.raises(UserError, match=r"loss or gradient at step 6 is not .* step 5 is saved. Fix: lower optim.lr"):
+        train.train(toy.config(every__log=4, every__save=50), tmp_path / "bad")
+    for which in ("params", "ema"):
+        clean, saved = (state_of(tmp_path / name, which) for name in ("clean", "bad"))
+        assert clean[0] == saved[0] == 5 and bits(clean[1]) == bits(saved[1])
+    assert lines(tmp_path / "bad")[-1]["loss"] is None
+    with pytest.raises(UserError, match="at step 6"):
+        train.train(toy.config(every__log=4, every__save=50), tmp_path / "bad")
+
+
+def test_the_very_first_batch_may_be_bad(task, tmp_path, poison, monkeypatch):
+    monkeypatch.setattr(train, "_rehearse", lambda *_: None)
+    poison(0)
+    with pytest.raises(UserError, match="at step 1 .* step 0 is saved"):
+        train.train(toy.config(), tmp_path)
+
+
+def test_the_command_passes_on_the_exit_code(task, tmp_path, monkeypatch, capsys):
+    """75 after a stop signal, then 0, then 0 and a word."""
+    config = toy.config()
+    monkeypatch.setattr(configs, "load_config", lambda spec, overrides: config)
+    add, seen = logs.Logs.add, []
+
+    def stop(self, metrics):
+        seen.append(metrics)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, metrics)
+
+    monkeypatch.setattr(logs.Logs, "add", stop)
+    command = ["train", "--config", "toy.py", "--workdir", str(tmp_path)]
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(command) == 75
+    assert "stop signal: step 3 is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert cli.main(command) == 0 and len(seen) == 8
+    assert "finished" not in capsys.readouterr().err
+    assert cli.main(command) == 0 and len(seen) == 8
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_a_stage_without_clip_trains_its_tokenizer_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TOKENIZER_CAPTIONS", 50)
+    config = tiny_runs.config("clip", tokenizer__path="", tokenizer__vocab_size=300)
+    run = train.make_run(config, tmp_path)
+    assert 259 < run.tokenizer.vocab_size <= 300 and run.tokenizer.max_len == config.tokenizer.max_len
+    assert run.config.tokenizer.vocab_size == run.tokenizer.vocab_size == run.task.model.text["vocab_size"]
+    train._write_once(run)
+    monkeypatch.setattr(train, "TOKENIZER_CAPTIONS", 20)
+    other = train.make_run(config, tmp_path).tokenizer.to_json()
+    assert other != run.tokenizer.to_json()  # nothing was saved yet, so nothing is kept
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert train.make_run(config, tmp_path).tokenizer.to_json() == run.tokenizer.to_json()
+
+
+# What does not fit: one error in one line, and not even the folder is made.
+
+
+def changed(stage, changes):
+    """The stage's config with values put past the checks of the command line."""
+    config = toy.config() if stage == "toy" else tiny_runs.config(stage)
+    with config.unlocked(), config.ignore_type():
+        for key, value in changes.items():
+            *blocks, name = key.split(".")
+            block = config
+            for part in blocks:
+                block = block[part]
+            block[name] = value
+    return config
+
+
+BAD = {
+    "batch": ("toy", {"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
+    "no batch": ("toy", {"batch_size": 0}, "batch_size=0"),
+    "no steps": ("toy", {"num_steps": 0}, "num_steps=0"),
+    "steps below 0": ("toy", {"num_steps": -5}, "num_steps=-5"),
+    "warmup": ("toy", {"optim.warmup": 99}, "optim.warmup=99 must not exceed the 8 updates"),
+    "rate": ("toy", {"optim.lr": 0.0}, "optim.lr=0.0"),
+    "rate nan": ("toy", {"optim.lr": math.nan}, "optim.lr=nan"),
+    "rate type": ("toy", {"optim.lr": "abc"}, "optim.lr='abc'"),
+    "schedule": ("toy", {"optim.schedule": "cosin"}, "did you mean 'cosine'"),
+    "optim key": ("toy", {"optim.warm_up": 3}, "no key 'optim.warm_up'.* did you mean 'warmup'"),
+    "loader key": ("toy", {"loader.threads": 3}, "no key 'loader.threads'"),
+    "mesh key": ("toy", {"mesh.model": 3}, "no key 'mesh.model'"),
+    "mesh": ("toy", {"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 must multiply to the 8 devices"),
+    "decay": ("toy", {"ema_decay": 1.0}, "ema_decay=1.0"),
+    "log": ("toy", {"every.log": 0}, "every.log=0"),
+    "eval": ("toy", {"every.eval": -1}, "every.eval=-1"),
+    "keep": ("toy", {"keep": 0}, "keep=0"),
+    "seed": ("toy", {"seed": -1}, "seed=-1"),
+    "rule": ("toy", {"rules": (("nothing", "fsdp"), (".*", "fsdp"))}, "'nothing' decides for no array"),
+    "crop": ("toy", {"loader.crop": 17}, "crop=17 must be in 1 … 16"),
+    "workers": ("toy", {"loader.num_threads": -1}, "num_threads=-1"),
+    "source": ("toy", {"data.source": "shape"}, "did you mean 'shapes'"),
+    "split": ("toy", {"data.split": "trian"}, "did you mean 'train'"),
+    "eval split": ("toy", {"eval.split": "tset", "every.eval": 4}, "did you mean 'test'"),
+    "task": ("upsampler", {"task": "upsampeler"}, "unknown task 'upsampeler'.* did you mean 'upsampler'"),
+    "noise": ("upsampler", {"diffusion.name": "cosin"}, "did you mean 'cosine'"),
+    "noise steps": ("upsampler", {"diffusion.num_steps": 0}, "num_steps=0"),
+    "sampler": ("upsampler", {"sampler.name": "ddmi"}, "sampler.name='ddmi' is unknown.* did you mean 'dd"),
+    "sampler steps": ("upsampler", {"sampler.steps": 2000}, "steps=2000 must be within 1 … 1000"),
+    "guidance": ("decoder", {"sampler.guidance": math.nan}, "sampler.guidance=nan"),
+    "candidates": ("prior_diffusion", {"sampler.candidates": 0}, "sampler.candidates=0"),
+    "share": ("prior_diffusion", {"objective.text_drop": 1.5}, "objective.text_drop=1.5 must be within 0 … 1"),
+    "target": ("upsampler", {"objective.target": "z"}, "unknown prediction target 'z'"),
+    "model key": ("upsampler", {"model.chanels": 8}, "does not fit its network: .*chanels"),
+    "objective key": ("upsampler", {"objective.tagret": "v"}, "does not fit its network: .*tagret"),
+    "groups": ("upsampler", {"model.groups": 3}, "the network of upsampler cannot be built"),
+    "image size": ("upsampler", {"data.size": 18, "model.multipliers": (1, 1)}, "image 18x18 must be divisible by 4"),
+    "crop of odd size": ("upsampler", {"loader.crop": 15}, "15 pixels must be divisible by factor=2"),
+    "heads": ("prior_diffusion", {"model.heads": 3}, "width=16 must be a multiple of heads=3"),
+    "no heads": ("clip", {"model.text.heads": 0}, "the network of clip cannot be built"),
+    "clip's heads": ("clip", {"model.vision.heads": 3}, "width=16 must be a multiple of heads=3"),
+    "patch": ("clip", {"model.vision.patch": 5}, "image_size=16 must be a multiple of model.vision.patch=5"),
+    "clip's image": ("clip", {"data.size": 32}, "CLIP takes 16x16 images, got 32x32"),
+    "no tokenizer": ("clip", {"tokenizer.path": "none.json"}, "no tokenizer at none.json"),
+    "no clip": ("prior_diffusion", {"clip": ""}, "prior_diffusion needs a trained CLIP. Fix: set --config.clip"),
+    "clip missing": ("decoder", {"clip": "no/such/run"}, "no/such/run does not exist"),
+    "clip not wanted": ("upsampler", {"clip": "runs/clip"}, "clip='runs/clip' is of no use to the task 'upsampler'"),
+}
+
+
+@pytest.mark.parametrize(("stage", "changes", "words"), BAD.values(), ids=BAD)
+def test_a_config_that_does_not_fit(stage, changes, words, task, tmp_path):
+    with pytest.raises(UserError, match=words) as error:
+        train.train(changed(stage, changes), tmp_path / "run")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_clip_path_that_holds_another_stage(tmp_path):
+    made = tiny_stack.configs()["upsampler"]
+    tiny_runs.save(tmp_path / "other", made, {"a": np.ones(3)}, None)
+    with pytest.raises(UserError, match="holds the stage 'upsampler', not a CLIP"):
+        train.train(changed("decoder", {"clip": str(tmp_path / "other")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_with_another_config_is_refused(task, tmp_path):
+    train.train(toy.config(num_steps=2), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for changes, words in [
+        ({"optim.lr": 0.5}, "holds a run with another config: optim.lr: 0.05 -> 0.5. Fix: use another --workdir"),
+        ({"loader.crop": 8}, "loader.crop: None -> 8"),
+        ({"seed": 3}, "seed: 0 -> 3"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            train.train(changed("toy", changes), tmp_path)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_saved_nothing_does_not_bind_its_workdir(task, tmp_path):
+    train._write_once(train.make_run(toy.config(), tmp_path))
+    assert train.make_run(changed("toy", {"optim.lr": 0.5}), tmp_path).config.optim.lr == 0.5
+
+
+def test_a_run_keeps_to_its_clip(tmp_path):
+    config = tiny_runs.config("prior_diffusion")
+    run = train.make_run(config, tmp_path)
+    assert len(run.config.clip_identity) == 16
+    train._write_once(run)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert train.make_run(config, tmp_path).config == run.config
+    other = tiny_runs.folder() / "clip"
+    made, params = checkpoint.load_params(other)[1], tiny_stack.weights(tiny_runs.make("clip").config, seed=9)
+    tiny_runs.save(tmp_path / "other", made, params, checkpoint.load_params(other)[3])
+    with pytest.raises(UserError, match=f"clip_identity: '{run.config.clip_identity}' -> "):
+        train.make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
+
+
+def test_a_workdir_has_one_run_at_a_time(task, tmp_path):
+    with (tmp_path / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is in use by another run"):
+            train.train(toy.config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert train.train(toy.config(num_steps=1), tmp_path) == 0
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "", "gs://bucket/run"])
+def test_a_workdir_that_is_no_folder(where, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="workdir .*must be"):
+        train.train(toy.config(), where)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_home_folder_is_meant_by_a_tilde(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert train.train(toy.config(num_steps=1), "~/run") == 0
+    assert {"checkpoints", "metrics.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_lists_in_a_config_are_the_tuples_that_are_stored(task, tmp_path):
+    config = toy.config(num_steps=2)
+    with config.unlocked(), config.ignore_type():
+        config.rules = [[".*", "fsdp"]]
+    assert train.train(config, tmp_path) == train.train(config, tmp_path) == 0
+
+
+def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):
+    run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
+    assert tuple(run.shardings.params["wide"].spec) == ("fsdp",) == tuple(run.shardings.ema["wide"].spec)
+    assert run.shardings.params["colour"].is_fully_replicated
+    assert run.mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}

@@ -1,0 +1,128 @@
+"""Training runs of the smallest networks that still have every part: 16-pixel shapes, one block, one layer."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from unclip_jax import checkpoint, sharding, tasks, train
+from unclip_jax import config as configs
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("clip", "prior_diffusion", "decoder", "upsampler")
+RUN = {
+    "batch_size": 8,
+    "num_steps": 8,
+    "data.size": 16,
+    "optim.warmup": 0,
+    "every.log": 1,
+    "every.save": 4,
+    "every.preview": 0,
+    "every.eval": 0,
+    "eval.batches": 1,
+    "eval.preview": 2,
+}
+UNET = {"channels": 16, "multipliers": (1,), "blocks": 1, "groups": 4, "patch": 2}
+NETWORK = {
+    "clip": {
+        "model.embed_dim": 8,
+        "model.vision.image_size": 16,
+        "model.vision.patch": 8,
+        **{f"model.{tower}.{name}": n for tower in ("vision", "text") for name, n in tiny_stack.BLOCKS.items()},
+    },
+    "prior_diffusion": {f"model.{name}": n for name, n in tiny_stack.BLOCKS.items()} | {"sampler.steps": 4},
+    "decoder": {
+        **{f"model.unet.{name}": n for name, n in UNET.items()},
+        "model.unet.attention": (1,),  # no such level: only the middle attends
+        "model.unet.head_channels": 8,
+        "model.context_width": 16,
+        "model.text.layers": 1,
+        "model.text.heads": 2,
+        "sampler.steps": 4,
+    },
+    "upsampler": {f"model.{name}": n for name, n in UNET.items()} | {"loader.crop": None, "sampler.steps": 4},
+}
+
+
+def config(stage: str, **changes):
+    """The config of configs/shapes/STAGE.py:tiny made tinier; in the names of `changes` "__" stands for a dot."""
+    file, overrides = spec(stage, **changes)
+    return configs.load_config(file, overrides)
+
+
+def spec(stage: str, **changes) -> tuple[str, list[str]]:
+    """What the command line would be given for `config`: FILE:VARIANT, and the overrides."""
+    settings = {**RUN, **NETWORK[stage]}
+    if stage == "clip":
+        settings["tokenizer.path"] = str(folder() / "tokenizer.json")
+    if stage in tasks.WITH_CLIP:
+        settings["clip"] = str(folder() / "clip")
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return f"{ROOT}/configs/shapes/{stage}.py:tiny", [f"{name}={value}" for name, value in settings.items()]
+
+
+@functools.cache
+def folder() -> Path:
+    """Holds tokenizer.json, and in clip/ a checkpoint of a CLIP with random weights."""
+    root = Path(tempfile.mkdtemp(prefix="tiny-runs-"))
+    words = tiny_stack.tokenizer()
+    words.save(root / "tokenizer.json")
+    settings = {**RUN, **NETWORK["clip"]}
+    made = configs.load_config(f"{ROOT}/configs/shapes/clip.py:tiny", [f"{k}={v}" for k, v in settings.items()])
+    with made.unlocked():
+        made.tokenizer.update(vocab_size=words.vocab_size, max_len=words.max_len)
+    save(root / "clip", made, tiny_stack.weights(made), words.to_json())
+    return root
+
+
+def save(workdir: Path, made, params, tokenizer_json: str | None) -> None:
+    """A workdir as training leaves it, with these averaged weights."""
+    meta = {"config": configs.to_json(made), "tokenizer": tokenizer_json}
+    with checkpoint.Checkpoints(workdir, async_=False) as saved:
+        saved.save(1, {"params": jax.tree.map(np.zeros_like, params), "ema": params}, meta)
+
+
+def make(stage: str, **changes) -> train.Run:
+    """`train.make_run` of `config`, for a folder that does not exist."""
+    return train.make_run(config(stage, **changes), folder() / "none")
+
+
+def state(run: train.Run) -> train.TrainState:
+    """A first state of random numbers, none of the weights zero; nothing is compiled for it."""
+    params = tiny_stack.weights(run.config, getattr(run.task, "clip", None))
+    opt = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), run.shapes.opt)
+    return train.TrainState(np.zeros((), np.int32), params, params, opt)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Halves the time that XLA takes for a program; what it computes stays."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take the first device only."""
+    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", mesh)
+
+
+def memorise(stage: str, **changes):
+    """A config that sees the same eight pictures in every step, long enough to know them by heart."""
+    steps = {"num_steps": 240, "optim.lr": 5e-3, "every.log": 20, "every.save": 80, "optim.weight_decay": 0.0}
+    drops = {
+        "clip": {},
+        "prior_diffusion": {"objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
+        "decoder": {"objective.text_drop": 0.0, "objective.clip_drop": 0.0},
+        "upsampler": {},
+    }
+    made = config(stage, **{name.replace(".", "__"): v for name, v in {**steps, **drops[stage]}.items()}, **changes)
+    with made.unlocked():
+        made.data.length = 8
+    return made

@@ -1,0 +1,141 @@
+"""What a training run tells on the way: the progress bar, metrics.jsonl, TensorBoard, previews, held-out metrics."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from unclip_jax import distributed, optim, sharding, tasks
+from unclip_jax.data import images
+
+
+class Logs:
+    """Progress bar, metrics.jsonl and TensorBoard; written by the main process.
+
+    Metrics stay on the device until they are written, so that no step waits for the host.
+
+    Args:
+      config: of the run.
+      workdir: where the files go.
+      start: steps done before; what an earlier process logged after them is dropped, as it is done again.
+    """
+
+    def __init__(self, config, workdir: Path, start: int):
+        self.pending: list[dict] = []
+        self.batch_size = config.batch_size
+        self.rate = optim.learning_rate(config.num_steps, **config.optim)
+        self.clock, self.number = time.perf_counter(), start
+        self.main = distributed.is_main()
+        settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1}
+        self.bar = tqdm(total=config.num_steps, initial=start, **settings)
+        if self.main:
+            from tensorboardX import SummaryWriter
+
+            path = workdir / "metrics.jsonl"
+            _keep_until(path, start)
+            self.file = path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+
+    def add(self, metrics: dict) -> None:
+        """Takes one step's metrics, still on the device."""
+        self.pending.append(metrics)
+
+    def write(self, number: int) -> bool:
+        """Means since the last time; waits for the device. False where a step's loss was not finite."""
+        if not self.pending:
+            return True
+        fetched = jax.device_get(self.pending)
+        self.pending = []
+        now = time.perf_counter()
+        steps = number - self.number
+        means = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
+        means["images_per_second"] = steps * self.batch_size / (now - self.clock)
+        means["learning_rate"] = float(self.rate(number - 1))
+        self.clock, self.number = now, number
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
+        self.bar.update(steps)
+        self.record(number, means)
+        return bool(np.isfinite([m["loss"] for m in fetched]).all())
+
+    def record(self, number: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl (null: not finite), and the same scalars for TensorBoard."""
+        if self.main:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self.file.write(json.dumps({"step": number, **finite}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.board.add_scalar(name, value, number)
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self.bar.close()
+        if self.main:
+            self.file.close()
+            self.board.close()
+
+
+class Checks:
+    """Previews and metrics of the averaged weights on held-out data, while training.
+
+    Args:
+      run: of `train.make_run`.
+      batches: batches(start, source, size, **loader settings) yields batches on the run's devices.
+    """
+
+    def __init__(self, run, batches: Callable):
+        self.run, self.batches = run, batches
+        self.settings, self.seed = run.config.eval, run.config.seed
+        self.measure = tasks.measurer(run.task)
+        self.draw = jax.jit(self._draw, out_shardings=sharding.replicated(run.mesh))
+        self.batch = None
+
+    def _draw(self, params, frozen, batch):
+        task = self.run.task
+        return images.to_uint8(task.preview(params, task.encode(frozen, batch), jax.random.key(self.seed)))
+
+    def preview(self, params, number: int) -> None:
+        """Writes previews/step_N.png: the same held-out examples and noise each time."""
+        parts = self.run.mesh.shape["data"] * self.run.mesh.shape["fsdp"]
+        size = -(-self.settings.preview // parts) * parts
+        if self.batch is None:
+            plain = {"crop": None, "num_workers": 0, "shuffle": False}
+            self.batch = next(self.batches(0, self.run.held_out, size, **plain))
+        pictures = np.asarray(self.draw(params, self.run.frozen, self.batch))
+        if distributed.is_main():
+            path = self.run.workdir / "previews" / f"step_{number:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            images.save_png(path, images.grid(pictures, min(len(pictures), size)), {"step": str(number)})
+
+    def evaluate(self, params) -> dict[str, float]:
+        """{"eval/metric": value} over `eval.batches` batches of the evaluation split."""
+        stream = self.batches(0, self.run.held_out, self.run.config.batch_size, num_workers=0)
+        measured = self.measure(self.run.frozen, params, stream, self.settings.batches)
+        return {f"eval/{name}": value for name, value in measured.items()}
+
+
+def say(text: str) -> None:
+    """One line on stderr, by the main process, above a progress bar if there is one."""
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
