@@ -26,7 +26,7 @@ RUN = {
     "eval.batches": 1,
     "eval.preview": 2,
 }
-UNET = {"channels": 16, "multipliers": (1,), "blocks": 1, "groups": 4, "patch": 2}
+UNET = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "patch": 1}
 NETWORK = {
     "clip": {
         "model.embed_dim": 8,
@@ -42,9 +42,16 @@ NETWORK = {
         "model.context_width": 16,
         "model.text.layers": 1,
         "model.text.heads": 2,
+        "objective.target": "v",
+        "objective.vlb_weight": 0.001,
         "sampler.steps": 4,
     },
-    "upsampler": {f"model.{name}": n for name, n in UNET.items()} | {"loader.crop": None, "sampler.steps": 4},
+    "upsampler": {
+        **{f"model.{name}": n for name, n in UNET.items()},
+        "loader.crop": None,
+        "objective.target": "v",
+        "sampler.steps": 4,
+    },
 }
 
 
@@ -115,14 +122,14 @@ def one_device(monkeypatch):
 
 def memorise(stage: str, **changes):
     """A config that sees the same eight pictures in every step, long enough to know them by heart."""
-    steps = {"num_steps": 240, "optim.lr": 5e-3, "every.log": 20, "every.save": 80, "optim.weight_decay": 0.0}
-    drops = {
-        "clip": {},
-        "prior_diffusion": {"objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
-        "decoder": {"objective.text_drop": 0.0, "objective.clip_drop": 0.0},
-        "upsampler": {},
+    learn = {"optim.schedule": "constant", "optim.weight_decay": 0.0, "every.save": 80, "num_steps": 240}
+    own = {
+        "clip": {"optim.lr": 5e-3},
+        "prior_diffusion": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
+        "decoder": {"optim.lr": 1e-2, "objective.text_drop": 0.0, "objective.clip_drop": 0.0},
+        "upsampler": {"optim.lr": 1e-2},
     }
-    made = config(stage, **{name.replace(".", "__"): v for name, v in {**steps, **drops[stage]}.items()}, **changes)
+    made = config(stage, **{name.replace(".", "__"): v for name, v in {**learn, **own[stage]}.items()} | changes)
     with made.unlocked():
         made.data.length = 8
     return made

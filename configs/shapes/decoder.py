@@ -9,11 +9,11 @@ from configs import common, small
 
 VARIANTS = {
     "laptop": dict(
-        unet=dict(channels=32, multipliers=(1, 2, 4), blocks=1, attention=(8, 4), head_channels=32, groups=8, patch=2),
+        unet=dict(channels=128, multipliers=(1,), blocks=2, attention=(8,), head_channels=32, groups=8, patch=4),
         context_width=96,
         text=dict(layers=2, heads=3),
-        batch_size=64,
-        num_steps=8000,
+        batch_size=32,
+        num_steps=1950,
         steps=30,
     ),
     "tiny": dict(

@@ -8,7 +8,7 @@ Variants: laptop (the bundled stack's), tiny (for tests).
 from configs import common, small
 
 VARIANTS = {
-    "laptop": dict(channels=32, multipliers=(1, 2), blocks=1, groups=8, batch_size=32, num_steps=1200, steps=12),
+    "laptop": dict(channels=32, multipliers=(1, 2), blocks=1, groups=8, batch_size=32, num_steps=800, steps=12),
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
 }
 

@@ -15,26 +15,27 @@ pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
 
 def fit(stage: str, workdir):
-    """Trains; returns the run, the eight pictures as a batch, the last parameters, and metrics.jsonl."""
+    """Trains; returns the run, the eight pictures as a batch, the last parameters, and what metrics.jsonl tells."""
     config = tiny_runs.memorise(stage)
     assert train.train(config, workdir) == 0
     run = train.make_run(config, workdir)
     batch = next(loader.batches(data.make(**config.data), run.tokenizer, 8, shuffle=False))
     params, _, step, _ = checkpoint.load_params(workdir, which="params")
     assert step == config.num_steps
-    return run, batch, params, [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    return run, batch, params, {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
 
 def test_clip_tells_the_eight_pairs_apart(tmp_path):
-    _, batch, _, lines = fit("clip", tmp_path)
+    _, batch, _, told = fit("clip", tmp_path)
     assert len(np.unique(batch["tokens"], axis=0)) == 8
-    assert lines[-1]["accuracy"] == 1.0  # the mean of 20 steps
-    # With the right caption twice as likely as the seven others together, each cross-entropy is below ln 1.5.
-    assert lines[-1]["loss"] < np.log(1.5) < np.log(8) - 0.5 < lines[0]["loss"]
+    assert (told["accuracy"][-50:] == 1).all() and told["accuracy"][0] < 0.5
+    # A guess costs ln 8; a right caption twice as likely as the seven others together costs ln 1.5.
+    assert told["loss"][0] > 0.5 * np.log(8) and told["loss"][-50:].max() < np.log(1.5)
 
 
 def test_prior_draws_each_captions_own_embedding(tmp_path):
-    run, batch, params, lines = fit("prior_diffusion", tmp_path)
+    run, batch, params, told = fit("prior_diffusion", tmp_path)
 
     @jax.jit
     def draw(params, batch):
@@ -50,14 +51,14 @@ def test_prior_draws_each_captions_own_embedding(tmp_path):
     drawn, true = ((z - mean) / std for z in (drawn, true))
     cosine = (drawn @ true.T) / np.linalg.norm(drawn, axis=1)[:, None] / np.linalg.norm(true, axis=1)
     assert np.diag(cosine).mean() > 0.95 and (cosine.argmax(1) == np.arange(8)).all()
-    assert lines[-1]["mse"] < 0.2 * lines[0]["mse"]
+    assert told["mse"][-50:].mean() < 0.2 * told["mse"][:3].mean()
 
 
 @pytest.mark.parametrize("stage", ["decoder", "upsampler"])
 def test_images_are_learned_far_beyond_the_mean(stage, tmp_path):
-    run, batch, _, lines = fit(stage, tmp_path)
-    # v = sqrt(abar) eps - sqrt(1 - abar) x0: predicting 0, as a new network does, costs E v^2 = abar + (1 - abar) x0^2.
+    run, batch, _, told = fit(stage, tmp_path)
+    # A new network predicts 0 for v = sqrt(abar) eps - sqrt(1 - abar) x0, which costs E v^2 = abar + (1 - abar) x0^2.
     abar = run.task.schedule.alphas_cumprod
     at_first = np.mean(abar + (1 - abar) * np.mean(batch["image"] ** 2))
-    assert lines[-1]["mse"] < 0.3 * at_first
-    assert 0.3 * at_first < lines[0]["mse"] < 1.2 * at_first
+    assert told["mse"][0] == pytest.approx(at_first, rel=0.2)
+    assert told["mse"][-50:].mean() < 0.3 * at_first
