@@ -27,7 +27,7 @@ SIDE, LENGTH, WIDTH = 8, 5, 4
 
 
 def clip(embed_dim: int = 6, side: int = SIDE) -> Net:
-    """Image embedding: the first pixels of the image; text embedding: the first tokens, cast; states: one-hot tokens."""
+    """z_img: the first numbers of the image; z_txt: the first tokens; states: zeros."""
 
     def embed_image(image):
         assert image.shape[1:] == (side, side, 3)

@@ -1,0 +1,135 @@
+"""The upsampler's task: small images against numpy, how many are blurred, what the network is shown, other sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from tests.tasks import stubs
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
+from unclip_jax import tasks
+from unclip_jax.data.images import gaussian_blur
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.tasks.upsampler import UpsamplerTask
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SAMPLER = {"name": "ddim", "steps": 3}
+SIDE, FACTOR = 12, 2
+
+
+def with_net(answer=lambda x, time: x[..., :3], **settings):
+    """A task whose network answers `answer(x, time)`, x being [noised, enlarged]."""
+    net = stubs.Net({"__call__": lambda x, time, train=False: answer(x, time)})
+    settings = {"factor": FACTOR, "target": "x0", **settings}
+    return UpsamplerTask(net, make_schedule("cosine", 20), SIDE, SAMPLER, **settings)
+
+
+def pictures(n, side=SIDE, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, side, side, 3)).astype(np.float32)
+
+
+def shrinking(side: int, factor: int) -> np.ndarray:
+    """f64[side / factor, side]: Keys' cubic (a = -1/2) stretched by the factor, each row of sum 1."""
+    small, large = np.arange(side // factor), np.arange(side)
+    x = np.abs((large[None] + 0.5) - (small[:, None] + 0.5) * factor) / factor
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_small_images_are_antialiased_cubic_reductions(factor):
+    image = pictures(2)
+    encoded = with_net(factor=factor).encode({}, {"image": image, "other": 1})
+    weights = shrinking(SIDE, factor)
+    expected = np.einsum("ah,bw,nhwc->nabc", weights, weights, image.astype(np.float64))
+    np.testing.assert_allclose(encoded["low"], expected, atol=1e-5)
+    assert encoded["image"] is image and encoded["other"] == 1
+
+
+def test_a_size_that_the_factor_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="images of 15 pixels must be divisible by factor=2"):
+        with_net().encode({}, {"image": pictures(1, 15)})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_given_share_of_small_images_is_blurred(share):
+    seen, n = [], 200
+
+    def answer(x, time):
+        seen.append(np.asarray(x[..., 3:]))
+        return x[..., :3]
+
+    task = with_net(answer, blur_share=share, blur=0.8)
+    batch = task.encode({}, {"image": pictures(n)})
+    task.loss({}, batch, jax.random.key(0))
+
+    def enlarged(low):
+        return np.asarray(jax.image.resize(low, (n, SIDE, SIDE, 3), "bicubic"))
+
+    sharp = np.isclose(seen[0], enlarged(batch["low"]), atol=1e-5).all((1, 2, 3))
+    blurred = np.isclose(seen[0], enlarged(gaussian_blur(batch["low"], 0.8)), atol=1e-5).all((1, 2, 3))
+    assert (sharp ^ blurred).all()
+    assert abs(blurred.mean() - share) <= 4 * np.sqrt(share * (1 - share) / n)
+
+
+def test_the_network_is_shown_the_noised_picture_and_the_small_one_and_predicts_the_large_one():
+    seen = []
+
+    def answer(x, time):
+        seen.append((np.asarray(x), np.asarray(time)))
+        return truth
+
+    task = with_net(answer)
+    truth = jnp.asarray(pictures(1000))
+    loss, metrics = task.loss({}, task.encode({}, {"image": truth}), jax.random.key(1))
+    assert float(loss) < 1e-10 and metrics.keys() == {"mse"}
+    ((x, time),) = seen
+    assert x.shape == (1000, SIDE, SIDE, 6) and set(time) == set(range(20))
+    for t in (0, 10, 19):
+        alike = np.corrcoef(x[time == t][..., :3].ravel(), np.asarray(truth)[time == t].ravel())[0, 1]
+        signal = task.schedule.alphas_cumprod[t] / 3  # 1/3: the pictures' variance
+        noise = 1 - task.schedule.alphas_cumprod[t]
+        assert alike == pytest.approx(np.sqrt(signal / (signal + noise)), abs=0.05)
+
+
+@pytest.mark.parametrize("side", [SIDE, 2 * SIDE])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_any_size_is_drawn(side, sampler):
+    """A network that answers with the enlarged small picture draws just that."""
+    low = pictures(2, side // FACTOR)
+    task = with_net(lambda x, time: x[..., 3:])
+    drawn = task.sample({}, {"low": low}, jax.random.split(jax.random.key(0), 2), name=sampler, steps=4)
+    expected = np.clip(jax.image.resize(low, (2, side, side, 3), "bicubic"), -1, 1)
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates():
+    task = with_net(lambda x, time: 0.9 * x[..., :3] + 0.1 * x[..., 3:])
+    low, keys = pictures(3, SIDE // FACTOR), jax.random.split(jax.random.key(0), 3)
+    whole = np.asarray(task.sample({}, {"low": low}, keys, name="ddpm"))
+    alone = np.asarray(task.sample({}, {"low": low[1:2]}, keys[1:2], name="ddpm"))
+    np.testing.assert_allclose(alone[0], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_preview_and_evaluation():
+    task = with_net(lambda x, time: 0 * x[..., :3])
+    batch = task.encode({}, {"image": pictures(4)})
+    rows = np.asarray(task.preview({}, batch, jax.random.key(0))).reshape(3, 4, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(rows[0], np.repeat(np.repeat(batch["low"], FACTOR, 1), FACTOR, 2))
+    np.testing.assert_allclose(rows[1], 0, atol=1e-6)
+    np.testing.assert_array_equal(rows[2], batch["image"])
+    total, n = task.evaluate({}, batch, jax.random.key(0))["loss"]
+    assert n == 4 and total / 4 == pytest.approx(np.square(batch["image"]).mean(), rel=1e-5)
+
+
+def test_the_network_has_six_channels_where_the_variance_is_learned():
+    config = tiny_stack.configs()["upsampler"]
+    assert tasks.make(config).model.out_channels == 3
+    config.objective.vlb_weight = 0.001
+    assert tasks.make(config).model.out_channels == 6
+    assert dataclasses.replace(tasks.make(config), factor=4).factor == 4
