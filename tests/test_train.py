@@ -328,7 +328,7 @@ BAD = {
     "model key": ("upsampler", {"model.chanels": 8}, "does not fit its network: .*chanels"),
     "objective key": ("upsampler", {"objective.tagret": "v"}, "does not fit its network: .*tagret"),
     "groups": ("upsampler", {"model.groups": 3}, "the network of upsampler cannot be built"),
-    "image size": ("upsampler", {"data.size": 18, "model.multipliers": (1, 1, 1)}, "image 18x18 must be divisible by 4"),
+    "image size": ("upsampler", {"data.size": 18, "model.multipliers": (1,) * 3}, "image 18x18 must be divisible by 4"),
     "crop of odd size": ("upsampler", {"loader.crop": 15}, "15 pixels must be divisible by factor=2"),
     "heads": ("prior_diffusion", {"model.heads": 3}, "width=16 must be a multiple of heads=3"),
     "no heads": ("clip", {"model.text.heads": 0}, "the network of clip cannot be built"),
