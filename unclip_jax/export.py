@@ -56,7 +56,7 @@ def collect(
 
 def _check_task(name: str, path) -> None:
     flag = name.split("_")[0]
-    if flag == "clip" and _is_stack(path):
+    if flag == "clip" and weights.is_stack(path):
         return
     task = checkpoint.peek(path)[0].get("task")
     if task != TASKS[flag]:
@@ -66,22 +66,18 @@ def _check_task(name: str, path) -> None:
 def _clip(path) -> tuple:
     """(params, config, step, tokenizer's JSON, identity) of a CLIP run, or of a stack's CLIP."""
     frozen = tasks.load_clip(path)
-    if _is_stack(path):
+    if weights.is_stack(path):
         _, config, step, _ = weights.load_stack(path, ["clip"]).stages["clip"]
     else:
         config, step = checkpoint.peek(path)
     return frozen.params, _without_paths(config), step, frozen.tokenizer_json, frozen.identity
 
 
-def _is_stack(path) -> bool:
-    return (Path(path).expanduser() / "stack.json").is_file()
-
-
 def _without_paths(config):
     """The config without where things lay on the machine that trained it."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        for block, key in ((config, "clip"), (config.data, "path"), (config.tokenizer or {}, "path")):
+        for block, key in ((config, "clip"), (config, "init"), (config.data, "path"), (config.tokenizer or {}, "path")):
             if key in block:
                 block[key] = ""
     return config

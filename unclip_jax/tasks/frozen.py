@@ -1,8 +1,7 @@
-"""The frozen CLIP that the prior and the decoder learn against, from a training run or from a stack."""
+"""Trained weights that training begins with, from a run or from a stack: the frozen CLIP, and a stage to go on from."""
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,18 +30,30 @@ def load_clip(path: str) -> FrozenCLIP:
     Raises:
       UserError: nothing usable at `path`, or a run of another stage.
     """
-    if (Path(path).expanduser() / "stack.json").is_file():
-        stack = weights.load_stack(path, ["clip"])
-        stage = stack.stages["clip"]
-        params, config, tokenizer = stage.params, stage.config, stack.tokenizer_json
-        known = stage.extra.get("clip_identity", "")
-    else:
-        params, config, _, tokenizer = checkpoint.load_params(path)
-        known = ""
-    if config.task != "clip":
-        raise UserError(f"{path} holds the stage '{config.task}', not a CLIP", "set --config.clip to a CLIP run")
+    params, config, tokenizer, extra = load_stage(path, "clip")
+    known = extra.get("clip_identity", "")
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, known or clip_identity(params))
+
+
+def load_stage(path: str, task: str) -> tuple[Any, Any, str | None, dict]:
+    """A stage's weights from a workdir (averaged) or a stack: (params, config, tokenizer's JSON, other facts).
+
+    Raises:
+      UserError: nothing usable at `path`, or no stage of this task, or several.
+    """
+    fix = f"give the workdir of a run of '{task}', or a stack that holds one"
+    if weights.is_stack(path):
+        names = [name for name, own in weights.tasks_of(path).items() if own == task]
+        if len(names) != 1:
+            raise UserError(f"stack {path} has {len(names) or 'no'} stages of the task '{task}', and 1 is needed", fix)
+        stack = weights.load_stack(path, names)
+        params, config, _, extra = stack.stages[names[0]]
+        return params, config, stack.tokenizer_json, extra
+    params, config, _, tokenizer = checkpoint.load_params(path)
+    if config.task != task:
+        raise UserError(f"{path} holds a run of the task '{config.task}', not '{task}'", fix)
+    return params, config, tokenizer, {}
 
 
 def clip_identity(params) -> str:
