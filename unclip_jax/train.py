@@ -225,7 +225,7 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
 
 def _initial(config: ConfigDict, shapes: Any) -> Any:
     """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays."""
-    params = tasks.load_stage(config.init, config.task)[0]
+    params = tasks.load_stage(config.init, config.task).params
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     found, wanted = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in leaves}

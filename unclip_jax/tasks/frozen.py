@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint, weights
 from unclip_jax.errors import UserError
@@ -22,22 +24,18 @@ class FrozenCLIP(NamedTuple):
     identity: str
 
 
-def load_clip(path: str) -> FrozenCLIP:
-    """Reads CLIP from a workdir of `unclip train` (averaged weights) or from a stack directory.
+class Trained(NamedTuple):
+    """A stage as it was trained: parameters, config, step, its tokenizer's JSON text if any, other facts of a stack."""
 
-    The identity is taken of the trained weights; a stack carries it along, so weights rounded to bfloat16 keep it.
-
-    Raises:
-      UserError: nothing usable at `path`, or a run of another stage.
-    """
-    params, config, tokenizer, extra = load_stage(path, "clip")
-    known = extra.get("clip_identity", "")
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, known or clip_identity(params))
+    params: Any
+    config: ConfigDict
+    step: int
+    tokenizer_json: str | None
+    extra: dict
 
 
-def load_stage(path: str, task: str) -> tuple[Any, Any, str | None, dict]:
-    """A stage's weights from a workdir (averaged) or a stack: (params, config, tokenizer's JSON, other facts).
+def load_stage(path: str | os.PathLike, task: str) -> Trained:
+    """Reads the stage of `task` from a workdir of `unclip train` (averaged weights) or from a stack directory.
 
     Raises:
       UserError: nothing usable at `path`, or no stage of this task, or several.
@@ -48,12 +46,23 @@ def load_stage(path: str, task: str) -> tuple[Any, Any, str | None, dict]:
         if len(names) != 1:
             raise UserError(f"stack {path} has {len(names) or 'no'} stages of the task '{task}', and 1 is needed", fix)
         stack = weights.load_stack(path, names)
-        params, config, _, extra = stack.stages[names[0]]
-        return params, config, stack.tokenizer_json, extra
-    params, config, _, tokenizer = checkpoint.load_params(path)
-    if config.task != task:
-        raise UserError(f"{path} holds a run of the task '{config.task}', not '{task}'", fix)
-    return params, config, tokenizer, {}
+        params, config, step, extra = stack.stages[names[0]]
+        return Trained(params, config, step, stack.tokenizer_json, extra)
+    own = checkpoint.peek(path)[0].get("task")
+    if own != task:
+        raise UserError(f"{path} holds a run of the task {own!r}, not {task!r}", fix)
+    return Trained(*checkpoint.load_params(path), {})
+
+
+def load_clip(path: str | os.PathLike) -> FrozenCLIP:
+    """Reads CLIP from a workdir or a stack, as `load_stage` does.
+
+    The identity is taken of the trained weights; a stack carries it along, so weights rounded to bfloat16 keep it.
+    """
+    params, config, _, tokenizer, extra = load_stage(path, "clip")
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    identity = extra.get("clip_identity") or clip_identity(params)
+    return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, identity)
 
 
 def clip_identity(params) -> str:
