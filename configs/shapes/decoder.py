@@ -9,11 +9,15 @@ from configs import common, small
 
 VARIANTS = {
     "laptop": dict(
-        unet=dict(channels=128, multipliers=(1,), blocks=2, attention=(8,), head_channels=32, groups=8, patch=4),
+        unet=dict(
+            channels=96, multipliers=(1,), blocks=2, attention=(8,), head_channels=48, groups=8, patch=4, outer=32
+        ),
         context_width=96,
         text=dict(layers=2, heads=3),
+        shift=0.5,
+        text_drop=0.3,
         batch_size=32,
-        num_steps=1950,
+        num_steps=8_000,
         steps=30,
     ),
     "tiny": dict(

@@ -38,6 +38,9 @@ class UNet(nn.Module):
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
+      outer: channels of a level around all that at full resolution, where pixels are folded: a stem beside the fold and,
+        after the unfolding, a residual block over both. Folding lets every place within a block be learned by itself;
+        these few convolutions see pixels alike wherever they lie, which edges need. 0: none.
     """
 
     channels: int
@@ -51,6 +54,7 @@ class UNet(nn.Module):
     groups: int = 32
     remat: bool = False
     patch: int = 1
+    outer: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -121,7 +125,13 @@ class UNet(nn.Module):
             if level:
                 h = block(h, self.channels * multiplier, f"up{level}_repeat", "up")
 
+        patch = self.patch
+        if self.outer:
+            stem = nn.Conv(self.outer, (3, 3), dtype=dtype, name="outer_stem")(x.astype(dtype))
+            h = nn.Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
+            h = block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
+            patch = 1
         h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
-        width = self.out_channels * self.patch**2
+        width = self.out_channels * patch**2
         h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(h)
-        return unfold(h, self.patch)
+        return unfold(h, patch)
