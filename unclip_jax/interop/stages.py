@@ -76,7 +76,7 @@ def read_params(
     except ValueError as error:
         raise UserError(f"the config makes no network ({error})") from None
     shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
-    with tqdm(total=len(weights.names), desc=f"reading {config.task}", unit=" arrays", disable=None, leave=False) as bar:
+    with tqdm(total=len(weights.names), desc=f"reading {config.task}", disable=None, leave=False) as bar:
 
         def take(name: str) -> np.ndarray:
             bar.update()
