@@ -65,7 +65,7 @@ def clip(v: dict, data: dict, vocab_size: int, max_len: int = 32):
         model=dict(embed_dim=v["embed_dim"], vision=v["vision"], text=v["text"], norm=v["embed_dim"] ** 0.5),
         tokenizer=dict(path="", vocab_size=vocab_size, max_len=max_len),
         data=data,
-        optim=dict(lr=1e-3, warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98),
+        optim=dict(lr=v.get("lr", 1e-3), warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98),
         ema_decay=0.99,
         eval=dict(batches=4, preview=32),
     )
@@ -100,8 +100,8 @@ def decoder(v: dict, data: dict):
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
         model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"]),
-        diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
-        objective=dict(target="x0", weighting="none", clip_drop=0.1, text_drop=0.5, vlb_weight=0.0),
+        diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS, shift=v.get("shift", 1.0)),
+        objective=dict(target="x0", weighting="none", clip_drop=0.1, text_drop=v.get("text_drop", 0.5), vlb_weight=0.0),
         sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,

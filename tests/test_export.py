@@ -72,8 +72,16 @@ def test_a_stacks_clip_may_be_exported_again(runs, stack, tmp_path):
     assert len(set(identities)) == 1
 
 
+def test_every_stage_may_come_from_a_stack(runs, stack, tmp_path):
+    """As when only the prior was trained on."""
+    again = load_stack(collect(tmp_path / "s", stack, runs["prior"], stack, [stack], dtype="float32"))
+    for name, stage in load_stack(stack).stages.items():
+        jax.tree.map(np.testing.assert_array_equal, stage.params, again.stages[name].params)
+        assert stage.config == again.stages[name].config and stage.step == again.stages[name].step
+
+
 def test_another_clip_is_refused_and_nothing_is_written(runs, tmp_path):
-    with pytest.raises(UserError, match="prior in .* was trained with another CLIP .*--clip .*clip"):
+    with pytest.raises(UserError, match="prior in .* was trained with another CLIP .*by --clip"):
         collect(tmp_path / "s", runs["other"], runs["prior"], runs["decoder"])
     assert list(tmp_path.iterdir()) == []
 
@@ -83,9 +91,9 @@ def test_another_clip_is_refused_and_nothing_is_written(runs, tmp_path):
     [
         (
             {"prior": "decoder"},
-            "holds a run of the task 'decoder'. Fix: give --prior a run of 'prior_diffusion'",
+            "holds a run of the task 'decoder', not 'prior_diffusion'",
         ),
-        ({"clip": "prior"}, "give --clip a run of 'clip'"),
+        ({"clip": "prior"}, "give the workdir of a run of 'clip', or a stack"),
         ({"decoder": "nothing"}, "does not exist"),
     ],
     ids=str,

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests import tiny_runs, tiny_stack, toy
 from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
-from unclip_jax import checkpoint, cli, logs, optim, train
+from unclip_jax import checkpoint, cli, logs, optim, train, weights
 from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError
@@ -353,9 +353,36 @@ def test_a_config_that_does_not_fit(stage, changes, words, task, tmp_path):
 def test_a_clip_path_that_holds_another_stage(tmp_path):
     made = tiny_stack.configs()["upsampler"]
     tiny_runs.save(tmp_path / "other", made, {"a": np.ones(3)}, None)
-    with pytest.raises(UserError, match="holds the stage 'upsampler', not a CLIP"):
+    with pytest.raises(UserError, match="holds a run of the task 'upsampler', not 'clip'"):
         train.train(changed("decoder", {"clip": str(tmp_path / "other")}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["run", "stack"])
+def test_a_run_starts_from_the_averaged_weights_it_is_given(kind, tmp_path):
+    made = tiny_runs.config("upsampler")
+    params = jax.tree.map(np.float32, tiny_stack.weights(made))
+    if kind == "run":
+        tiny_runs.save(tmp_path / "first", made, params, None)
+    else:
+        weights.save_stack(tmp_path / "first", {"upsampler": (params, made, 1, {})}, "{}", "float32")
+    run = train.make_run(changed("upsampler", {"init": str(tmp_path / "first")}), tmp_path / "run")
+    state = train._fresh(run, None)
+    assert int(state.step) == 0
+    for tree in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def test_weights_to_start_from_must_be_of_the_same_network(tmp_path):
+    made = tiny_runs.config("upsampler")
+    tiny_runs.save(tmp_path / "first", made, tiny_stack.weights(made), None)
+    init = {"init": str(tmp_path / "first")}
+    with pytest.raises(UserError, match="is .*, and config.model asks for .*Fix: take the config.model"):
+        train.make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run of the task 'upsampler', not 'decoder'"):
+        train.make_run(changed("decoder", init), tmp_path / "run")
+    with pytest.raises(UserError, match="no/run does not exist"):
+        train.make_run(changed("upsampler", {"init": "no/run"}), tmp_path / "run")
 
 
 def test_a_workdir_with_another_config_is_refused(task, tmp_path):

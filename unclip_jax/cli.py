@@ -178,8 +178,8 @@ def _add_evaluate(commands) -> None:
 def _add_export(commands) -> None:
     sub = _command(commands, export, "export", "Collect trained stages into one directory to sample from.")
     for name in ("clip", "prior", "decoder"):
-        sub.add_argument(f"--{name}", required=True, metavar="WORKDIR")
-    sub.add_argument("--upsampler", action="append", default=[], metavar="WORKDIR", help="may be given again")
+        sub.add_argument(f"--{name}", required=True, metavar="DIR", help="workdir of its run, or a stack")
+    sub.add_argument("--upsampler", action="append", default=[], metavar="DIR", help="alike; may be given again")
     sub.add_argument("out", metavar="OUT", help="the directory to make")
     sub.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     sub.add_argument("--overwrite", action="store_true", help="replace the stack that is there")

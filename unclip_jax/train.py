@@ -29,7 +29,7 @@ from unclip_jax.logs import Checks, Logs, say
 from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
-MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "sampler.")
+MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "sampler.")
 MAY_CHANGE += ("loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
@@ -89,6 +89,7 @@ class Run(NamedTuple):
     frozen: Mapping
     shardings: TrainState
     shapes: TrainState
+    initial: Any | None  # the weights that config.init names
 
 
 def make_run(config: ConfigDict, workdir: str | Path) -> Run:
@@ -122,7 +123,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed)))
     shardings = sharding.infer(shapes, config.rules, mesh)
     frozen = {"clip": jax.device_put(clip.params, sharding.replicated(mesh))} if clip else {}
-    return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes)
+    initial = None if earlier or not config.init else _initial(config, shapes.params)
+    return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> int:
@@ -211,14 +213,32 @@ def _rehearse(run: Run, step: Callable, batches: Callable) -> None:
 
 
 def _fresh(run: Run, batches: Callable) -> TrainState:
-    """The first state, with what `task.prepare` measures on the training data."""
+    """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed))  # noqa: E731
     state = jax.jit(make, out_shardings=run.shardings)()
-    params = run.task.prepare(run.frozen, state.params, batches(0))
+    params = run.initial or run.task.prepare(run.frozen, state.params, batches(0))
     if params is state.params:
         return state
     params = jax.device_put(params, run.shardings.params)
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+def _initial(config: ConfigDict, shapes: Any) -> Any:
+    """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays."""
+    params = tasks.load_stage(config.init, config.task).params
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    found, wanted = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, shapes))
+    )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            here, there = (str(side.get(name, "no array")) for side in (wanted, found))
+            raise UserError(
+                f"init={config.init!r} holds another network: {name} is {there}, and config.model asks for {here}",
+                "take the config.model that those weights were trained with",
+            )
+    return params
 
 
 def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:

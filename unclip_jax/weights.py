@@ -106,6 +106,17 @@ def load_stack(path: str | os.PathLike, stages: Iterable[str] | None = None) -> 
     return Stack(loaded, _text(path / "tokenizer.json"), path)
 
 
+def tasks_of(path: str | os.PathLike) -> dict[str, str]:
+    """{stage: task} of a stack directory, its weights left unread. UserError: no stack there, or malformed."""
+    stages = _index(Path(path).expanduser().resolve())["stages"]
+    return {name: str(entry["config"].get("task")) for name, entry in stages.items()}
+
+
+def is_stack(path: str | os.PathLike) -> bool:
+    """Whether a directory holds a stack."""
+    return (Path(path).expanduser() / "stack.json").is_file()
+
+
 def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtype: str) -> dict:
     """Writes <name>.safetensors; returns the stage's entry of stack.json."""
     if not _STAGE.fullmatch(name):

@@ -11,10 +11,11 @@ from configs import common, small
 VARIANTS = {
     "laptop": dict(
         embed_dim=128,
-        vision=dict(image_size=32, patch=4, width=96, layers=4, heads=3),
+        vision=dict(image_size=32, patch=8, width=160, layers=4, heads=5),
         text=dict(width=96, layers=2, heads=3),
-        batch_size=256,
-        num_steps=700,
+        batch_size=384,
+        num_steps=900,
+        lr=2e-3,
     ),
     "tiny": dict(
         embed_dim=32,

@@ -55,6 +55,21 @@ def test_linear_betas_are_even_and_scaled_to_the_number_of_steps(steps):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("shift", [0.25, 3.0])
+def test_a_shift_multiplies_signal_over_noise_at_every_step(name, shift):
+    plain, shifted = make_schedule(name, 500), make_schedule(name, 500, shift=shift)
+    ratio = [np.sqrt(s.alphas_cumprod) / np.sqrt(1 - s.alphas_cumprod) for s in (shifted, plain)]
+    np.testing.assert_allclose(ratio[0], shift * ratio[1], rtol=1e-9)
+    assert make_schedule(name, 500, shift=1) == plain
+
+
+@pytest.mark.parametrize("shift", [0, -1.0, np.inf, np.nan, "wide", None])
+def test_a_shift_that_is_no_positive_number_is_refused(shift):
+    with pytest.raises(UserError, match="shift"):
+        make_schedule("cosine", 10, shift=shift)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_one_step_at_a_time_gives_the_marginal(name):
     sched = make_schedule(name, 200)
     scale, variance = 1.0, 0.0

@@ -114,12 +114,15 @@ class Schedule:
         return np.sqrt(1 - self.betas) * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
 
-def make_schedule(name: str, num_steps: int = 1000) -> Schedule:
+def make_schedule(name: str, num_steps: int = 1000, shift: float = 1.0) -> Schedule:
     """The named schedule with timesteps 0 … num_steps - 1.
 
     "cosine": abar_t = f((t+1)/S) / f(0), f(u) = cos^2((u + 0.008) / 1.008 * pi/2), with betas of at most
       0.999 (arXiv 2102.09672, eq. 17).
     "linear": betas even from 1e-4 to 2e-2, times 1000 / num_steps (arXiv 2006.11239); needs num_steps > 20.
+
+    shift: factor on signal / noise, so SNR shift^2 (Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1). Below 1
+      more of the steps are noisy: for images whose content outlasts more noise, being large or flat.
     """
     if name not in ("cosine", "linear"):
         raise UserError(f"unknown noise schedule '{name}'", suggest(name, ("cosine", "linear")))
@@ -133,7 +136,12 @@ def make_schedule(name: str, num_steps: int = 1000) -> Schedule:
         if betas[-1] >= 1:
             raise UserError(f"num_steps={num_steps} must be above 20 with the linear schedule",
                             "make it with 1000 steps and respace it")
-    return Schedule(np.cumprod(1 - betas), np.arange(num_steps))
+    if not (isinstance(shift, (int, float)) and 0 < shift < np.inf):
+        raise UserError(f"shift={shift!r} of the noise schedule must be a number above 0 (1 is none)")
+    abar = np.cumprod(1 - betas)
+    if shift != 1:
+        abar = 1 / (1 + (1 - abar) / (abar * shift**2))
+    return Schedule(abar, np.arange(num_steps))
 
 
 def respace(sched: Schedule, steps: int | str | Sequence[int], *, spacing: str = "even") -> Schedule:

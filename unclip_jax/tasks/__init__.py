@@ -19,12 +19,13 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 from unclip_jax.tasks.decoder import DecoderTask
-from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip
+from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip, load_stage
 from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "check", "clip_identity", "load_clip", "make", "measure", "measurer"
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "check", "clip_identity", "load_clip", "load_stage", "make", "measure",
+    "measurer",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]

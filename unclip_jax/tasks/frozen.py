@@ -1,12 +1,13 @@
-"""The frozen CLIP that the prior and the decoder learn against, from a training run or from a stack."""
+"""Trained weights that training begins with, from a run or from a stack: the frozen CLIP, and a stage to go on from."""
 
 import hashlib
 import json
-from pathlib import Path
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint, weights
 from unclip_jax.errors import UserError
@@ -23,26 +24,45 @@ class FrozenCLIP(NamedTuple):
     identity: str
 
 
-def load_clip(path: str) -> FrozenCLIP:
-    """Reads CLIP from a workdir of `unclip train` (averaged weights) or from a stack directory.
+class Trained(NamedTuple):
+    """A stage as it was trained: parameters, config, step, its tokenizer's JSON text if any, other facts of a stack."""
 
-    The identity is taken of the trained weights; a stack carries it along, so weights rounded to bfloat16 keep it.
+    params: Any
+    config: ConfigDict
+    step: int
+    tokenizer_json: str | None
+    extra: dict
+
+
+def load_stage(path: str | os.PathLike, task: str) -> Trained:
+    """Reads the stage of `task` from a workdir of `unclip train` (averaged weights) or from a stack directory.
 
     Raises:
-      UserError: nothing usable at `path`, or a run of another stage.
+      UserError: nothing usable at `path`, or no stage of this task, or several.
     """
-    if (Path(path).expanduser() / "stack.json").is_file():
-        stack = weights.load_stack(path, ["clip"])
-        stage = stack.stages["clip"]
-        params, config, tokenizer = stage.params, stage.config, stack.tokenizer_json
-        known = stage.extra.get("clip_identity", "")
-    else:
-        params, config, _, tokenizer = checkpoint.load_params(path)
-        known = ""
-    if config.task != "clip":
-        raise UserError(f"{path} holds the stage '{config.task}', not a CLIP", "set --config.clip to a CLIP run")
+    fix = f"give the workdir of a run of '{task}', or a stack that holds one"
+    if weights.is_stack(path):
+        names = [name for name, own in weights.tasks_of(path).items() if own == task]
+        if len(names) != 1:
+            raise UserError(f"stack {path} has {len(names) or 'no'} stages of the task '{task}', and 1 is needed", fix)
+        stack = weights.load_stack(path, names)
+        params, config, step, extra = stack.stages[names[0]]
+        return Trained(params, config, step, stack.tokenizer_json, extra)
+    own = checkpoint.peek(path)[0].get("task")
+    if own != task:
+        raise UserError(f"{path} holds a run of the task {own!r}, not {task!r}", fix)
+    return Trained(*checkpoint.load_params(path), {})
+
+
+def load_clip(path: str | os.PathLike) -> FrozenCLIP:
+    """Reads CLIP from a workdir or a stack, as `load_stage` does.
+
+    The identity is taken of the trained weights; a stack carries it along, so weights rounded to bfloat16 keep it.
+    """
+    params, config, _, tokenizer, extra = load_stage(path, "clip")
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, known or clip_identity(params))
+    identity = extra.get("clip_identity") or clip_identity(params)
+    return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, identity)
 
 
 def clip_identity(params) -> str:
