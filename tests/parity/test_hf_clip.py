@@ -5,14 +5,14 @@ Checked with transformers 5.24.0 and torch 2.13.0.
 
 import json
 
-import flax
 import jax
 import numpy as np
 import pytest
 
 from tests.parity import tiny_clip
 from unclip_jax import tasks, weights
-from unclip_jax.interop import convert, files, hf_clip, layout, stages
+from unclip_jax.errors import UserError
+from unclip_jax.interop import convert, files, hf_clip, stages
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tokenizer import Tokenizer
 
@@ -94,24 +94,21 @@ def test_in_float64_only_rounding_is_left(theirs, ours):
 
 def test_the_two_halves_of_a_pipeline_join(theirs, ours, tmp_path):
     """CLIPTextModelWithProjection and CLIPVisionModelWithProjection, each a directory of its own."""
-    whole = theirs[0]
-    halves = {
-        "text": (transformers.CLIPTextModelWithProjection, whole.config.text_config, hf_clip.TEXT),
-        "vision": (transformers.CLIPVisionModelWithProjection, whole.config.vision_config, hf_clip.VISION),
-    }
-    want = flax.traverse_util.flatten_dict(weights.load_stack(ours).stages["clip"].params, sep="/")
-    found = {}
-    for name, (kind, config, table) in halves.items():
+    whole, folder = theirs
+    for name, kind in (("text", "CLIPTextModelWithProjection"), ("vision", "CLIPVisionModelWithProjection")):
+        config = getattr(whole.config, f"{name}_config")
         config.projection_dim = 8
-        half = kind(config)
+        half = getattr(transformers, kind)(config)
         half.load_state_dict({k: v for k, v in whole.state_dict().items() if k in half.state_dict()})
         half.save_pretrained(tmp_path / name)
-        with files.open_weights(tmp_path / name) as arrays:
-            shapes = {path: want[path].shape for path, _, _ in table}
-            found |= layout.read(table, shapes, arrays.names, arrays.take)
-    assert set(found) == set(want) - {"logit_scale"}
-    for path, array in found.items():
-        np.testing.assert_array_equal(array, want[path])
+    params, config, words = hf_clip.read_halves(tmp_path / "text", tmp_path / "vision", folder, folder)
+    want = weights.load_stack(ours).stages["clip"]
+    assert config == want.config.copy_and_resolve_references().unlock() and words.max_len == tiny_clip.LENGTH
+    np.testing.assert_allclose(params["logit_scale"], np.log(100), rtol=1e-7)
+    params["logit_scale"] = want.params["logit_scale"]
+    jax.tree.map(np.testing.assert_array_equal, params, want.params)
+    with pytest.raises(UserError, match="holds 'clip_vision_model'; expected 'clip_text_model'"):
+        hf_clip.read_halves(tmp_path / "vision", tmp_path / "text", folder, folder)
 
 
 def test_ours_loads_there_and_comes_back_bit_for_bit(theirs, ours, tmp_path):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Bpe
+from tokenizers import models, pre_tokenizers, trainers
 
 LENGTH = 12
 TEXTS = ["the cat and the hat", "a red cat on a red mat", "the mat and the red hat", "it's 2 cats, ok?"] * 3

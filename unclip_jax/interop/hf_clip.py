@@ -6,6 +6,7 @@ Under the causal mask nothing after EOS reaches it, so the number that pads does
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,10 @@ import tokenizers
 from ml_collections import ConfigDict
 from tokenizers import processors
 
-from unclip_jax import weights
+from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import stages
-from unclip_jax.interop.files import Source, open_weights, read_json
+from unclip_jax.interop.files import Source, joined, open_weights, read_json
 from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, SAME, Entry, prefixed, views
 from unclip_jax.storage import new_directory, write_arrays
 from unclip_jax.tokenizer import CLIP_BOS, CLIP_EOS, Tokenizer
@@ -90,17 +91,53 @@ def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a directory with config.json", "give the whole directory")
     about = _config(folder)
-    text, vision = block(about, "text_config", TEXT_DEFAULTS), block(about, "vision_config", VISION_DEFAULTS)
-    words = stages.load_tokenizer(folder, tokenizer, stages.whole(text, "max_position_embeddings", "text_config"))
+    text, vision = (block(about, *of) for of in (("text_config", TEXT_DEFAULTS), ("vision_config", VISION_DEFAULTS)))
     width = stages.whole({"projection_dim": 512, **about}, "projection_dim", "config.json")
-    model = {**model_block(text, vision, width, pixels(folder)), **_own(about)}
-    config = stages.clip_config(model, words, stages.whole(text, "vocab_size", "text_config"))
-    check_eos(text, words)
+    config, words = _clip(text, vision, width, pixels(folder), folder, tokenizer, **_own(about))
     with open_weights(folder) as arrays:
         params = stages.read_params(config, TABLE, arrays, IGNORED)
     licence = stages.stated_licence(folder, about)
     stage = stages.clip_stage(params, config, source.name, "hf-clip", licence)
     return stages.Converted([("clip", stage)], words.to_json())
+
+
+def read_halves(
+    text: Path, image: Path, tokenizer: Path, preprocessor: Path, variant: str | None = None
+) -> tuple[dict, ConfigDict, Tokenizer]:
+    """Our CLIP of the two halves in a pipeline of diffusers: (params, config, tokenizer), for `stages.clip_stage`.
+
+    The halves come without CLIP's temperature; it is set to where its training ends, 1/100.
+
+    Args:
+      text, image: directories of a CLIPTextModelWithProjection and a CLIPVisionModelWithProjection.
+      tokenizer, preprocessor: directories with the tokenizer and with preprocessor_config.json.
+      variant: as in `files.open_weights`.
+
+    Raises:
+      UserError: as `read`, or the halves are of two CLIPs.
+    """
+    about = []
+    for folder, kind, defaults in ((text, "text", TEXT_DEFAULTS), (image, "vision", VISION_DEFAULTS)):
+        config = read_json(folder / "config.json", f"the config of the CLIP's {kind} half")
+        if config.get("model_type") != f"clip_{kind}_model":
+            raise UserError(f"{folder} holds {config.get('model_type')!r}; expected 'clip_{kind}_model'")
+        about.append({**defaults, **config})
+    widths = [stages.whole(half, "projection_dim", "config.json") for half in about]
+    if widths[0] != widths[1]:
+        raise UserError(f"projection_dim={widths[0]} in {text} and {widths[1]} in {image}", "give halves of one CLIP")
+    config, words = _clip(*about, widths[0], pixels(preprocessor), tokenizer, None)
+    with open_weights(text, variant) as words_half, open_weights(image, variant) as image_half:
+        arrays = joined(words_half, image_half, logit_scale=np.array(math.log(100), np.float32))
+        return stages.read_params(config, TABLE, arrays, IGNORED), config, words
+
+
+def _clip(text: Mapping, vision: Mapping, width: int, normalised: Mapping, folder: Path, given: str | None, **own):
+    """(config, tokenizer) of a CLIP with these towers and the tokenizer in a folder, or the one that was given."""
+    words = stages.load_tokenizer(folder, given, stages.whole(text, "max_position_embeddings", "text_config"))
+    model = {**model_block(text, vision, width, normalised), **own}
+    config = stages.clip_config(model, words, stages.whole(text, "vocab_size", "text_config"))
+    check_eos(text, words)
+    return config, words
 
 
 def block(config: Mapping, name: str, defaults: Mapping) -> dict:
@@ -164,7 +201,7 @@ def pixels(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> Path:
-    """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack; returns its path.
+    """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack or of a training run.
 
     Pixels are to be normalised as preprocessor_config.json says. transformers gives embeddings as projected; a `norm`
     of ours is kept in config.json for the way back.
@@ -172,8 +209,8 @@ def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float3
     Raises:
       UserError: no CLIP there, one that transformers cannot express, or `out` exists.
     """
-    loaded = weights.load_stack(stack, ["clip"])
-    stage, words = loaded.stages["clip"], Tokenizer.from_json(loaded.tokenizer_json)
+    stage = tasks.load_stage(stack, "clip")
+    words = Tokenizer.from_json(stage.tokenizer_json)
     files = {"config.json": _their_config(stage.config, words, dtype), **_tokenizer_files(words)}
     files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
     arrays = views(TABLE, {path: np.asarray(stages.at(stage.params, path)) for path, _, _ in TABLE})
