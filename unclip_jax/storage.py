@@ -165,7 +165,7 @@ def refuse_stand_in(file: Path, start: bytes) -> None:
 
 
 def read_array(file: Path, place: Place) -> np.ndarray:
-    """The array at `place` of a file whose header was read; a copy, in its stored dtype."""
+    """The array at `place` of a file whose header was read; a copy, in its stored dtype, which must be of `DTYPES`."""
     kind = DTYPES[place.dtype]
     data = np.fromfile(file, np.uint8, math.prod(place.shape) * kind.itemsize, offset=place.begin)
     return data.view(kind).reshape(place.shape)

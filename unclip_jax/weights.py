@@ -18,12 +18,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from ml_collections import ConfigDict
 
 import unclip_jax
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.storage import MAX_JSON_BYTES, check_header, new_directory, write_arrays
+from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, write_arrays
 
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -192,19 +191,19 @@ def _read_stage(path: Path, name: str, entry: dict) -> Stage:
         raise UserError(
             f"{file} is missing, though stack.json lists it", "copy the whole stack directory again"
         )
-    check_header(file)
+    places = read_header(file)
     if _sha256(file) != entry["sha256"]:
         raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
     params = {}
     try:
-        with safetensors.safe_open(file, framework="flax") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                *blocks, last = key.split("/")
-                inner = params
-                for block in blocks:
-                    inner = inner.setdefault(block, {})
-                inner[last] = tensors.get_tensor(key)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for key, place in places.items():
+            *blocks, last = key.split("/")
+            inner = params
+            for block in blocks:
+                inner = inner.setdefault(block, {})
+            # Waited for, or the host's copies of many arrays would be held at once.
+            inner[last] = jax.block_until_ready(jnp.asarray(read_array(file, place)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
     try:
         config = ConfigDict(_tuples(entry["config"])).lock()
