@@ -184,7 +184,6 @@ def test_bad_arguments_and_directories_are_refused_in_one_line(run, tmp_path):
         (("--from", "open-clip", "open", "made"), "holds no weights"),
         (("--from", "hf-clip", stack, "made"), "config.json is missing"),
         (("--to", "hf-clip", "theirs", "made"), "theirs"),
-        (("--to", "hf-clip", stack, "made"), "train a CLIP with CLIP's tokenizer"),
         (("--to", "hf-clip", stack, "made", "--tokenizer", "theirs"), "--tokenizer is for --from"),
         (("--from", "hf-clip", "theirs", "made", "--dtype", "float16"), "float16"),
     ):
@@ -211,6 +210,8 @@ def test_overwrite_replaces_a_stack(run, tmp_path):
     assert code == 2 and "exists" in err[0]
     assert run("--from", "hf-clip", "theirs", "made", "--overwrite")[0] == 0
     assert run("--to", "hf-clip", "made", "back")[0] == run("--to", "hf-clip", "made", "back", "--overwrite")[0] == 0
+    code, _, err = run("--to", "hf-clip", "made", "theirs", "--overwrite")
+    assert code == 2 and "is the work of others" in err[0] and (tmp_path / "theirs/vocab.json").is_file()
     assert tokenizers.Tokenizer.from_file("back/tokenizer.json").token_to_id("<|endoftext|>") is not None
 
 

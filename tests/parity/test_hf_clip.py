@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny_stack
 from tests.parity import tiny_clip
 from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError
@@ -140,6 +141,27 @@ def test_the_written_tokenizer_and_preprocessor_are_read_as_meant(theirs, ours, 
     np.testing.assert_array_equal(padded["attention_mask"].astype(bool), mask)
     about = json.loads((tmp_path / "theirs/preprocessor_config.json").read_text())
     np.testing.assert_allclose(about["image_mean"], stages.OPENAI_MEAN)
+
+
+def test_a_clip_with_a_tokenizer_of_our_own_is_read_there(tmp_path):
+    """Its EOS is 2, which transformers takes for "the largest token"; prompts to embeddings, by their classes alone."""
+    out = convert.convert_out("hf-clip", tiny_stack.path(), tmp_path / "theirs")
+    clip = tasks.load_clip(tiny_stack.path())
+    prompts = ["a red circle", "", "a Blue  ring, and a star"]
+    tokens, mask = Tokenizer.from_json(clip.tokenizer_json).encode(prompts)
+    assert tokens.max() > 2
+    z_txt, _ = clip.model.apply({"params": clip.params}, tokens, mask, method="embed_text")
+    words = transformers.AutoTokenizer.from_pretrained(out)
+    asked = words(prompts, padding="max_length", return_tensors="pt")
+    np.testing.assert_array_equal(asked["attention_mask"].numpy().astype(bool), mask)
+    with torch.no_grad():
+        model = transformers.CLIPModel.from_pretrained(out)
+        text = model.text_projection(model.text_model(**asked).pooler_output)
+    np.testing.assert_allclose(z_txt, 17.2 * text / text.norm(dim=-1, keepdim=True), rtol=0, atol=1e-4)
+    again = tasks.load_clip(convert.convert_in("hf-clip", str(out), tmp_path / "again"))
+    tokens, mask = Tokenizer.from_json(again.tokenizer_json).encode(prompts)
+    z_again, _ = again.model.apply({"params": again.params}, tokens, mask, method="embed_text")
+    np.testing.assert_array_equal(z_again, z_txt)
 
 
 def test_defaults_of_the_configs_are_theirs():

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from ml_collections import ConfigDict
-from tokenizers import processors
 
 from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import stages
+from unclip_jax.interop import hf_tokenizer, stages
 from unclip_jax.interop.files import Source, joined, open_weights, read_json
 from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, SAME, Entry, prefixed, views
 from unclip_jax.storage import new_directory, write_arrays
-from unclip_jax.tokenizer import CLIP_BOS, CLIP_EOS, Tokenizer
+from unclip_jax.tokenizer import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # What a config means by leaving a key out (transformers' CLIPTextConfig and CLIPVisionConfig).
@@ -74,6 +72,8 @@ VISION = prefixed("visual/", "vision_model.", [
     *norm("final_norm", "post_layernorm"),
 ]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
 TABLE = [*TEXT, *VISION, Entry("logit_scale", "logit_scale", SAME)]
+OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
+EMBEDDING = "textual/embed/embedding"
 IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
@@ -203,20 +203,24 @@ def pixels(folder: Path) -> dict[str, tuple[float, ...]]:
 def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> Path:
     """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack or of a training run.
 
-    Pixels are to be normalised as preprocessor_config.json says. transformers gives embeddings as projected; a `norm`
-    of ours is kept in config.json for the way back.
+    A tokenizer of our own has its EOS moved (see `hf_tokenizer`). Pixels are to be normalised as
+    preprocessor_config.json says. transformers gives embeddings as projected; a `norm` of ours is kept in config.json
+    for the way back.
 
     Raises:
-      UserError: no CLIP there, one that transformers cannot express, or `out` exists.
+      UserError: no CLIP there, or `out` exists; what `write` did not make is never overwritten.
     """
-    stage = tasks.load_stage(stack, "clip")
-    words = Tokenizer.from_json(stage.tokenizer_json)
-    files = {"config.json": _their_config(stage.config, words, dtype), **_tokenizer_files(words)}
-    files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
-    arrays = views(TABLE, {path: np.asarray(stages.at(stage.params, path)) for path, _, _ in TABLE})
-    dtypes = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
     out = Path(out).expanduser().resolve()
-    with new_directory(out, "CLIP of transformers", "preprocessor_config.json", overwrite) as folder:
+    if overwrite and out.exists() and OWN not in read_json(out / "config.json"):
+        raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
+    stage = tasks.load_stage(stack, "clip")
+    words, order = hf_tokenizer.renumbered(Tokenizer.from_json(stage.tokenizer_json), stage.config.tokenizer.vocab_size)
+    files = {"config.json": _their_config(stage.config, words, dtype), **hf_tokenizer.files(words)}
+    files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
+    ours = {path: np.asarray(stages.at(stage.params, path)) for path, _, _ in TABLE}
+    arrays = views(TABLE, {**ours, EMBEDDING: ours[EMBEDDING][order]})
+    dtypes = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
+    with new_directory(out, "CLIP of transformers", "config.json", overwrite) as folder:
         write_arrays(folder / "model.safetensors", arrays, dtypes, {"format": "pt"})
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -237,7 +241,7 @@ def _config(folder: Path) -> dict:
 
 def _own(config: Mapping) -> dict:
     """What `write` kept in a config for the way back."""
-    norm = (config.get("unclip_jax") or {}).get("norm")
+    norm = (config.get(OWN) or {}).get("norm")
     return {"norm": float(norm)} if isinstance(norm, (int, float)) else {}
 
 
@@ -268,22 +272,8 @@ def _their_config(config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict:
         "projection_dim": model["embed_dim"],
         "text_config": text,
         "vision_config": vision,
-        "unclip_jax": {"norm": model.get("norm", 17.2)},
+        OWN: {"norm": model.get("norm", 17.2)},
     }
-
-
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict]:
-    bpe = json.loads(tokenizer.to_json())["tokenizer"]
-    pieces = tokenizers.Tokenizer.from_str(json.dumps(bpe))
-    if (pieces.token_to_id(CLIP_BOS), pieces.token_to_id(CLIP_EOS)) != (tokenizer.bos, tokenizer.eos):
-        what = f"this CLIP's captions end with token {tokenizer.eos} of a tokenizer of its own"
-        raise UserError(f"{what}, which transformers' CLIP cannot read", "train a CLIP with CLIP's tokenizer")
-    pieces.post_processor = processors.RobertaProcessing(
-        (CLIP_EOS, tokenizer.eos), (CLIP_BOS, tokenizer.bos), trim_offsets=False, add_prefix_space=False
-    )
-    marks = {"bos_token": CLIP_BOS, **dict.fromkeys(("eos_token", "pad_token", "unk_token"), CLIP_EOS)}
-    about = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.max_len, **marks}
-    return {"tokenizer.json": json.loads(pieces.to_str()), "tokenizer_config.json": about}
 
 
 def _preprocessor(vision: Mapping) -> dict:
