@@ -22,6 +22,7 @@ CORE = [
     "tensorflow-datasets>=4.9.10",
     "transformers>=5.23",
     "tokenizers>=0.23.3",
+    "huggingface_hub>=2.4",
     "safetensors>=0.8",
     "einops>=0.8.2",
     "ml_collections>=1.1",
@@ -54,6 +55,9 @@ EXTRAS["dev"] = [
     "pyyaml>=6.0.3",
     "ruff>=0.17.6",
     "scipy>=1.17",
+    # The peers that converted weights are compared with.
+    TORCH,
+    "diffusers>=0.42.1",
     "setuptools>=80",  # the packaging test runs this file; Python 3.12 no longer brings it
     *EXTRAS["icons"],
 ]

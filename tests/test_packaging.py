@@ -57,7 +57,8 @@ def test_extras_are_the_documented_ones(metadata):
     assert set(metadata["extras_require"]) == LAZY_EXTRAS | {"gpu", "tpu", "dev"}
     dev = set(metadata["extras_require"]["dev"])
     assert set(metadata["extras_require"]["icons"]) <= dev
-    assert {"pytest", "pytest-xdist", "ruff", "hypothesis", "scipy", "pyyaml"} <= {name_of(r) for r in dev}
+    tools = {"pytest", "pytest-xdist", "ruff", "hypothesis", "scipy", "pyyaml"}
+    assert tools | {"torch", "diffusers"} <= {name_of(r) for r in dev}  # the last two: parity tests
 
 
 def test_every_imported_package_is_a_requirement(metadata):

@@ -1,6 +1,7 @@
 """A stack directory holds what was put in, is written whole or not at all, and is refused when altered."""
 
 import json
+import os
 import struct
 
 import jax
@@ -68,6 +69,22 @@ def test_round_trip(tmp_path, dtype):
                 got = got[key.key]
             expected = np.asarray(array) if kept else np.asarray(array).astype(jnp.dtype(dtype))
             assert got.dtype == expected.dtype and np.asarray(got).tobytes() == expected.tobytes()
+
+
+def test_stages_may_come_one_by_one(tmp_path):
+    """As they do where all of them at once would not fit into memory."""
+    save_stack(tmp_path / "s", iter(_stages().items()), TOKENIZER)
+    assert list(load_stack(tmp_path / "s").stages) == list(_stages())
+    assert "at least one stage" in _refused(save_stack, tmp_path / "none", iter(()), TOKENIZER)
+
+
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        out = save_stack(tmp_path / "s", _stages(), TOKENIZER)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o640}
 
 
 def test_some_stages(stack):
@@ -168,10 +185,10 @@ def test_overwriting(tmp_path, stack):
 def test_a_failed_write_leaves_what_was_there(tmp_path, stack, monkeypatch):
     before = {p.name: p.read_bytes() for p in stack.iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(weights, "write_arrays", full)
     assert "No space left" in _refused(save_stack, stack, _stages(), "{}", overwrite=True)
     assert "No space left" in _refused(save_stack, tmp_path / "new", _stages(), "{}")
     assert {p.name: p.read_bytes() for p in stack.iterdir()} == before

@@ -182,7 +182,11 @@ def fingerprint(tree) -> dict[str, int]:
 
     Runs where the arrays lie and does not depend on their sharding. A change in one element always shows.
     """
-    prints = [(path, _hash(array)) for path, array in _leaves(tree)]
+    # An array of the host is waited for, or copies of all of them would be on the device at once.
+    prints = [
+        (path, _hash(array) if isinstance(array, jax.Array) else jax.block_until_ready(_hash(array)))
+        for path, array in _leaves(tree)
+    ]
     return {
         path: int(value)
         for path, value in zip((p for p, _ in prints), jax.device_get([v for _, v in prints]), strict=True)

@@ -101,7 +101,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="unclip", description="DALL-E 2 (unCLIP) in JAX: train, sample, evaluate.")
     parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sample, _add_demo, _add_evaluate, _add_export, _add_data):
+    for add in (_add_train, _add_sample, _add_demo, _add_evaluate, _add_export, _add_convert, _add_data):
         add(commands)
     return parser
 
@@ -183,6 +183,19 @@ def _add_export(commands) -> None:
     sub.add_argument("out", metavar="OUT", help="the directory to make")
     sub.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     sub.add_argument("--overwrite", action="store_true", help="replace the stack that is there")
+    _done(sub)
+
+
+def _add_convert(commands) -> None:
+    sub = _command(commands, convert, "convert", "Make a stack of public weights, or the other way round.")
+    way = sub.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip or open-clip")
+    way.add_argument("--to", dest="target", metavar="FORMAT", help="to make of the stack PATH: hf-clip")
+    sub.add_argument("path", metavar="PATH", help="a directory or file of weights, a hub's org/name, or a stack")
+    sub.add_argument("out", metavar="OUT", help="the directory to make")
+    sub.add_argument("--tokenizer", metavar="DIR", help="CLIP's, where there is none beside the weights")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
+    sub.add_argument("--overwrite", action="store_true", help="replace what such a command made there")
     _done(sub)
 
 
@@ -315,6 +328,19 @@ def export(args) -> None:
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
     print(f'draw with: unclip sample "a red circle" --model {args.out} --out out/sample')
+
+
+def convert(args) -> None:
+    """Makes a stack of others' weights, or weights for others of a stack."""
+    from unclip_jax.interop import convert as formats
+
+    if args.target:
+        if args.tokenizer:
+            raise UserError("--tokenizer is for --from; a stack has its own", "leave it out")
+        out = formats.convert_out(args.target, args.path, args.out, args.dtype, args.overwrite)
+    else:
+        out = formats.convert_in(args.origin, args.path, args.out, args.tokenizer, args.dtype, args.overwrite)
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
 
 
 def data_show(args) -> None:

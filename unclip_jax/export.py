@@ -42,9 +42,9 @@ def collect(
         stage = tasks.load_stage(path, TASKS[name.split("_")[0]])
         if name == "clip":
             identity, vocabulary = tasks.load_clip(path).identity, stage.tokenizer_json
-            facts = {"clip_identity": identity}
+            facts = {**stage.extra, "clip_identity": identity}
         else:
-            facts, own = {}, (stage.config.clip_identity, stage.tokenizer_json)
+            facts, own = stage.extra, (stage.config.clip_identity, stage.tokenizer_json)
             if stage.config.task in tasks.WITH_CLIP and own != (identity, vocabulary):
                 raise UserError(
                     f"the {name} in {path} was trained with another CLIP than the one in {clip}",

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +18,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from ml_collections import ConfigDict
-from safetensors.flax import save_file
 
 import unclip_jax
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, write_arrays
 
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 16 * 2**20  # a safetensors header, stack.json or a tokenizer; real ones are below 4 MB
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
 STATISTICS = frozenset({"mean", "std", "logit_scale"})
@@ -54,7 +50,7 @@ class Stack(NamedTuple):
 
 def save_stack(
     out: str | os.PathLike,
-    stages: Mapping[str, tuple],
+    stages: Mapping[str, tuple] | Iterable[tuple[str, tuple]],
     tokenizer_json: str,
     dtype: str = "bfloat16",
     overwrite: bool = False,
@@ -64,7 +60,7 @@ def save_stack(
     Args:
       out: the directory to make.
       stages: {name: (params, config, step, extra)}, `extra` a dict of JSON values; names like
-        "prior_diffusion".
+        "prior_diffusion". Pairs of the two may come one by one, so that one stage at a time is in memory.
       tokenizer_json: `Tokenizer.to_json()`.
       dtype: "bfloat16" or "float32" for floating arrays; "mean", "std" and "logit_scale" stay f32.
       overwrite: replace a stack that is there; anything else at `out` is never replaced.
@@ -75,31 +71,20 @@ def save_stack(
     out = Path(out).expanduser().resolve()
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
-    if not stages:
-        raise UserError("a stack must have at least one stage")
-    _check_target(out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out.parent} must be a writable folder ({error.strerror})") from None
-    try:
+    pairs = stages.items() if isinstance(stages, Mapping) else stages
+    with new_directory(out, "stack", "stack.json", overwrite) as temporary:
         index = {
             "format_version": FORMAT_VERSION,
             "unclip_jax": unclip_jax.__version__,
             "created_by": "unclip_jax.weights.save_stack",
             "stages": {},
         }
-        for name, (params, config, step, extra) in stages.items():
+        for name, (params, config, step, extra) in pairs:
             index["stages"][name] = _write_stage(temporary, name, params, config, step, extra, dtype)
+        if not index["stages"]:
+            raise UserError("a stack must have at least one stage")
         (temporary / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         (temporary / "stack.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        _swap_in(temporary, out)
-    except OSError as error:
-        raise UserError(f"stack {out} could not be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
@@ -135,65 +120,39 @@ def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtyp
     """Writes <name>.safetensors; returns the stage's entry of stack.json."""
     if not _STAGE.fullmatch(name):
         raise UserError(f"stage name {name!r} must be lower-case letters, digits and _")
-    arrays = _flat(params, name, dtype)
-    file = folder / f"{name}.safetensors"
-    save_file(arrays, file)
+    arrays = _flat(params, name)
+    try:
+        sha256 = write_arrays(folder / f"{name}.safetensors", arrays, _stored(arrays, dtype))
+    except ValueError as error:
+        raise UserError(f"stage {name}: {error}", "use an earlier step") from None
     config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return {
         "config": config,
         "step": int(step),
-        "sha256": _sha256(file),
+        "sha256": sha256,
         "dtype": dtype,
         "extra": dict(extra or {}),
     }
 
 
-def _flat(params, stage: str, dtype: str) -> dict[str, jax.Array]:
+def _flat(params, stage: str) -> dict[str, np.ndarray | jax.Array]:
+    """The arrays of a nested dict by path."""
     flat = {}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        name = "/".join(names)
         if not names or any(not part or "/" in part for part in names):
             raise UserError(f"stage {stage}: array path {names!r} must be of names without '/'")
-        array = jnp.asarray(array)
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            if not bool(jnp.isfinite(array).all()):
-                raise UserError(
-                    f"stage {stage}: array {name} holds NaN or infinite values", "use an earlier step"
-                )
-            array = array.astype(jnp.float32 if names[-1] in STATISTICS else DTYPES[dtype])
-        flat[name] = array
+        flat["/".join(names)] = array if isinstance(array, jax.Array) else np.asarray(array)
     if not flat:
         raise UserError(f"stage {stage} has no arrays")
     return flat
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise UserError(f"{out} exists", "choose another directory, or ask to overwrite it")
-    if not (out / "stack.json").is_file():
-        raise UserError(
-            f"{out} exists and is not a stack, so it is not overwritten", "choose another directory"
-        )
-
-
-def _swap_in(temporary: Path, out: Path) -> None:
-    """Renames `temporary` to `out`; the stack that was there is put back if that fails, else removed."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(old / out.name)
-    try:
-        temporary.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        raise
-    finally:
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+def _stored(arrays: Mapping, dtype: str) -> dict[str, np.dtype]:
+    """The dtype in the file of each floating array."""
+    floating = [path for path, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)]
+    exact = {path for path in floating if path.split("/")[-1] in STATISTICS}
+    return {path: np.dtype(jnp.float32 if path in exact else DTYPES[dtype]) for path in floating}
 
 
 def _index(path: Path) -> dict:
@@ -232,39 +191,25 @@ def _read_stage(path: Path, name: str, entry: dict) -> Stage:
         raise UserError(
             f"{file} is missing, though stack.json lists it", "copy the whole stack directory again"
         )
-    _check_header(file)
+    places = read_header(file)
     if _sha256(file) != entry["sha256"]:
         raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
     params = {}
     try:
-        with safetensors.safe_open(file, framework="flax") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                *blocks, last = key.split("/")
-                inner = params
-                for block in blocks:
-                    inner = inner.setdefault(block, {})
-                inner[last] = tensors.get_tensor(key)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for key, place in places.items():
+            *blocks, last = key.split("/")
+            inner = params
+            for block in blocks:
+                inner = inner.setdefault(block, {})
+            # Waited for, or the host's copies of many arrays would be held at once.
+            inner[last] = jax.block_until_ready(jnp.asarray(read_array(file, place)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
     try:
         config = ConfigDict(_tuples(entry["config"])).lock()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
     return Stage(params, config, entry["step"], entry.get("extra", {}))
-
-
-def _check_header(file: Path) -> None:
-    """Refuses a safetensors file by its first 8 bytes before anything is allocated for it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-    header = int(np.frombuffer(start, "<u8")[0]) if len(start) == 8 else -1
-    if start.startswith(b"version "):
-        raise UserError(f"{file} is a Git LFS pointer, not the file itself", "run git lfs pull")
-    if not 2 <= header <= size - 8:
-        raise UserError(f"{file} is truncated or no safetensors file ({size} bytes)", "copy it again")
-    if header > MAX_JSON_BYTES:
-        raise UserError(f"{file} has a header of {header} bytes, more than the {MAX_JSON_BYTES} allowed")
 
 
 def _sha256(file: Path) -> str:

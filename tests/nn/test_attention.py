@@ -36,6 +36,17 @@ def test_is_softmax_over_the_visible_keys(shape):
     np.testing.assert_allclose(attention(q, k, v, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
 
 
+def test_in_float64_only_rounding_of_float64_is_left():
+    mask = np.tril(np.ones((N, S), bool))[None, None]
+    with jax.enable_x64(True):
+        q, k, v = inputs(dtype=np.float64)
+        out = attention(*map(jnp.asarray, (q, k, v)), mask)
+        assert out.dtype == np.float64
+        np.testing.assert_allclose(out, by_hand(q, k, v, mask), rtol=0, atol=1e-14)
+        empty = attention(*map(jnp.asarray, (q, k, v)), np.zeros((1, 1, 1, S), bool))
+    np.testing.assert_allclose(empty, np.broadcast_to(v.mean(1, keepdims=True), q.shape), rtol=0, atol=1e-14)
+
+
 def test_hidden_keys_have_exactly_no_influence():
     q, k, v = inputs()
     mask = np.array([True, True, False, True, False])[None, None, None]

@@ -83,13 +83,18 @@ def read(
 
 def write(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Their arrays by name, turned from ours; `read` gives `arrays` back, bit for bit."""
+    return {name: np.ascontiguousarray(array) for name, array in views(table, arrays).items()}
+
+
+def views(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `write` gives, as views of `arrays` in any order of memory: nothing is copied."""
     out = {}
     for path, name, turn in table:
         if turn.there is None:
             raise AssertionError(f"{path} cannot be written as {name}")
         layers = enumerate(arrays[path]) if "{}" in name else [(0, arrays[path])]
         for k, array in layers:
-            out[name.format(k)] = np.ascontiguousarray(turn.there(array))
+            out[name.format(k)] = turn.there(array)
     return out
 
 
@@ -105,8 +110,8 @@ def _names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
 def _here(entry: Entry, shape: tuple[int, ...], take) -> np.ndarray:
     stacked = "{}" in entry.name
     one = shape[1:] if stacked else shape
-    arrays = []
-    for name in _names(entry, shape):
+    whole = None
+    for k, name in enumerate(_names(entry, shape)):
         theirs = take(name)
         try:
             ours = entry.turn.here(theirs, one)
@@ -117,8 +122,12 @@ def _here(entry: Entry, shape: tuple[int, ...], take) -> np.ndarray:
                 f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}",
                 "give the config that belongs to these weights",
             )
-        arrays.append(ours)
-    return np.stack(arrays) if stacked else arrays[0]
+        if not stacked:
+            return ours
+        if whole is None or np.result_type(whole, ours) != whole.dtype:
+            whole = np.empty(shape, ours.dtype) if whole is None else whole.astype(np.result_type(whole, ours))
+        whole[k] = ours  # one by one: a list of all and their stack would be twice the memory
+    return whole
 
 
 def _refuse(names: set[str], what: str, fix: str) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.nn.transformer import LayerNorm, Transformer
+
+HALF = (0.5, 0.5, 0.5)
 
 
 class VisionTransformer(nn.Module):
@@ -18,6 +21,8 @@ class VisionTransformer(nn.Module):
 
     Attributes:
       image_size: side in pixels, a multiple of `patch`.
+      mean, std: of pixels in [0, 1] by channel, with which the network wants them normalised: public ones want those
+        of their training set. One half each is [-1, 1], as pictures come here.
     """
 
     image_size: int
@@ -26,6 +31,8 @@ class VisionTransformer(nn.Module):
     layers: int
     heads: int
     activation: str = "gelu"
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -35,6 +42,9 @@ class VisionTransformer(nn.Module):
         if image.shape[1:3] != (self.image_size, self.image_size):
             wanted, got = f"{self.image_size}x{self.image_size}", f"{image.shape[1]}x{image.shape[2]}"
             raise ValueError(f"CLIP takes {wanted} images, got {got}")
+        if (self.mean, self.std) != (HALF, HALF):
+            mean, std = (np.asarray(numbers)[None, None, None] for numbers in (self.mean, self.std))
+            image = (image - (2 * mean - 1).astype(image.dtype)) / (2 * std).astype(image.dtype)
         patches = (self.patch, self.patch)
         x = nn.Conv(self.width, patches, patches, use_bias=False, dtype=self.dtype, name="patches")(image)
         x = x.reshape(x.shape[0], -1, self.width)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D)) v, the softmax in f32.
+    """softmax(q kᵀ / sqrt(D)) v, the softmax in f32, or in f64 where q is f64.
 
     Args:
       q: [B, N, H, D].
@@ -17,7 +17,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     Returns:
       [B, N, H, D] in q's dtype.
     """
-    return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    if q.dtype == jnp.float64:  # jax's own has its softmax in f32 whatever it is given
+        scores = jnp.einsum("BNHD,BSHD->BHNS", q, k) / q.shape[-1] ** 0.5
+        seen = scores if mask is None else jnp.where(mask, scores, -1e30)
+        return jnp.einsum("BHNS,BSHD->BNHD", jax.nn.softmax(seen), v)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 def causal_mask(queries: int, keys: int) -> jax.Array:

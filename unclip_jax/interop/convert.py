@@ -1,0 +1,64 @@
+"""Every format that `unclip convert` knows, by name."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from unclip_jax import weights
+from unclip_jax.errors import UserError, suggest
+from unclip_jax.interop import hf_clip, open_clip
+from unclip_jax.interop.files import Source, locate
+from unclip_jax.interop.stages import Converted
+
+# (where the weights lie, a tokenizer's folder or None) → what `weights.save_stack` takes.
+READERS: dict[str, Callable[[Source, str | None], Converted]] = {
+    "hf-clip": hf_clip.read,
+    "open-clip": open_clip.read,
+}
+# (stack, directory to make, dtype, overwrite) → its path.
+WRITERS: dict[str, Callable[..., Path]] = {
+    "hf-clip": hf_clip.write,
+}
+
+
+def convert_in(
+    name: str,
+    source: str,
+    out: str | os.PathLike,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Writes the stack directory `out` from weights of the format `name`; returns its path.
+
+    Args:
+      name: one of `READERS`.
+      source: a local file or directory, or a hub's "org/name".
+      tokenizer: a folder with the tokenizer, where there is none beside the weights.
+      dtype: "float32" or "bfloat16", of the stored weights.
+      overwrite: replace a stack that is there.
+
+    Raises:
+      UserError: whatever keeps the weights from being read, understood or written, in one line.
+    """
+    if name not in READERS:
+        raise UserError(f"format {name!r} is unknown", suggest(name, READERS))
+    _check(out, "stack.json", overwrite)
+    stages, words = READERS[name](locate(source), tokenizer)
+    return weights.save_stack(out, stages, words, dtype, overwrite)
+
+
+def convert_out(
+    name: str, stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", overwrite: bool = False
+) -> Path:
+    """Writes the directory `out` in the format `name`, one of `WRITERS`, from a stack; returns its path."""
+    if name not in WRITERS:
+        raise UserError(f"format {name!r} is unknown", suggest(name, WRITERS))
+    return WRITERS[name](stack, out, dtype, overwrite)
+
+
+def _check(out, marker: str, overwrite: bool) -> None:
+    """What is known to fail at the end fails before gigabytes are read."""
+    out = Path(out).expanduser()
+    if out.exists() and not (overwrite and (out / marker).is_file()):
+        raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite to replace a stack")

@@ -1,0 +1,294 @@
+"""transformers' CLIPModel, in and out, and its two halves with projections, as diffusers' pipelines carry them.
+
+`eos_token_id` = 2 in a config makes transformers read a caption at its largest token number, which is EOS in CLIP's
+vocabulary; any other number is looked for. Here a caption is read at the last True of its mask, its EOS: the same.
+Under the causal mask nothing after EOS reaches it, so the number that pads does not matter.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from unclip_jax import tasks, weights
+from unclip_jax.errors import UserError, suggest
+from unclip_jax.interop import hf_tokenizer, stages
+from unclip_jax.interop.files import Source, joined, open_weights, read_json
+from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, SAME, Entry, prefixed, views
+from unclip_jax.storage import new_directory, write_arrays
+from unclip_jax.tokenizer import Tokenizer
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# What a config means by leaving a key out (transformers' CLIPTextConfig and CLIPVisionConfig).
+TOWER = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
+TEXT_DEFAULTS = {
+    **{**TOWER, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+    **{"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
+}
+VISION_DEFAULTS = {
+    **{**TOWER, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    **{"image_size": 224, "patch_size": 32, "num_channels": 3},
+}
+
+
+def norm(path: str, name: str) -> list[Entry]:
+    """A LayerNorm's two arrays."""
+    return [Entry(f"{path}/norm/scale", f"{name}.weight", SAME), Entry(f"{path}/norm/bias", f"{name}.bias", SAME)]
+
+
+def _blocks(path: str, name: str) -> list[Entry]:
+    table = norm(f"{path}/norm1", f"{name}.layer_norm1") + norm(f"{path}/norm2", f"{name}.layer_norm2")
+    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.self_attn.{theirs}.weight", DENSE))
+        table.append(Entry(f"{path}/{ours}/bias", f"{name}.self_attn.{theirs}.bias", FLAT))
+    for ours, theirs, turn in (
+        ("out", "self_attn.out_proj", DENSE_OUT),
+        ("fc1", "mlp.fc1", DENSE),
+        ("fc2", "mlp.fc2", DENSE),
+    ):
+        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.{theirs}.weight", turn))
+        table.append(Entry(f"{path}/{ours}/bias", f"{name}.{theirs}.bias", SAME))
+    return table
+
+
+# CLIPTextModelWithProjection and CLIPVisionModelWithProjection; together, with the temperature, CLIPModel.
+TEXT = prefixed("textual/", "text_model.", [
+    Entry("embed/embedding", "embeddings.token_embedding.weight", SAME),
+    Entry("position", "embeddings.position_embedding.weight", SAME),
+    *_blocks("transformer/blocks", "encoder.layers.{}"),
+    *norm("final_norm", "final_layer_norm"),
+]) + [Entry("text_projection/kernel", "text_projection.weight", DENSE)]  # fmt: skip
+VISION = prefixed("visual/", "vision_model.", [
+    Entry("patches/kernel", "embeddings.patch_embedding.weight", CONV),
+    Entry("class", "embeddings.class_embedding", SAME),
+    Entry("position", "embeddings.position_embedding.weight", SAME),
+    *norm("first_norm", "pre_layrnorm"),
+    *_blocks("transformer/blocks", "encoder.layers.{}"),
+    *norm("final_norm", "post_layernorm"),
+]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
+TABLE = [*TEXT, *VISION, Entry("logit_scale", "logit_scale", SAME)]
+OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
+EMBEDDING = "textual/embed/embedding"
+IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+
+
+def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
+    """Our CLIP of a directory with a CLIPModel: config.json, weights, tokenizer files, preprocessor_config.json.
+
+    Args:
+      source: of `files.locate`.
+      tokenizer: a folder with CLIP's tokenizer, where the directory has none.
+
+    Raises:
+      UserError: something is missing or damaged, or our CLIP cannot express the network; in one line.
+    """
+    folder = source.path
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; expected a directory with config.json", "give the whole directory")
+    about = _config(folder)
+    text, vision = (block(about, *of) for of in (("text_config", TEXT_DEFAULTS), ("vision_config", VISION_DEFAULTS)))
+    width = stages.whole({"projection_dim": 512, **about}, "projection_dim", "config.json")
+    config, words = _clip(text, vision, width, pixels(folder), folder, tokenizer, **_own(about))
+    with open_weights(folder) as arrays:
+        params = stages.read_params(config, TABLE, arrays, IGNORED)
+    licence = stages.stated_licence(folder, about)
+    stage = stages.clip_stage(params, config, source.name, "hf-clip", licence)
+    return stages.Converted([("clip", stage)], words.to_json())
+
+
+def read_halves(
+    text: Path, image: Path, tokenizer: Path, preprocessor: Path, variant: str | None = None
+) -> tuple[dict, ConfigDict, Tokenizer]:
+    """Our CLIP of the two halves in a pipeline of diffusers: (params, config, tokenizer), for `stages.clip_stage`.
+
+    The halves come without CLIP's temperature; it is set to where its training ends, 1/100.
+
+    Args:
+      text, image: directories of a CLIPTextModelWithProjection and a CLIPVisionModelWithProjection.
+      tokenizer, preprocessor: directories with the tokenizer and with preprocessor_config.json.
+      variant: as in `files.open_weights`.
+
+    Raises:
+      UserError: as `read`, or the halves are of two CLIPs.
+    """
+    about = []
+    for folder, kind, defaults in ((text, "text", TEXT_DEFAULTS), (image, "vision", VISION_DEFAULTS)):
+        config = read_json(folder / "config.json", f"the config of the CLIP's {kind} half")
+        if config.get("model_type") != f"clip_{kind}_model":
+            raise UserError(f"{folder} holds {config.get('model_type')!r}; expected 'clip_{kind}_model'")
+        about.append({**defaults, **config})
+    widths = [stages.whole(half, "projection_dim", "config.json") for half in about]
+    if widths[0] != widths[1]:
+        raise UserError(f"projection_dim={widths[0]} in {text} and {widths[1]} in {image}", "give halves of one CLIP")
+    config, words = _clip(*about, widths[0], pixels(preprocessor), tokenizer, None)
+    with open_weights(text, variant) as words_half, open_weights(image, variant) as image_half:
+        arrays = joined(words_half, image_half, logit_scale=np.array(math.log(100), np.float32))
+        return stages.read_params(config, TABLE, arrays, IGNORED), config, words
+
+
+def _clip(text: Mapping, vision: Mapping, width: int, normalised: Mapping, folder: Path, given: str | None, **own):
+    """(config, tokenizer) of a CLIP with these towers and the tokenizer in a folder, or the one that was given."""
+    words = stages.load_tokenizer(folder, given, stages.whole(text, "max_position_embeddings", "text_config"))
+    model = {**model_block(text, vision, width, normalised), **own}
+    config = stages.clip_config(model, words, stages.whole(text, "vocab_size", "text_config"))
+    check_eos(text, words)
+    return config, words
+
+
+def block(config: Mapping, name: str, defaults: Mapping) -> dict:
+    """A tower's numbers in a CLIPModel's config; where the older "…_config_dict" is given too, it counts."""
+    given = config.get(f"{name}_dict")
+    given = config.get(name) if given is None else given
+    if not isinstance(given, (dict, type(None))):
+        raise UserError(f"config.json: {name} must be an object, not {type(given).__name__}")
+    return {**defaults, **(given or {})}
+
+
+def model_block(text: Mapping, vision: Mapping, width: int, normalised: Mapping) -> dict[str, Any]:
+    """The keywords of `models.CLIP` for two towers' numbers by transformers' names.
+
+    Args:
+      text, vision: with nothing left out.
+      width: of the space both project to.
+      normalised: {"mean", "std"} of pixels.
+
+    Raises:
+      UserError: a number that our CLIP does not have as an option.
+    """
+    if vision.get("num_channels") != 3:
+        raise UserError(f"vision_config: num_channels={vision.get('num_channels')!r} must be 3")
+    side, patch = (stages.whole(vision, key, "vision_config") for key in ("image_size", "patch_size"))
+    sees = {"image_size": side, "patch": patch, **_tower(vision, "vision_config"), **normalised}
+    return {"embed_dim": width, "vision": sees, "text": _tower(text, "text_config")}
+
+
+def _tower(numbers: Mapping, where: str) -> dict[str, Any]:
+    names = (("width", "hidden_size"), ("layers", "num_hidden_layers"), ("heads", "num_attention_heads"))
+    tower = {ours: stages.whole(numbers, key, where) for ours, key in names}
+    for key, wanted in (("layer_norm_eps", 1e-5), ("intermediate_size", 4 * tower["width"])):
+        if numbers.get(key) != wanted:
+            raise UserError(f"{where}: {key}={numbers.get(key)!r} must be {wanted}, as in every CLIP of OpenAI's kind")
+    if tower["width"] % tower["heads"]:
+        raise UserError(f"{where}: hidden_size={tower['width']} must be a multiple of its {tower['heads']} heads")
+    act = numbers.get("hidden_act")
+    if act not in ACTIVATIONS:
+        raise UserError(f"{where}: hidden_act={act!r} is unknown", suggest(str(act), ACTIVATIONS))
+    return {**tower, "activation": ACTIVATIONS[act]}
+
+
+def check_eos(text: Mapping, tokenizer: Tokenizer) -> None:
+    """Raises UserError where transformers would read captions at another token than the tokenizer's EOS."""
+    eos = text.get("eos_token_id")
+    largest = tokenizer.vocab_size - 1
+    if tokenizer.eos != (largest if eos == 2 else eos):
+        what = f"eos_token_id={eos} reads captions at token {largest if eos == 2 else eos}"
+        raise UserError(f"{what}, the tokenizer ends them with {tokenizer.eos}", "give the tokenizer of these weights")
+
+
+def pixels(folder: Path) -> dict[str, tuple[float, ...]]:
+    """{"mean", "std"} of the preprocessor_config.json in a folder; OpenAI's numbers where there is none."""
+    file = folder / "preprocessor_config.json"
+    given = read_json(file) if file.is_file() else {}
+    if given.get("do_normalize", True) is False:
+        return {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    defaults = (("mean", stages.OPENAI_MEAN), ("std", stages.OPENAI_STD))
+    return {name: stages.numbers(given.get(f"image_{name}"), 3, value, f"image_{name}") for name, value in defaults}
+
+
+def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> Path:
+    """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack or of a training run.
+
+    A tokenizer of our own has its EOS moved (see `hf_tokenizer`). Pixels are to be normalised as
+    preprocessor_config.json says. transformers gives embeddings as projected; a `norm` of ours is kept in config.json
+    for the way back.
+
+    Raises:
+      UserError: no CLIP there, or `out` exists; what `write` did not make is never overwritten.
+    """
+    out = Path(out).expanduser().resolve()
+    if overwrite and out.exists() and OWN not in read_json(out / "config.json"):
+        raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
+    stage = tasks.load_stage(stack, "clip")
+    words, order = hf_tokenizer.renumbered(Tokenizer.from_json(stage.tokenizer_json), stage.config.tokenizer.vocab_size)
+    files = {"config.json": _their_config(stage.config, words, dtype), **hf_tokenizer.files(words)}
+    files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
+    ours = {path: np.asarray(stages.at(stage.params, path)) for path, _, _ in TABLE}
+    arrays = views(TABLE, {**ours, EMBEDDING: ours[EMBEDDING][order]})
+    dtypes = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
+    with new_directory(out, "CLIP of transformers", "config.json", overwrite) as folder:
+        write_arrays(folder / "model.safetensors", arrays, dtypes, {"format": "pt"})
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return out
+
+
+def _config(folder: Path) -> dict:
+    if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
+        raise UserError(f"{folder} is in OpenCLIP's format", "give --from open-clip")
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is a whole pipeline of diffusers, not one CLIP", "give --from karlo")
+    config = read_json(folder / "config.json", "the config of a CLIPModel")
+    kind = config.get("model_type")
+    if kind != "clip":
+        raise UserError(f"{folder} holds a model of the type {kind!r}; expected 'clip'", "give a CLIPModel's directory")
+    return config
+
+
+def _own(config: Mapping) -> dict:
+    """What `write` kept in a config for the way back."""
+    norm = (config.get(OWN) or {}).get("norm")
+    return {"norm": float(norm)} if isinstance(norm, (int, float)) else {}
+
+
+def _their_config(config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict:
+    model = config.model.to_dict()
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+
+    def tower(numbers: Mapping, kind: str) -> dict:
+        return {
+            "model_type": kind,
+            "hidden_size": numbers["width"],
+            "intermediate_size": 4 * numbers["width"],
+            "num_hidden_layers": numbers["layers"],
+            "num_attention_heads": numbers["heads"],
+            "hidden_act": names[numbers.get("activation", "gelu")],
+            "layer_norm_eps": 1e-5,
+            "projection_dim": model["embed_dim"],
+        }
+
+    text, vision = tower(model["text"], "clip_text_model"), tower(model["vision"], "clip_vision_model")
+    text |= {"vocab_size": config.tokenizer.vocab_size, "max_position_embeddings": config.tokenizer.max_len}
+    text |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    vision |= {"image_size": model["vision"]["image_size"], "patch_size": model["vision"]["patch"], "num_channels": 3}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "dtype": dtype,
+        "projection_dim": model["embed_dim"],
+        "text_config": text,
+        "vision_config": vision,
+        OWN: {"norm": model.get("norm", 17.2)},
+    }
+
+
+def _preprocessor(vision: Mapping) -> dict:
+    side = vision["image_size"]
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(vision.get("mean", (0.5,) * 3)),
+        "image_std": list(vision.get("std", (0.5,) * 3)),
+    }
