@@ -122,6 +122,6 @@ class UNet(nn.Module):
                 h = block(h, self.channels * multiplier, f"up{level}_repeat", "up")
 
         h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
-        width = self.out_channels * self.patch**2
-        h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(h)
+        width, wide = self.out_channels * self.patch**2, jnp.promote_types(dtype, jnp.float32)
+        h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, self.patch)

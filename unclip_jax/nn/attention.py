@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """softmax(q kᵀ / sqrt(D)) v, the softmax in f32.
+    """softmax(q kᵀ / sqrt(D)) v, the softmax in f32, for float64 arguments in f64.
 
     Args:
       q: [B, N, H, D].
@@ -17,6 +17,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     Returns:
       [B, N, H, D] in q's dtype.
     """
+    if q.dtype == jnp.float64:  # JAX's own would round the weights to f32
+        logits = jnp.einsum("BNHD,BSHD->BHNS", q, k) * q.shape[-1] ** -0.5
+        logits = logits if mask is None else jnp.where(mask, logits, -1e30)
+        return jnp.einsum("BHNS,BSHD->BNHD", jax.nn.softmax(logits), v)
     return jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
 
 
