@@ -182,16 +182,16 @@ def loop(made, predict, x, noises):
     """
     times = made.timesteps
     for i, t in enumerate(times):
-        last = i + 1 == len(times)
-        with given_noise(noises[len(times) - 1 - i]):
+        last, noise = i + 1 == len(times), noises[len(times) - 1 - i]
+        with given_noise(lambda noise=noise: noise):
             x = made.step(predict(x, t, last), t, x, prev_timestep=None if last else times[i + 1]).prev_sample
     return x
 
 
 @contextlib.contextmanager
-def given_noise(noise):
-    """What the scheduler draws while this is entered."""
-    drawn, scheduling_unclip.randn_tensor = scheduling_unclip.randn_tensor, lambda shape, **_: noise
+def given_noise(draw):
+    """draw() is what the scheduler draws while this is entered."""
+    drawn, scheduling_unclip.randn_tensor = scheduling_unclip.randn_tensor, lambda shape, **_: draw()
     try:
         yield
     finally:

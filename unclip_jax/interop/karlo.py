@@ -202,6 +202,8 @@ def _write_scheduler(name: str, config: ConfigDict) -> dict[str, dict]:
         what = f"the {name} has the schedule {config.diffusion.name} and the target {target}; diffusers' is for cosine"
         raise UserError(f"{what} and {prediction}", "export it as a stack of unclip_jax")
     bound = config.objective.get("clip_x0", 1.0)
+    if bound is None:
+        raise UserError(f"the {name}'s objective.clip_x0=None must be a number", "set one, Karlo's is 5.0")
     content = karlo_json.scheduler_json(config.diffusion.num_steps, bound, prediction, variance)
     return {f"{part}/scheduler_config.json": content}
 
