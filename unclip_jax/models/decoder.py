@@ -84,9 +84,7 @@ class Decoder(nn.Module):
         z = jnp.where(keep_image[:, None], z_img, self.null_image[None])
         emb = self.image_to_time(z)
         image_tokens = self.image_to_tokens(z).reshape(-1, self.context_width, self.image_tokens).swapaxes(1, 2)
-        if keep_text is not None:
-            mask = mask & keep_text[:, None]
-            z_txt = None if z_txt is None else jnp.where(keep_text[:, None], z_txt, 0.0)
+        mask = mask if keep_text is None else mask & keep_text[:, None]
         if self.text is None:
             text = self.states_norm(self.states_in(states))
             mask = jnp.concatenate([jnp.ones((mask.shape[0], self.image_tokens), bool), mask], axis=1)
@@ -95,6 +93,7 @@ class Decoder(nn.Module):
             emb = emb + self.caption_to_time(text[:, -1])
             mask = None  # a learned vector stands in every padded place
         if self.add_text_embedding:
+            z_txt = z_txt if keep_text is None else jnp.where(keep_text[:, None], z_txt, 0.0)
             emb = emb + self.text_to_time(z_txt)
         return Condition(emb, jnp.concatenate([image_tokens.astype(text.dtype), text], axis=1), mask)
 

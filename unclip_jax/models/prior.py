@@ -69,10 +69,10 @@ class Prior(nn.Module):
         """The first L+1 tokens [B, L+1, W] and the mask of real ones; without the caption where `keep` is False."""
         if self.learned_null != (keep is not None):
             raise ValueError("keep must be None without a learned null, and only then")
-        if keep is not None:
-            mask = mask & keep[:, None]
-            z_txt = jnp.where(keep[:, None], z_txt, self.null_text[None])
+        mask = mask if keep is None else mask & keep[:, None]
         x = self.token_embed(caption) if self.vocab_size else self.states_in(caption)
+        if keep is not None:
+            z_txt = jnp.where(keep[:, None], z_txt, self.null_text[None])
         x = jnp.concatenate([x, self.text_in(z_txt)[:, None]], axis=1)
         return x + self.position[None, : x.shape[1]], mask
 

@@ -117,8 +117,8 @@ class DecoderTask:
         settings = {**self.sampler, **over}
         b, guidance = cond["z_img"].shape[0], settings["guidance"]
         halves = 1 if guidance == 1 else 2
-        seen = ("z_img", "tokens", "mask", "z_txt", "states", *(["empty"] if self.empty_caption else []))
-        cond = jax.tree.map(lambda a: jnp.concatenate([a] * halves), {k: cond[k] for k in seen})
+        seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
+        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep)
 

@@ -107,12 +107,15 @@ class PriorTask:
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if guidance == 1 else 2
-        rows = jax.tree.map(lambda a: jnp.concatenate([a] * halves), dict(cond))
+        caption = "tokens" if self.model.vocab_size else "states"
+        seen = (caption, "mask", "z_txt", *["empty"] * self.empty_caption)
+        rows = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         if self.empty_caption:
             rows, keep = drop_captions(rows, keep), None
-        caption, mask, z_txt = self._caption(rows), rows["mask"], rows["z_txt"]
-        kv, mask = self.model.apply(variables, caption, mask, z_txt, keep, method="prefix")
+        kv, mask = self.model.apply(
+            variables, rows[caption], rows["mask"], rows["z_txt"], keep, method="prefix"
+        )
         kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)
         mask = jnp.repeat(mask, candidates, axis=0)
 
