@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if "def get_config" in p.read_text(encoding="utf-8"))
 STAGES = {"clip", "prior_diffusion", "decoder", "upsampler"}
 SMALL = ("shapes", "icons", "folder")
+LARGE = ("dalle2", "karlo")
 
 
 def variants(path: Path) -> list[str]:
@@ -60,7 +61,7 @@ def count(tree) -> int:
 
 
 def test_there_are_all_stages_of_all_systems():
-    found = {system: {p.stem for p in FILES if p.parent.name == system} for system in (*SMALL, "dalle2")}
+    found = {system: {p.stem for p in FILES if p.parent.name == system} for system in (*SMALL, *LARGE)}
     assert all(STAGES <= stages for stages in found.values()), found
 
 
@@ -149,7 +150,7 @@ def test_trains_and_samples_as_traced(spec):
     assert drawn.shape == ((b, clip.embed_dim) if c.task in ("clip", "prior_diffusion") else (b, size, size, 3))
 
 
-@pytest.mark.parametrize("system", [*SMALL, "dalle2"])
+@pytest.mark.parametrize("system", [*SMALL, *LARGE])
 def test_stages_hand_pictures_on_at_the_sizes_they_take(system):
     specs = [s for s in SPECS if s.startswith(f"configs/{system}/")]
     sizes = {s: built(s)[0].image_size for s in specs if load(s).task in ("decoder", "upsampler")}
@@ -210,7 +211,7 @@ def test_prior_has_the_papers_blocks():
     assert count(net) - 49408 * 2048 == pytest.approx(count(net["transformer"]), rel=0.02)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if "dalle2" in s])
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.split("/")[1] in LARGE])
 def test_docstrings_state_the_counts(spec):
     tree = built(spec)[1]
     text = (ROOT / spec.split(":")[0]).read_text(encoding="utf-8")

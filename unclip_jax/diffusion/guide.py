@@ -1,4 +1,4 @@
-"""What a denoiser is to the diffusion code, and classifier-free guidance over it (arXiv 2207.12598).
+"""What a denoiser is to the diffusion code, classifier-free guidance over it (arXiv 2207.12598), and one that is two.
 
 Guidance here: u + s (c - u), so s = 1 is the conditional model, s = 0 the unconditional, s > 1 guided. It
 touches the prediction only; the variance is the conditional one's, as in GLIDE and Karlo.
@@ -59,13 +59,18 @@ def guide_batched(denoise2: Denoise, scale: float | jax.Array) -> Denoise:
     return denoise
 
 
+def hand_over(first: Denoise, last: Denoise, time: int) -> Denoise:
+    """`first` at the noisier times, `last` from model time `time` down; all rows of a call are at one time."""
+    return lambda xt, model_time: jax.lax.cond(model_time[0] > time, first, last, xt, model_time)
+
+
 def _is_one(scale) -> bool:
     return isinstance(scale, (int, float)) and scale == 1
 
 
 def _mix(c: jax.Array, u: jax.Array, scale: float | jax.Array) -> jax.Array:
-    # In f32: the difference of two near bf16 numbers, times s, would be mostly rounding.
-    c, u, scale = (jnp.asarray(a, jnp.float32) for a in (c, u, scale))
+    # In f32 (f64 in x64 mode): the difference of two near bf16 numbers, times s, would be mostly rounding.
+    c, u, scale = (jnp.asarray(a, float) for a in (c, u, scale))
     if scale.ndim:
         scale = scale.reshape((-1,) + (1,) * (c.ndim - 1))
     return u + scale * (c - u)

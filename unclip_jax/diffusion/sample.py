@@ -106,7 +106,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 
 
 def _scan(step, sched: Schedule, noise: jax.Array) -> jax.Array:
-    x0, _ = jax.lax.scan(step, jnp.asarray(noise, jnp.float32), jnp.arange(sched.num_steps), reverse=True)
+    x0, _ = jax.lax.scan(step, jnp.asarray(noise, float), jnp.arange(sched.num_steps), reverse=True)
     return x0
 
 

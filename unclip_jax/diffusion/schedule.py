@@ -2,8 +2,8 @@
 
 Realises Ho et al. 2020 (arXiv 2006.11239, eq. 4 to 7), the cosine schedule and the respacing of Nichol &
 Dhariwal 2021 (arXiv 2102.09672), and v of Salimans & Ho 2022 (arXiv 2202.00512). A `Schedule` holds float64
-numpy tables; every function on arrays computes in f32, gathers the tables by t: i32[B] (an index into the
-schedule, 0 … S - 1) and returns f32.
+numpy tables; every function on arrays computes in f32 (in f64 under JAX's x64 mode), gathers the tables by t:
+i32[B] (an index into the schedule, 0 … S - 1) and returns f32.
 """
 
 import dataclasses
@@ -206,7 +206,7 @@ def q_sample(sched: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> 
     x0, noise: f32[B, …]; t: i32[B].
     """
     signal, sigma = _signal_sigma(sched, t, x0.ndim)
-    return signal * _f32(x0) + sigma * _f32(noise)
+    return signal * _float(x0) + sigma * _float(noise)
 
 
 def q_posterior(
@@ -216,8 +216,8 @@ def q_posterior(
 
     At t = 0 the mean is x0, the variance 0 and the log variance that of t = 1, to stay finite.
     """
-    mean = (at(sched.posterior_x0_coef, t, x0.ndim) * _f32(x0)
-            + at(sched.posterior_xt_coef, t, x0.ndim) * _f32(xt))
+    mean = (at(sched.posterior_x0_coef, t, x0.ndim) * _float(x0)
+            + at(sched.posterior_xt_coef, t, x0.ndim) * _float(xt))
     return (mean, at(sched.posterior_variance, t, x0.ndim), at(sched.posterior_log_variance, t, x0.ndim))
 
 
@@ -227,7 +227,7 @@ def to_x0(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, targ
     eps: (xt - sqrt(1 - abar) eps) / sqrt(abar); v: sqrt(abar) xt - sqrt(1 - abar) v.
     """
     check_target(target)
-    pred, xt, a = _f32(pred), _f32(xt), sched.alphas_cumprod
+    pred, xt, a = _float(pred), _float(xt), sched.alphas_cumprod
     if target == "eps":
         return at(1 / np.sqrt(a), t, xt.ndim) * xt - at(np.sqrt((1 - a) / a), t, xt.ndim) * pred
     if target == "v":
@@ -242,7 +242,7 @@ def to_eps(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, tar
     x0: (xt - sqrt(abar) x0) / sqrt(1 - abar); v: sqrt(1 - abar) xt + sqrt(abar) v.
     """
     check_target(target)
-    pred, xt = _f32(pred), _f32(xt)
+    pred, xt = _float(pred), _float(xt)
     signal, sigma = _signal_sigma(sched, t, xt.ndim)
     if target == "x0":
         return (xt - signal * pred) / sigma
@@ -254,7 +254,7 @@ def to_eps(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, tar
 def to_v(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, target: str) -> jax.Array:
     """The v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv 2202.00512) that a prediction means -> f32[B, …]."""
     check_target(target)
-    pred, xt, a = _f32(pred), _f32(xt), sched.alphas_cumprod
+    pred, xt, a = _float(pred), _float(xt), sched.alphas_cumprod
     if target == "eps":
         return at(1 / np.sqrt(a), t, xt.ndim) * pred - at(np.sqrt((1 - a) / a), t, xt.ndim) * xt
     if target == "x0":
@@ -280,13 +280,13 @@ def model_log_variance(
     small = at(sched.posterior_log_variance, t, ndim)
     if kind == "small" or v is None:
         return small
-    frac = (_f32(v) + 1) / 2
+    frac = (_float(v) + 1) / 2
     return frac * at(np.log(sched.betas), t, ndim) + (1 - frac) * small
 
 
 def at(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
-    """table[t] in f32, shaped [B, 1, …] with `ndim` dimensions to multiply a batch."""
-    return jnp.asarray(table, jnp.float32)[t].reshape((-1,) + (1,) * (ndim - 1))
+    """table[t] in f32 (f64 in x64 mode), shaped [B, 1, …] with `ndim` dimensions to multiply a batch."""
+    return jnp.asarray(table, float)[t].reshape((-1,) + (1,) * (ndim - 1))
 
 
 def check_target(target: str) -> None:
@@ -299,5 +299,5 @@ def _signal_sigma(sched: Schedule, t: jax.Array, ndim: int) -> tuple[jax.Array, 
     return at(np.sqrt(sched.alphas_cumprod), t, ndim), at(np.sqrt(1 - sched.alphas_cumprod), t, ndim)
 
 
-def _f32(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, jnp.float32)
+def _float(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x, float)

@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         keep_image: jax.Array,
         tokens: jax.Array,
         mask: jax.Array,
-        keep_text: jax.Array,
+        keep_text: jax.Array | None,
         z_txt: jax.Array | None = None,
         states: jax.Array | None = None,
     ) -> Condition:
@@ -77,14 +77,14 @@ class Decoder(nn.Module):
           keep_image: bool[B].
           tokens: i32[B, L].
           mask: bool[B, L], True through EOS; a dropped caption is all padding.
-          keep_text: bool[B].
+          keep_text: bool[B]; None: all kept, a dropped caption being one that the caller made empty (Karlo).
           z_txt: f32[B, D], needed with `add_text_embedding`.
           states: f32[B, L, W'], CLIP's text states, needed without an own caption Transformer.
         """
         z = jnp.where(keep_image[:, None], z_img, self.null_image[None])
         emb = self.image_to_time(z)
         image_tokens = self.image_to_tokens(z).reshape(-1, self.context_width, self.image_tokens).swapaxes(1, 2)
-        mask = mask & keep_text[:, None]
+        mask = mask if keep_text is None else mask & keep_text[:, None]
         if self.text is None:
             text = self.states_norm(self.states_in(states))
             mask = jnp.concatenate([jnp.ones((mask.shape[0], self.image_tokens), bool), mask], axis=1)
@@ -93,7 +93,8 @@ class Decoder(nn.Module):
             emb = emb + self.caption_to_time(text[:, -1])
             mask = None  # a learned vector stands in every padded place
         if self.add_text_embedding:
-            emb = emb + self.text_to_time(jnp.where(keep_text[:, None], z_txt, 0.0))
+            z_txt = z_txt if keep_text is None else jnp.where(keep_text[:, None], z_txt, 0.0)
+            emb = emb + self.text_to_time(z_txt)
         return Condition(emb, jnp.concatenate([image_tokens.astype(text.dtype), text], axis=1), mask)
 
     def denoise(self, xt: jax.Array, time: jax.Array, cond: Condition, train: bool = False) -> jax.Array:

@@ -24,6 +24,8 @@ class Prior(nn.Module):
       embed_dim: D of CLIP.
       max_len: L of the captions.
       vocab_size: the caption enters as its own token embeddings (the paper); 0: as CLIP's frozen text states (Karlo).
+      learned_null: a dropped caption is padding, and a learned vector in the place of its embedding. False: it is the
+        empty caption as CLIP encodes it (Karlo); the caller passes that, and `keep` is None.
     """
 
     embed_dim: int
@@ -32,6 +34,7 @@ class Prior(nn.Module):
     layers: int
     heads: int
     vocab_size: int = 0
+    learned_null: bool = True
     activation: str = "gelu"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -46,7 +49,8 @@ class Prior(nn.Module):
         self.time = TimeEmbedding(self.width, dtype=self.dtype)
         self.image_in = nn.Dense(self.width)
         self.query = self.param("query", init, (self.width,))
-        self.null_text = self.param("null_text", init, (self.embed_dim,))
+        if self.learned_null:
+            self.null_text = self.param("null_text", init, (self.embed_dim,))
         self.position = self.param("position", nn.initializers.normal(0.01), (self.max_len + 1 + SUFFIX, self.width))
         self.transformer = Transformer(
             self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype
@@ -63,10 +67,13 @@ class Prior(nn.Module):
 
     def _prefix(self, caption, mask, z_txt, keep):
         """The first L+1 tokens [B, L+1, W] and the mask of real ones; without the caption where `keep` is False."""
-        mask = mask & keep[:, None]
+        if self.learned_null != (keep is not None):
+            raise ValueError("keep must be None without a learned null, and only then")
+        mask = mask if keep is None else mask & keep[:, None]
         x = self.token_embed(caption) if self.vocab_size else self.states_in(caption)
-        z = jnp.where(keep[:, None], z_txt, self.null_text[None])
-        x = jnp.concatenate([x, self.text_in(z)[:, None]], axis=1)
+        if keep is not None:
+            z_txt = jnp.where(keep[:, None], z_txt, self.null_text[None])
+        x = jnp.concatenate([x, self.text_in(z_txt)[:, None]], axis=1)
         return x + self.position[None, : x.shape[1]], mask
 
     def _suffix(self, xt, time):
@@ -74,7 +81,9 @@ class Prior(nn.Module):
         x = jnp.concatenate([self.time(time)[:, None], self.image_in(xt)[:, None], query], axis=1)
         return x + self.position[None, -SUFFIX:]
 
-    def prefix(self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array) -> tuple[KV, jax.Array]:
+    def prefix(
+        self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array | None
+    ) -> tuple[KV, jax.Array]:
         """What all steps of a sample share: keys and values [layers, B, L+1, heads, W/heads], and the mask [B, L]."""
         x, mask = self._prefix(caption, mask, z_txt, keep)
         queries = self.max_len + 1
@@ -90,7 +99,13 @@ class Prior(nn.Module):
         return self.out(self.final_norm(x[:, -1])).astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def __call__(
-        self, xt: jax.Array, time: jax.Array, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array
+        self,
+        xt: jax.Array,
+        time: jax.Array,
+        caption: jax.Array,
+        mask: jax.Array,
+        z_txt: jax.Array,
+        keep: jax.Array | None,
     ) -> jax.Array:
         """The whole sequence at once, as in training.
 
@@ -100,7 +115,7 @@ class Prior(nn.Module):
           caption: i32[B, L] tokens, or f32[B, L, W'] CLIP text states where `vocab_size` is 0.
           mask: bool[B, L], True through EOS.
           z_txt: f32[B, D], the CLIP text embedding.
-          keep: bool[B], False drops the caption and its embedding (classifier-free guidance).
+          keep: bool[B], False drops the caption and its embedding (classifier-free guidance); None: see `learned_null`.
 
         Returns:
           f32[B, D], the predicted unnoised embedding.

@@ -132,6 +132,6 @@ class UNet(nn.Module):
             h = block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
             patch = 1
         h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
-        width = self.out_channels * patch**2
-        h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="out")(h)
+        width, wide = self.out_channels * patch**2, jnp.promote_types(dtype, jnp.float32)
+        h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, patch)

@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
         norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
         if self.scale_shift:
-            h = norm2(h, *jnp.split(emb.astype(jnp.float32), 2, axis=-1))
+            h = norm2(h, *jnp.split(emb.astype(jnp.promote_types(emb.dtype, jnp.float32)), 2, axis=-1))
         else:
             h = norm2(h + emb[:, None, None])
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))

@@ -13,11 +13,11 @@ def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Ar
       width: even.
 
     Returns:
-      f32[B, width].
+      f32[B, width] (f64 in JAX's x64 mode).
     """
     half = width // 2
-    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle = time.astype(jnp.float32)[:, None] * frequency[None, :]
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=float) / half)
+    angle = time.astype(float)[:, None] * frequency[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 

@@ -91,6 +91,25 @@ def ask(clip: CLIP, params, batch):
     return batch
 
 
+def ask_empty(clip: CLIP, params, batch):
+    """`batch` with "empty": tokens, mask, z_txt and states of the empty caption, as often as the batch has rows.
+
+    Its tokens, BOS and EOS alone, are those of any caption; what stands in the padding is masked.
+    """
+    tokens, mask = batch["tokens"][:1], batch["mask"][:1]
+    places = jnp.arange(tokens.shape[1])[None]
+    eos = jnp.take_along_axis(tokens, jnp.maximum(mask.sum(-1, keepdims=True) - 1, 0), axis=1)
+    empty = ask(clip, params, {"tokens": jnp.where(places == 0, tokens[:, :1], eos), "mask": places < 2})
+    repeat = lambda a: jnp.broadcast_to(a, (batch["tokens"].shape[0], *a.shape[1:]))  # noqa: E731
+    return {**batch, "empty": jax.tree.map(repeat, empty)}
+
+
+def drop_captions(batch, keep):
+    """`batch` with the empty caption, and what CLIP says of it, in the rows where keep bool[B] is False."""
+    rows = lambda a: keep.reshape((-1,) + (1,) * (a.ndim - 1))  # noqa: E731
+    return {**batch, **{k: jnp.where(rows(a), batch[k], a) for k, a in batch["empty"].items() if k in batch}}
+
+
 def unit(z: jax.Array) -> jax.Array:
     """z / |z| along the last axis."""
     return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)

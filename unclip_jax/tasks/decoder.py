@@ -13,7 +13,7 @@ from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
-from unclip_jax.tasks.clip import ask
+from unclip_jax.tasks.clip import ask, ask_empty, drop_captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class DecoderTask:
       target: what the network predicts, "eps" (the paper), "v" or "x0".
       clip_drop: share of examples whose z_img is dropped (the paper: 0.1).
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
+      empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo).
       vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
       sampler: defaults of `sample`: name, steps, guidance.
     """
@@ -40,6 +41,7 @@ class DecoderTask:
     clip_drop: float = 0.1
     text_drop: float = 0.5
     vlb_weight: float = 0.001
+    empty_caption: bool = False
 
     @classmethod
     def from_config(cls, config, clip: CLIP):
@@ -68,12 +70,15 @@ class DecoderTask:
     def encode(self, frozen, batch):
         """Adds what CLIP says of the images as they come, then brings them to `image_size`."""
         batch = ask(self.clip, frozen["clip"], batch)
+        batch = ask_empty(self.clip, frozen["clip"], batch) if self.empty_caption else batch
         if "image" in batch and batch["image"].shape[1] != self.image_size:
             batch["image"] = jnp.clip(resize(batch["image"], self.image_size), -1, 1)
         return batch
 
     def condition(self, params, batch, keep_image, keep_text):
-        """The network's `Condition` for an encoded batch."""
+        """The network's `Condition` for an encoded batch; keep_image, keep_text bool[B]."""
+        if self.empty_caption:
+            batch, keep_text = drop_captions(batch, keep_text), None
         args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
         return self.model.apply({"params": params}, *args, method="condition")
 
@@ -112,7 +117,8 @@ class DecoderTask:
         settings = {**self.sampler, **over}
         b, guidance = cond["z_img"].shape[0], settings["guidance"]
         halves = 1 if guidance == 1 else 2
-        cond = {k: jnp.concatenate([cond[k]] * halves) for k in ("z_img", "tokens", "mask", "z_txt", "states")}
+        seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
+        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep)
 

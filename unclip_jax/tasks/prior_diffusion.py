@@ -12,7 +12,7 @@ from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
-from unclip_jax.tasks.clip import ask, matrix_picture, unit
+from unclip_jax.tasks.clip import ask, ask_empty, drop_captions, matrix_picture, unit
 
 PREPARE_BATCHES = 32
 
@@ -26,6 +26,7 @@ class PriorTask:
     Attributes:
       clip: the frozen CLIP whose embeddings are modelled.
       text_drop: share of examples trained without caption and text embedding (the paper: 0.1).
+      empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo), not a learned vector.
       clip_x0: bound on the whitened prediction while sampling, or None.
       sampler: defaults of `sample`: name, steps, guidance, candidates.
     """
@@ -36,13 +37,15 @@ class PriorTask:
     sampler: dict[str, Any]
     text_drop: float = 0.1
     clip_x0: float | None = 5.0
+    empty_caption: bool = False
 
     @classmethod
     def from_config(cls, config, clip: CLIP):
         """`config.model.caption` says how the caption enters: "tokens" (the paper) or "states" (Karlo)."""
         model = config.model.to_dict()
         vocab_size = clip.text["vocab_size"] if model.pop("caption") == "tokens" else 0
-        net = Prior(clip.embed_dim, clip.text["max_len"], vocab_size=vocab_size, **model)
+        learned_null = not config.objective.get("empty_caption", False)
+        net = Prior(clip.embed_dim, clip.text["max_len"], vocab_size=vocab_size, learned_null=learned_null, **model)
         return cls(net, make_schedule(**config.diffusion), clip, config.sampler.to_dict(), **config.objective)
 
     def init(self, rng):
@@ -51,7 +54,7 @@ class PriorTask:
         caption = jnp.zeros((1, length), jnp.int32)
         if not self.model.vocab_size:
             caption = jnp.zeros((1, length, self.clip.text["width"]))
-        z, keep = jnp.zeros((1, d)), jnp.ones((1,), bool)
+        z, keep = jnp.zeros((1, d)), None if self.empty_caption else jnp.ones((1,), bool)
         net = self.model.init(rng, z, jnp.zeros((1,), jnp.int32), caption, mask, z, keep)["params"]
         return {"net": net, "mean": jnp.zeros((d,)), "std": jnp.ones((d,))}
 
@@ -67,7 +70,8 @@ class PriorTask:
         return {**params, "mean": mean, "std": std}
 
     def encode(self, frozen, batch):
-        return ask(self.clip, frozen["clip"], batch)
+        batch = ask(self.clip, frozen["clip"], batch)
+        return ask_empty(self.clip, frozen["clip"], batch) if self.empty_caption else batch
 
     def _caption(self, batch):
         return batch["tokens"] if self.model.vocab_size else batch["states"]
@@ -79,6 +83,8 @@ class PriorTask:
         x0 = jax.lax.stop_gradient(x0)
         t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
         keep = jax.random.uniform(drop_rng, (b,)) >= self.text_drop
+        if self.empty_caption:
+            batch, keep = drop_captions(batch, keep), None
 
         def denoise(xt, time):
             args = (self._caption(batch), batch["mask"], batch["z_txt"], keep)
@@ -101,10 +107,15 @@ class PriorTask:
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if guidance == 1 else 2
-        whole = (self._caption(cond), cond["mask"], cond["z_txt"])
-        caption, mask, z_txt = (jnp.concatenate([a] * halves) for a in whole)
+        caption = "tokens" if self.model.vocab_size else "states"
+        seen = (caption, "mask", "z_txt", *["empty"] * self.empty_caption)
+        rows = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
-        kv, mask = self.model.apply(variables, caption, mask, z_txt, keep, method="prefix")
+        if self.empty_caption:
+            rows, keep = drop_captions(rows, keep), None
+        kv, mask = self.model.apply(
+            variables, rows[caption], rows["mask"], rows["z_txt"], keep, method="prefix"
+        )
         kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)
         mask = jnp.repeat(mask, candidates, axis=0)
 

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import gaussian_blur, resize
+from unclip_jax.diffusion.guide import hand_over
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet
 from unclip_jax.tasks.decoder import mean_loss, split_variance
 
@@ -26,6 +28,8 @@ class UpsamplerTask:
     Attributes:
       image_size: side of the large images in pixels; training images may be smaller crops.
       factor: large side / small side (the paper: 4).
+      last_steps: so many steps of least noise are drawn by a second network of the same form (Karlo: 1). Parameters
+        are then {"net": …, "last": …}, for sampling only.
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
       sampler: defaults of `sample`: name, steps.
@@ -41,6 +45,7 @@ class UpsamplerTask:
     vlb_weight: float = 0.0
     blur: float = 0.6
     blur_share: float = 0.5
+    last_steps: int = 0
 
     @classmethod
     def from_config(cls, config, clip=None):
@@ -51,7 +56,8 @@ class UpsamplerTask:
 
     def init(self, rng):
         image = jnp.zeros((1, self.image_size, self.image_size, 6))
-        return self.model.init(rng, image, jnp.zeros((1,), jnp.int32))["params"]
+        net = self.model.init(rng, image, jnp.zeros((1,), jnp.int32))["params"]
+        return {"net": net, "last": net} if self.last_steps else net
 
     def prepare(self, frozen, params, batches):
         return params
@@ -73,6 +79,9 @@ class UpsamplerTask:
         return denoise
 
     def loss(self, params, batch, rng):
+        if self.last_steps:
+            what = f"objective.last_steps={self.last_steps} is for sampling with converted weights"
+            raise UserError(what, "train with objective.last_steps=0")
         t_rng, noise_rng, blur_rng, dropout = jax.random.split(rng, 4)
         x0, low = batch["image"], batch["low"]
         b = x0.shape[0]
@@ -95,9 +104,15 @@ class UpsamplerTask:
         settings = {**self.sampler, **over}
         low = cond["low"]
         size = low.shape[1] * self.factor
+        schedule = respace(self.schedule, settings["steps"])
+        if self.last_steps:
+            first, last = (self._denoise(params[name], low, size) for name in ("net", "last"))
+            denoise = hand_over(first, last, schedule.timesteps[:self.last_steps][-1])
+        else:
+            denoise = self._denoise(params, low, size)
         image = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
-            self._denoise(params, low, size),
+            schedule,
+            denoise,
             initial_noise(keys, (size, size, 3)),
             keys,
             target=self.target,

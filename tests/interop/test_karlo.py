@@ -1,0 +1,236 @@
+"""Karlo's files, in and out: sizes from its own JSON, what is refused, and there and back bit for bit."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from tests.interop import karlo_files as files
+from unclip_jax import tasks
+from unclip_jax.config import load_config
+from unclip_jax.errors import UserError
+from unclip_jax.interop import karlo, karlo_json
+from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
+from unclip_jax.interop.layout import write
+from unclip_jax.models.clip import CLIP
+from unclip_jax.weights import Stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def count(shapes, prefix=""):
+    return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(prefix))
+
+
+def lay(folder, contents, **changed):
+    """Writes JSON files; `changed` is {"decoder/config.json": {key: value}}."""
+    for path, content in contents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps({**content, **changed.get(path, {})}))
+    return folder
+
+
+def shapes_of(contents):
+    """{stage: {path: shape}} of Karlo's JSON files."""
+    parts = {path.partition("/")[0]: content for path, content in contents.items()}
+    model, size = karlo_json.decoder(parts["decoder"], parts["text_proj"])
+    upsampler, _ = karlo_json.upsampler(parts["super_res_first"], parts["super_res_last"])
+    return {
+        "prior": prior_shapes(karlo_json.prior(parts["prior"])),
+        "decoder": decoder_shapes(model, size),
+        "upsampler": upsampler_shapes(upsampler),
+    }
+
+
+def test_full_size_parameter_counts():
+    """Of the published networks, as diffusers counts them; nothing is allocated."""
+    shapes = shapes_of(files.FILES)
+    assert count(shapes["prior"]) == 1_022_030_080
+    assert count(shapes["decoder"], "net/") == 885_439_686
+    assert count(shapes["upsampler"], "net/") == count(shapes["upsampler"], "last/") == 691_579_523
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Karlo in diffusers' layout, of random numbers."""
+    out = lay(tmp_path_factory.mktemp("karlo"), files.SMALL)
+    rng = np.random.default_rng(0)
+    for name, shapes in shapes_of(files.SMALL).items():
+        arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+        for part, table in TABLES[name](shapes).items():
+            karlo.save_file(write(table, arrays), out / part / karlo.WEIGHTS_FILE)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stages(folder):
+    return karlo.from_diffusers(folder, files.open_weights)
+
+
+def test_there_and_back_bit_for_bit(folder, stages, tmp_path):
+    karlo.to_diffusers(stages, tmp_path / "out")
+    again = karlo.from_diffusers(tmp_path / "out", files.open_weights)
+    assert set(again) == {"prior", "decoder", "upsampler"}
+    for name, stage in stages.items():
+        assert again[name].config.to_dict() == stage.config.to_dict()
+        jax.tree.map(np.testing.assert_array_equal, again[name].params, stage.params)
+    for part in ("prior", "decoder", "text_proj", "super_res_first", "super_res_last"):
+        with files.open_weights(folder / part) as a, files.open_weights(tmp_path / "out" / part) as b:
+            assert sorted(a.names) == sorted(b.names)
+            for name in a.names:
+                np.testing.assert_array_equal(a.take(name), b.take(name))
+
+
+def test_json_says_the_same_after_there_and_back(stages, tmp_path):
+    karlo.to_diffusers(stages, tmp_path / "out")
+    for path, content in files.SMALL.items():
+        written = json.loads((tmp_path / "out" / path).read_text())
+        wanted = {key: value for key, value in content.items() if key != "_diffusers_version"}
+        if path.startswith("super_res_last"):
+            wanted["sample_size"] = 64  # null there: of the first
+        assert {key: written[key] for key in wanted} == wanted, path
+
+
+def test_the_stages_are_tasks(stages):
+    """Their configs make tasks with just these parameters; sampling and training find what they need in them."""
+    text = dict(vocab_size=20, max_len=5, width=6, layers=1, heads=1)
+    clip = CLIP(6, dict(image_size=16, patch=8, width=8, layers=1, heads=1), text, norm=None)
+    for name, stage in stages.items():
+        task = tasks.make(stage.config, clip=clip)
+        shapes = jax.eval_shape(task.init, jax.random.key(0))
+        assert jax.tree.map(np.shape, stage.params) == jax.tree.map(np.shape, shapes), name
+        if name == "upsampler":
+            with pytest.raises(UserError, match="last_steps=0"):
+                task.loss(stage.params, {}, jax.random.key(0))
+
+
+def test_a_folder_without_a_prior_gives_the_rest(folder, tmp_path):
+    """As that of image variations."""
+    for path in folder.iterdir():
+        if not path.name.startswith("prior"):
+            (tmp_path / path.name).symlink_to(path)
+    assert set(karlo.from_diffusers(tmp_path, files.open_weights)) == {"decoder", "upsampler"}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "said"),
+    [
+        ("prior/config.json", {"added_emb_type": None}, "prior: added_emb_type=None must be 'prd'"),
+        ("prior/config.json", {"norm_in_type": "layer"}, "norm_in_type='layer' must be None"),
+        ("prior/config.json", {"dropout": 0.1}, "dropout=0.1 must be 0.0"),
+        ("prior/config.json", {"new_thing": 1}, "new_thing=1 is a key not known of PriorTransformer"),
+        ("decoder/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep' must be 'identity'"),
+        ("decoder/config.json", {"norm_eps": 1e-6}, "norm_eps=1e-06 must be 1e-05"),
+        ("decoder/config.json", {"cross_attention_dim": 12}, "cross_attention_dim=10 must be 12"),
+        ("decoder/config.json", {"block_out_channels": [8, 12, 24]}, "must be a list of multiples of its first"),
+        ("decoder/config.json", {"down_block_types": ["DownBlock2D"] * 3}, "down_block_types="),
+        ("decoder/config.json", {"up_block_types": [files.UP, *[files.ATTENTION_UP] * 2]}, "up_block_types="),
+        ("decoder/config.json", {"down_block_types": [files.DOWN] * 3, "up_block_types": [files.UP] * 3},
+         "at least one SimpleCrossAttnDownBlock2D"),
+        ("decoder/config.json", {"layers_per_block": [1, 1, 1]}, "layers_per_block="),
+        ("text_proj/config.json", {"time_embed_dim": 64}, "text_proj: time_embed_dim=64 must be 32"),
+        ("super_res_first/config.json", {"add_attention": True}, "add_attention=True must be False"),
+        ("super_res_last/config.json", {"layers_per_block": 2}, "as in super_res_first"),
+        ("super_res_first/config.json", {"resnet_time_scale_shift": "ada_group"}, "'default' or 'scale_shift'"),
+        ("prior_scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "must be 'sample'"),
+        ("decoder_scheduler/scheduler_config.json", {"variance_type": "fixed_small_log"}, "must be 'learned_range'"),
+        ("decoder_scheduler/scheduler_config.json", {"clip_sample_range": 2.0}, "clip_sample_range=2.0 must be 1.0"),
+        ("super_res_scheduler/scheduler_config.json", {"clip_sample": False}, "clip_sample=False must be True"),
+    ],
+)  # fmt: skip
+def test_what_our_modules_cannot_express_is_refused(tmp_path, path, change, said):
+    lay(tmp_path, files.SMALL, **{path: change})
+    with pytest.raises(UserError) as refused:
+        for read in karlo._READ.values():
+            read(tmp_path)
+    assert said in str(refused.value) and "Fix:" in str(refused.value)
+
+
+def test_configs_are_of_karlos_networks(tmp_path):
+    """configs/karlo describe what its published JSON does, but for how it is computed and the dropout in training."""
+    lay(tmp_path, files.FILES)
+    for name, stem in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
+        published, _ = karlo._READ[name](tmp_path)
+        config = load_config(str(ROOT / f"configs/karlo/{stem}.py"))
+        assert (config.task, config.diffusion, config.sampler) == (
+            published.task, published.diffusion, published.sampler)  # fmt: skip
+        wanted, got = (flatten_dict(c.model.to_dict()) for c in (published, config))
+        for key in set(got) - {("dtype",), ("remat",), ("unet", "remat"), ("unet", "dropout")}:
+            assert got[key] == wanted[key], key
+        objective = published.objective.to_dict()
+        assert all(config.objective.get(k, v) == v for k, v in objective.items() if k != "last_steps")
+
+
+def test_an_absent_key_has_diffusers_default(tmp_path):
+    """Which is another than Karlo's for some."""
+    contents = dict(files.SMALL)
+    decoder = contents["decoder/config.json"]
+    contents["decoder/config.json"] = {k: v for k, v in decoder.items() if k != "mid_block_type"}
+    with pytest.raises(UserError, match="mid_block_type='UNetMidBlock2DCrossAttn' must be"):
+        karlo._read_decoder(lay(tmp_path, contents))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "is missing"), ("{", "is not JSON"), ("[]", "must hold a JSON object")],
+)
+def test_bad_files_are_refused(tmp_path, content, said):
+    lay(tmp_path, files.SMALL)
+    scheduler = tmp_path / "prior_scheduler/scheduler_config.json"
+    scheduler.unlink() if content is None else scheduler.write_text(content)
+    with pytest.raises(UserError, match=said):
+        karlo.from_diffusers(tmp_path, files.open_weights)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no part of Karlo"):
+        karlo.from_diffusers(tmp_path, files.open_weights)
+
+
+def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
+    lay(tmp_path, {path: content for path, content in files.SMALL.items() if path.startswith("prior")})
+    with files.open_weights(folder / "prior") as weights:
+        arrays = {name: weights.take(name) for name in weights.names}
+    cases = (
+        ({k: v for k, v in arrays.items() if k != "prd_embedding"}, "prd_embedding"),
+        ({**arrays, "more": np.zeros(1, np.float32)}, "more"),
+        ({**arrays, "clip_std": np.ones((1, 7), np.float32)}, "clip_std"),
+    )
+    for content, said in cases:
+        karlo.save_file(content, tmp_path / "prior" / karlo.WEIGHTS_FILE)
+        with pytest.raises(UserError, match=said):
+            karlo.from_diffusers(tmp_path, files.open_weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        ("prior", {"model": {"caption": "tokens"}}, "must read CLIP's text states"),
+        ("prior", {"model": {"activation": "gelu_tanh"}}, "activation='gelu_tanh' must be 'gelu'"),
+        ("prior", {"objective": {"empty_caption": False}}, "drop captions by the empty one"),
+        ("prior", {"diffusion": {"name": "linear"}}, "the schedule linear"),
+        ("prior", {"objective": {"clip_x0": None}}, "clip_x0=None must be a number"),
+        ("decoder", {"objective": {"target": "x0"}}, "the target x0"),
+        ("decoder", {"model": {"add_text_embedding": False}}, "add_text_embedding=False must be True"),
+        ("decoder", {"model": {"unet": {"patch": 2}}}, "patch=2 must be 1"),
+        ("upsampler", {"objective": {"last_steps": 0}}, "a second network for its last step"),
+        ("upsampler", {"model": {"attention": (8,)}}, "must be ()"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused_and_nothing_written(stages, tmp_path, stage, change, said):
+    config = flatten_dict(stages[stage].config.to_dict())
+    config = ConfigDict(unflatten_dict({**config, **flatten_dict(change)}))
+    with pytest.raises(UserError, match=re.escape(said)):
+        karlo.to_diffusers({**stages, stage: Stage(stages[stage].params, config, 0, {})}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused(folder):
+    with pytest.raises(UserError, match="must be an empty folder"):
+        karlo.to_diffusers({}, folder)

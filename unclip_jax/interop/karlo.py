@@ -1,0 +1,212 @@
+"""Karlo (Kakao Brain's open unCLIP) in the layout of diffusers' UnCLIPPipeline, in and out.
+
+Karlo's networks are ours with other settings (`karlo_json`) and other names (`karlo_tables`). diffusers 0.42.1 computes
+two things otherwise. It masks by adding -1e4, which the softmax rounds to the nothing that it is here. Its tables of
+noise levels are float32, ours float64: its last step multiplies x0 by 0.99947, where by its own formula it returns x0,
+as ours does.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from unclip_jax.errors import UserError
+from unclip_jax.interop import karlo_json
+from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
+from unclip_jax.interop.layout import read, write
+from unclip_jax.weights import MAX_JSON_BYTES, Stage
+
+PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
+# Folder of the scheduler, what it predicts, its variance.
+SCHEDULERS = {
+    "prior": ("prior_scheduler", "sample", "fixed_small_log"),
+    "decoder": ("decoder_scheduler", "epsilon", "learned_range"),
+    "upsampler": ("super_res_scheduler", "epsilon", "fixed_small_log"),
+}
+# Karlo's 25 + 25 + 7 steps.
+SAMPLERS = {
+    "prior": dict(name="ddpm", steps=25, guidance=4.0, candidates=1),
+    "decoder": dict(name="ddpm", steps=25, guidance=8.0),
+    "upsampler": dict(name="ddpm", steps=7),
+}
+# Shares dropped in Karlo's training, for training on; and how its schedule is trained.
+OBJECTIVES = {
+    "prior": dict(text_drop=0.2, empty_caption=True),
+    "decoder": dict(target="eps", clip_drop=0.1, text_drop=0.3, vlb_weight=0.001, empty_caption=True),
+    "upsampler": dict(target="eps", vlb_weight=0.0, last_steps=1),
+}
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def from_diffusers(folder: str | Path, open_weights: Callable | None = None) -> dict[str, Stage]:
+    """The stages "prior", "decoder" and "upsampler" of a folder; one whose parts are absent is left out.
+
+    Args:
+      folder: of UnCLIPPipeline, or of UnCLIPImageVariationPipeline, which has no prior.
+      open_weights: folder → a context manager with `names` and `take(name)`; None: `interop.files.open_weights`.
+
+    Raises:
+      UserError: nothing of Karlo there, or a network that ours cannot express.
+    """
+    folder = Path(folder).expanduser()
+    if open_weights is None:
+        from unclip_jax.interop.files import open_weights
+    stages = {}
+    for name, parts in PARTS.items():
+        if not all((folder / part / "config.json").is_file() for part in parts):
+            continue
+        config, shapes = _READ[name](folder)
+        arrays = {}
+        for part, table in TABLES[name](shapes).items():
+            with open_weights(folder / part) as weights:
+                own = {entry.path: shapes[entry.path] for entry in table}
+                arrays |= read(table, own, weights.names, weights.take)
+        stages[name] = Stage(unflatten_dict(arrays, sep="/"), config, 0, {})
+    if not stages:
+        parts = ", ".join(part for parts in PARTS.values() for part in parts)
+        raise UserError(f"{folder} holds no part of Karlo ({parts})", "give the folder of a diffusers UnCLIPPipeline")
+    return stages
+
+
+def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
+    """Writes what `from_diffusers` reads, and diffusers' own classes by `from_pretrained`, into an empty folder.
+
+    Raises:
+      UserError: a network that diffusers' classes cannot express, or a folder in use; then nothing is written.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} must be an empty folder or a new one", "give another folder")
+    jsons, arrays = {}, {}
+    for name, stage in stages.items():
+        ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
+        jsons |= _WRITE[name](stage.config, ours)
+        shapes = {path: a.shape for path, a in ours.items()}
+        arrays |= {part: write(table, ours) for part, table in TABLES[name](shapes).items()}
+    for path, content in jsons.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for part, content in arrays.items():
+        save_file(content, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _read_prior(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+    model = karlo_json.prior(_json(folder / "prior/config.json"))
+    block = {"caption": "states", **{k: model[k] for k in ("width", "layers", "heads")}}
+    diffusion, clip_x0 = _scheduler(folder, "prior")
+    return _config("prior", "prior_diffusion", block, diffusion, clip_x0=clip_x0), prior_shapes(model)
+
+
+def _read_decoder(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+    model, size = karlo_json.decoder(_json(folder / "decoder/config.json"), _json(folder / "text_proj/config.json"))
+    block = {**_without(model, "embed_dim"), "unet": _without(model["unet"], "out_channels")}
+    diffusion = _scheduler_of_images(folder, "decoder")
+    return _config("decoder", "decoder", block, diffusion, size, image_size=size), decoder_shapes(model, size)
+
+
+def _read_upsampler(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+    first, last = (_json(folder / part / "config.json") for part in PARTS["upsampler"])
+    model, size = karlo_json.upsampler(first, last)
+    factor = 4
+    if (folder / "decoder/config.json").is_file():
+        factor = size // _json(folder / "decoder/config.json")["sample_size"]
+    diffusion, block = _scheduler_of_images(folder, "upsampler"), _without(model, "out_channels")
+    return _config("upsampler", "upsampler", block, diffusion, size, factor=factor), upsampler_shapes(model)
+
+
+def _config(name: str, task: str, model: Mapping, diffusion: Mapping, size: int = 64, **objective) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            task=task,
+            model=dict(model),
+            diffusion=dict(diffusion),
+            objective={**OBJECTIVES[name], **objective},
+            sampler=SAMPLERS[name],
+            data=dict(size=size),
+        )
+    )
+
+
+def _scheduler(folder: Path, name: str) -> tuple[dict[str, Any], float]:
+    """The stage's `diffusion` block, and the bound of x0."""
+    part, prediction, variance = SCHEDULERS[name]
+    config = _json(folder / part / "scheduler_config.json")
+    steps, clip_x0 = karlo_json.scheduler(part, config, prediction, variance)
+    return dict(name="cosine", num_steps=steps), clip_x0
+
+
+def _scheduler_of_images(folder: Path, name: str) -> dict[str, Any]:
+    diffusion, clip_x0 = _scheduler(folder, name)
+    if clip_x0 != 1:
+        what = f"{SCHEDULERS[name][0]}: clip_sample_range={clip_x0} must be 1.0, as images are in [-1, 1]"
+        raise UserError(what, "convert a stack whose images are scaled so")
+    return diffusion
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing", "give a whole folder, as diffusers saves it")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} is larger than any config", "give a folder that diffusers saved")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", "give a folder that diffusers saved") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object", "give a folder that diffusers saved")
+    return content
+
+
+def _without(block: Mapping, key: str) -> dict[str, Any]:
+    return {k: v for k, v in block.items() if k != key}
+
+
+def _write_prior(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    block = config.model.to_dict()
+    if block.pop("caption") != "states" or not config.objective.get("empty_caption"):
+        what = "the prior must read CLIP's text states and drop captions by the empty one, to be written for diffusers"
+        raise UserError(what, "train it with configs/karlo/prior_diffusion.py")
+    max_len = len(arrays["net/position"]) - karlo_json.PRIOR_EXTRA
+    model = {**block, "embed_dim": len(arrays["mean"]), "max_len": max_len}
+    return {"prior/config.json": karlo_json.prior_json(model), **_write_scheduler("prior", config)}
+
+
+def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    model = {**config.model.to_dict(), "embed_dim": len(arrays["null_image"])}
+    model["unet"]["out_channels"] = arrays["net/out/bias"].shape[0]
+    size = config.objective.get("image_size", config.data.size)
+    decoder, text_proj = karlo_json.decoder_json(model, size)
+    jsons = {"decoder/config.json": decoder, "text_proj/config.json": text_proj}
+    return {**jsons, **_write_scheduler("decoder", config)}
+
+
+def _write_upsampler(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    if config.objective.get("last_steps") != 1:
+        raise UserError("the upsampler must have a second network for its last step, to be written for diffusers")
+    model = {**config.model.to_dict(), "out_channels": arrays["net/out/bias"].shape[0]}
+    config_json = karlo_json.upsampler_json(model, config.data.size)
+    parts = {f"{part}/config.json": config_json for part in PARTS["upsampler"]}
+    return {**parts, **_write_scheduler("upsampler", config)}
+
+
+def _write_scheduler(name: str, config: ConfigDict) -> dict[str, dict]:
+    part, prediction, variance = SCHEDULERS[name]
+    target = config.objective.get("target", "x0")
+    if config.diffusion.name != "cosine" or target != {"sample": "x0", "epsilon": "eps"}[prediction]:
+        what = f"the {name} has the schedule {config.diffusion.name} and the target {target}; diffusers' is for cosine"
+        raise UserError(f"{what} and {prediction}", "export it as a stack of unclip_jax")
+    bound = config.objective.get("clip_x0", 1.0)
+    if bound is None:
+        raise UserError(f"the {name}'s objective.clip_x0=None must be a number", "set one, Karlo's is 5.0")
+    content = karlo_json.scheduler_json(config.diffusion.num_steps, bound, prediction, variance)
+    return {f"{part}/scheduler_config.json": content}
+
+
+_READ = {"prior": _read_prior, "decoder": _read_decoder, "upsampler": _read_upsampler}
+_WRITE = {"prior": _write_prior, "decoder": _write_decoder, "upsampler": _write_upsampler}

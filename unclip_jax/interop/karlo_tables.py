@@ -1,0 +1,172 @@
+"""Where each array of Karlo lies: in our prior, decoder and upsampler, and in the parts of diffusers' UnCLIPPipeline.
+
+    here          part there
+    prior         prior (clip_mean and clip_std lie beside the network: {"net", "mean", "std"})
+    decoder       text_proj, decoder
+    upsampler     super_res_first ("net"), super_res_last ("last")
+
+A UNet's names are made from its paths, so depth, width and attention are those of the shapes given.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, ROW, SAME, Entry, Turn, prefixed
+from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.prior import Prior
+from unclip_jax.models.unet import UNet
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Two leading axes of 1 there.
+TOKEN = Turn(lambda a, shape: a.reshape(shape), lambda a: a[None, None])
+BLOCK, BLOCK_THERE = "transformer/blocks/", "transformer_blocks.{}."
+PRIOR_LAYERS = {
+    "states_in": "encoder_hidden_states_proj",
+    "text_in": "embedding_proj",
+    "time/fc1": "time_embedding.linear_1",
+    "time/fc2": "time_embedding.linear_2",
+    "image_in": "proj_in",
+    f"{BLOCK}fc1": f"{BLOCK_THERE}ff.net.0.proj",
+    f"{BLOCK}fc2": f"{BLOCK_THERE}ff.net.2",
+    "out": "proj_to_clip_embeddings",
+}
+PRIOR_NORMS = {f"{BLOCK}norm1": f"{BLOCK_THERE}norm1", f"{BLOCK}norm2": f"{BLOCK_THERE}norm3", "final_norm": "norm_out"}
+TEXT_PROJ_LAYERS = {
+    "image_to_time": "clip_image_embeddings_project_to_time_embeddings",
+    "text_to_time": "embedding_proj",
+    "image_to_tokens": "clip_extra_context_tokens_proj",
+    "states_in": "encoder_hidden_states_proj",
+}
+UNET_ENDS = {
+    "stem": "conv_in",
+    "time/fc1": "time_embedding.linear_1",
+    "time/fc2": "time_embedding.linear_2",
+    "out_norm": "conv_norm_out",
+    "out": "conv_out",
+}
+RES_BLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "emb": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "skip": "conv_shortcut",
+}
+ATTENTION = {
+    "norm": "group_norm",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "context_key": "add_k_proj",
+    "context_value": "add_v_proj",
+    "out": "to_out.0",
+}
+_PART = re.compile(r"(down|mid|up)(\d*)_(block|attn|pool|repeat)(\d*)")
+
+
+def prior_tables(shapes: Shapes) -> dict[str, list[Entry]]:
+    """{"prior": …} of the prior's parameters {"net", "mean", "std"}."""
+    net = [Entry("query", "prd_embedding", TOKEN), Entry("position", "positional_embedding", ROW)]
+    for ours, theirs in PRIOR_LAYERS.items():
+        net += _layer(ours, theirs)
+    for ours, theirs in PRIOR_NORMS.items():
+        net += _norm(f"{ours}/norm", theirs)
+    for name in ("query", "key", "value"):
+        net += _layer(f"{BLOCK}{name}", f"{BLOCK_THERE}attn1.{ATTENTION[name]}")
+    net += _layer(f"{BLOCK}out", f"{BLOCK_THERE}attn1.to_out.0", DENSE_OUT)
+    return {"prior": [*prefixed("net/", "", net), Entry("mean", "clip_mean", ROW), Entry("std", "clip_std", ROW)]}
+
+
+def decoder_tables(shapes: Shapes) -> dict[str, list[Entry]]:
+    """{"text_proj": …, "decoder": …} of `Decoder`'s parameters."""
+    table = [Entry("null_image", "learned_classifier_free_guidance_embeddings", SAME)]
+    for ours, theirs in TEXT_PROJ_LAYERS.items():
+        table += _layer(ours, theirs)
+    table += _norm("states_norm/norm", "text_encoder_hidden_states_norm")
+    return {"text_proj": table, "decoder": prefixed("net/", "", unet_table(_below("net/", shapes)))}
+
+
+def upsampler_tables(shapes: Shapes) -> dict[str, list[Entry]]:
+    """{"super_res_first": …, "super_res_last": …} of two `UNet`s' parameters {"net", "last"}."""
+    table = unet_table(_below("net/", shapes))
+    return {"super_res_first": prefixed("net/", "", table), "super_res_last": prefixed("last/", "", table)}
+
+
+def unet_table(shapes: Shapes) -> list[Entry]:
+    """Of a `UNet`'s parameters and UNet2DModel or UNet2DConditionModel."""
+    levels = 1 + max(int(match[2]) for path in shapes if (match := _PART.match(path)) and match[2])
+    return [_unet_entry(path, shape, levels) for path, shape in shapes.items()]
+
+
+TABLES = {"prior": prior_tables, "decoder": decoder_tables, "upsampler": upsampler_tables}
+
+
+def prior_shapes(model: Mapping) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the prior's parameters, from keywords of `Prior`; nothing is computed."""
+    d, length = model["embed_dim"], model["max_len"]
+    z, states, mask = np.zeros((1, d)), np.zeros((1, length, d)), np.ones((1, length), bool)
+    net = _shapes(Prior(**model), z, np.zeros(1, np.int32), states, mask, z, None)
+    return {**{f"net/{path}": shape for path, shape in net.items()}, "mean": (d,), "std": (d,)}
+
+
+def decoder_shapes(model: Mapping, size: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of `Decoder`'s parameters, from its keywords and the side of its images."""
+    z, states = np.zeros((1, model["embed_dim"])), np.zeros((1, 2, model["embed_dim"]))
+    tokens, yes = np.zeros((1, 2), np.int32), np.ones(1, bool)
+    image, time = np.zeros((1, size, size, 3)), np.zeros(1, np.int32)
+    return _shapes(Decoder(**model), image, time, z, yes, tokens, tokens == 0, None, z, states)
+
+
+def upsampler_shapes(model: Mapping) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of both networks' parameters, from keywords of `UNet`."""
+    side = 2 ** (len(model["multipliers"]) - 1)
+    net = _shapes(UNet(**model), np.zeros((1, side, side, 6)), np.zeros(1, np.int32))
+    return {f"{name}/{path}": shape for name in ("net", "last") for path, shape in net.items()}
+
+
+def _shapes(module, *args) -> dict[str, tuple[int, ...]]:
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+
+
+def _below(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
+
+
+def _layer(ours: str, theirs: str, turn: Turn = DENSE) -> list[Entry]:
+    return [Entry(f"{ours}/kernel", f"{theirs}.weight", turn), Entry(f"{ours}/bias", f"{theirs}.bias", FLAT)]
+
+
+def _norm(ours: str, theirs: str) -> list[Entry]:
+    return [Entry(f"{ours}/scale", f"{theirs}.weight", SAME), Entry(f"{ours}/bias", f"{theirs}.bias", SAME)]
+
+
+def _unet_entry(path: str, shape: tuple[int, ...], levels: int) -> Entry:
+    layer, leaf = path.rsplit("/", 1)
+    match = _PART.match(layer)
+    attends = bool(match) and match[3] == "attn"
+    name = _unet_layer(match, layer.rpartition("/")[2], levels) if match else UNET_ENDS[layer]
+    if leaf == "bias":
+        return Entry(path, f"{name}.bias", FLAT)
+    if leaf == "scale":
+        return Entry(path, f"{name}.weight", SAME)
+    dense = DENSE_OUT if attends and layer.endswith("/out") else DENSE
+    return Entry(path, f"{name}.weight", CONV if len(shape) == 4 else dense)
+
+
+def _unet_layer(match: re.Match, inner: str, levels: int) -> str:
+    """Their name of layer `inner` in one of our parts; their way up is counted from the lowest level."""
+    way, level, kind, index = match.groups()
+    place = {"down": f"down_blocks.{level}", "mid": "mid_block", "up": f"up_blocks.{levels - 1 - int(level or 0)}"}
+    unit = {
+        "block": f"resnets.{index}",
+        "attn": f"attentions.{index or 0}",
+        "pool": "downsamplers.0",
+        "repeat": "upsamplers.0",
+    }
+    return f"{place[way]}.{unit[kind]}.{(ATTENTION if kind == 'attn' else RES_BLOCK)[inner]}"
