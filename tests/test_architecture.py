@@ -2,9 +2,10 @@
 
 Ranks (imports run strictly downwards; rank 0 is many small modules that may use each other, without cycles):
 
-    6  cli
-    5  train  evaluate  plan  ui  interop  export  demo
-    4  pipeline  logs
+    7  cli
+    6  train  evaluate  plan  ui  interop  export  demo
+    5  pipeline
+    4  stack  logs
     3  tasks
     2  models
     1  diffusion  nn
@@ -26,9 +27,10 @@ RANKS = {
     1: "diffusion nn",
     2: "models",
     3: "tasks",
-    4: "pipeline logs",
-    5: "train evaluate plan ui interop export demo",
-    6: "cli __main__",
+    4: "stack logs",
+    5: "pipeline",
+    6: "train evaluate plan ui interop export demo",
+    7: "cli __main__",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
 # A part named here imports these and itself, nothing else of the package, whatever their rank.

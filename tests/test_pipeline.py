@@ -6,10 +6,11 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny_stack
 from unclip_jax import pipeline
-from unclip_jax.data.images import to_uint8
+from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import Settings, UnCLIP
 from unclip_jax.weights import load_stack, save_stack
@@ -193,12 +194,78 @@ def test_settings_name_what_each_stage_will_use(pipe):
         Settings(steps=True)
 
 
-def test_a_stack_lacking_a_stage_is_refused(tmp_path):
+def photo(side=40):
+    return np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), np.uint8)
+
+
+def test_variations_are_drawn_from_the_embedding_of_the_middle_square(pipe):
+    """By hand: CLIP sees the square, the decoder sees z_img and no caption."""
+    image = photo()
+    drawn = pipe.variations([photo(33), image], seed=7, num=2, return_stages=True)
+    assert drawn.images.shape == (4, 32, 32, 3) and len({x.tobytes() for x in drawn.images}) == 4
+    side = pipe.tasks["clip"].model.vision["image_size"]
+    square = to_float(center_crop_resize(Image.fromarray(image), side))[None]
+
+    @jax.jit
+    def by_hand(params, square, tokens, mask, key):
+        task = pipe.tasks["decoder"]
+        cond = task.encode({"clip": params["clip"]}, {"tokens": tokens, "mask": mask, "image": square})
+        key = jax.random.fold_in(key, 2)[None]
+        return cond["z_img"], task.sample(params["decoder"], cond, key, caption=False)
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 1), 1)
+    z_img, base = by_hand(pipe.params, square, *pipe.tokenizer.encode(["whatever"]), key)
+    np.testing.assert_allclose(drawn.z_img[3], z_img[0], rtol=1e-4, atol=1e-4)
+    assert close(drawn.base[3], np.asarray(to_uint8(base))[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([photo().astype(np.float32)], "image 0 is float32"),
+        ([photo(), photo()[..., 0]], "image 1 is uint8.40, 48.; expected uint8.height, width, 3."),
+        ([photo()[:0]], "image 0 is uint8.0, 48, 3."),
+        ([], "at least one"),
+    ],
+    ids=["dtype", "grey", "empty", "none"],
+)
+def test_pictures_that_are_none_cannot_be_varied(pipe, images, words):
+    with pytest.raises(UserError, match=words):
+        pipe.variations(images)
+
+
+def part_of_stack(out, without):
     stack = load_stack(tiny_stack.path())
-    stages = {name: tuple(stage) for name, stage in stack.stages.items() if name != "prior"}
-    save_stack(tmp_path / "part", stages, stack.tokenizer_json)
-    with pytest.raises(UserError, match="no stages of the task 'prior_diffusion'"):
-        UnCLIP.load(tmp_path / "part")
+    stages = {name: tuple(stage) for name, stage in stack.stages.items() if name != without}
+    return save_stack(out, stages, stack.tokenizer_json)
+
+
+def test_a_stack_without_a_prior_draws_variations_only(pipe, tmp_path):
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", without="prior"))
+    images = [photo()]
+    assert close(other.variations(images, seed=3), pipe.variations(images, seed=3))
+    with pytest.raises(UserError, match="no prior, so it cannot draw from prompts"):
+        other.generate(["a red circle"])
+
+
+def test_a_clip_of_captions_only_draws_from_prompts_only(pipe, drawn, tmp_path):
+    """As of the pipelines that are published without an image encoder."""
+    stack = load_stack(tiny_stack.path())
+    stages = {name: tuple(stage) for name, stage in stack.stages.items()}
+    params, config, step, extra = stages["clip"]
+    with config.unlocked():
+        config.model.vision = None
+    params = {name: value for name, value in params.items() if name not in ("visual", "image_projection")}
+    save_stack(tmp_path / "text", {**stages, "clip": (params, config, step, extra)}, stack.tokenizer_json)
+    other = UnCLIP.load(tmp_path / "text")
+    assert np.array_equal(other.generate(PROMPTS, seed=7, num=2), drawn.images)
+    with pytest.raises(UserError, match="no image tower, so it cannot look at pictures"):
+        other.variations([photo()])
+
+
+def test_a_stack_lacking_a_stage_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no stages of the task 'decoder'"):
+        UnCLIP.load(part_of_stack(tmp_path / "part", without="decoder"))
 
 
 def test_two_priors_are_refused(tmp_path):

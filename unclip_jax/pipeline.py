@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
-from unclip_jax import tasks as task_registry
-from unclip_jax.data.images import to_uint8
+from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
-from unclip_jax.weights import DTYPES, STATISTICS, load_stack
-
-BUNDLED = Path(__file__).parent / "bundled"
-ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
+from unclip_jax.weights import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,26 +99,16 @@ class UnCLIP:
 
         Args:
           path: "shapes", or a directory written by `unclip export`.
-          low_memory: keep the weights in host memory, each stage on the device only while it runs.
+          low_memory: read each stage's weights when it runs and let go of them after it.
           dtype: "float32" or "bfloat16" of the weights; None is float32 on a CPU and as stored elsewhere.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
-        with jax.default_device(_host()):
-            stack = load_stack(_locate(path))
-            names = _chain({name: stage.config for name, stage in stack.stages.items()}, stack.path)
-            configs = {name: stack.stages[stage].config for name, stage in names.items()}
-            params = {name: stack.stages[stage].params for name, stage in names.items()}
-            _check_same_clip(
-                stack.path, configs, params, stack.stages[names["clip"]].extra.get("clip_identity")
-            )
-            if dtype is None and jax.default_backend() == "cpu":
-                dtype = "float32"
-            if dtype is not None:
-                params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, dtype), params)
-        if not low_memory:
-            params = jax.device_put(params, jax.local_devices()[0])
-        return cls(Tokenizer.from_json(stack.tokenizer_json), _make_tasks(configs), configs, params)
+        if dtype is None and jax.default_backend() == "cpu":
+            dtype = "float32"
+        opened = open_stack(path, dtype)
+        params = opened.params if low_memory else {name: opened.params[name] for name in opened.params}
+        return cls(Tokenizer.from_json(opened.tokenizer_json), opened.tasks, opened.configs, params)
 
     @property
     def upsamplers(self) -> list[str]:
@@ -140,7 +127,7 @@ class UnCLIP:
             self,
             tasks={name: self.tasks[name] for name in keep},
             configs={name: self.configs[name] for name in keep},
-            params={name: self.params[name] for name in keep},
+            params=self.params if isinstance(self.params, OnDemand) else {name: self.params[name] for name in keep},
         )
 
     def settings(self, **changed) -> dict[str, dict]:
@@ -193,19 +180,62 @@ class UnCLIP:
           UserError: a bad argument, or a stage gave NaN.
         """
         _check_call(prompts, seed, num, batch_size)
+        if "prior" not in self.tasks:
+            raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
+        tokens, mask = self.tokenizer.encode(list(prompts))
+        cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
+        keys = picture_keys(seed, len(prompts), num)
+        return self._draw(cond, keys, self.settings(**settings), batch_size, return_stages, progress)
+
+    def variations(
+        self,
+        images: Sequence[np.ndarray],
+        seed: int = 0,
+        *,
+        num: int = 1,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ) -> np.ndarray | Drawn:
+        """Draws `num` pictures of what each image shows -> u8[len(images) * num, H, W, 3], image by image.
+
+        From the CLIP embedding of the image alone, no prior and no caption, with other noise for each picture (Ramesh
+        et al. 2022, section 3.1, here from white noise).
+
+        Args:
+          images: u8[h, w, 3] each; the middle square is looked at.
+          seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
+
+        Raises:
+          UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
+        """
+        _check_call([""] * len(images), seed, num, batch_size)
+        vision = self.tasks["clip"].model.vision
+        if vision is None:
+            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
+        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
+        tokens, mask = self.tokenizer.encode([""] * len(images))
+        cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
+        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
         used = self.settings(**settings)
-        total = len(prompts) * num
+        used["decoder"] = {**used["decoder"], "caption": False}
+        keys = picture_keys(seed, len(images), num)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
+
+    def _draw(self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool):
+        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
+        total = len(keys)
         size = min(batch_size, 1 << (total - 1).bit_length())
         bar = None if progress else True
-        keys = picture_keys(seed, len(prompts), num)
 
         def run(number, stage, rows):
             return self._run(stage, (rows, _fold(keys, number)), used[stage], total, size, bar)
 
-        tokens, mask = self.tokenizer.encode(list(prompts))
-        cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
-        cond |= self._run("clip", (cond,), {}, total, size, bar)
-        cond["z_img"] = run(1, "prior", cond)
+        cond = {**cond, **self._run("clip", (cond,), {}, total, size, bar)}
+        cond.pop("image", None)
+        if "z_img" not in cond:
+            cond["z_img"] = run(1, "prior", cond)
         base = images = run(2, "decoder", cond)
         for number, stage in enumerate(self.upsamplers, start=3):
             images = run(number, stage, {"low": images})
@@ -217,8 +247,7 @@ class UnCLIP:
     def _run(self, stage: str, rows, options: Mapping, total: int, size: int, bar: bool | None):
         """One stage over all rows, `size` at a time, the last chunk filled up with copies of the last row."""
         program = self._program(stage, options)
-        params = jax.device_put(self.params[stage], jax.local_devices()[0])
-        parts = []
+        params, parts = self.params[stage], []
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
             parts.append(jax.device_get(program(params, *jax.tree.map(lambda x, at=chunk: x[at], rows))))
@@ -230,14 +259,17 @@ class UnCLIP:
             )
         return out
 
+    def _ask(self, params, rows):
+        asked = [self.tasks[name].encode({"clip": params}, rows) for name in ("prior", "decoder") if name in self.tasks]
+        return {name: value for each in asked for name, value in each.items() if name not in rows}
+
     def _program(self, stage: str, options: Mapping):
         """The compiled program of one stage, (params, rows[, keys]) -> output; one for each `options`."""
         key = (stage, tuple(sorted(options.items())))
         if key not in self._programs:
             task = self.tasks[stage]
-            if stage == "clip":  # text alone: what the prior's encoding adds to tokens and mask
-                encode = self.tasks["prior"].encode
-                self._programs[key] = jax.jit(lambda params, rows: encode({"clip": params}, rows))
+            if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
+                self._programs[key] = jax.jit(self._ask)
             else:
                 self._programs[key] = jax.jit(
                     lambda params, rows, keys: task.sample(params, rows, keys, **options)
@@ -256,77 +288,16 @@ def _fold(keys: jax.Array, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def _host() -> jax.Device | None:
-    """The device whose memory is the host's; None where JAX_PLATFORMS leaves it out."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
-def _locate(path: str | Path) -> Path:
-    """The directory of a bundled stack by its name, or of any stack by its path."""
-    path = Path(path)
-    bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}
-    if str(path) in bundled and not (path / "stack.json").is_file():
-        return bundled[str(path)]
-    if len(path.parts) == 1 and not path.expanduser().exists():
-        names = ", ".join(sorted(bundled)) or "none"
-        what = f"there is no stack {str(path)!r}: no such directory, and the bundled stacks are {names}"
-        raise UserError(what, "give a directory written by `unclip export`")
-    return path
+def _square(image, number: int, side: int) -> np.ndarray:
+    """The middle square of a picture, u8[side, side, 3]."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
+    return center_crop_resize(Image.fromarray(image), side)
 
 
 def _role(stage: str) -> str:
     return "upsampler" if stage.startswith("upsampler") else stage
-
-
-def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
-    """{"clip": …, "prior": …, "decoder": …, "upsampler": …, "upsampler_2": …} -> their names in the stack."""
-    by_task: dict[str, list[str]] = {}
-    for name in sorted(configs):
-        by_task.setdefault(str(configs[name].get("task")), []).append(name)
-    chain = {}
-    for role in ("clip", "prior", "decoder"):
-        found = by_task.pop(ROLES[role], [])
-        if len(found) != 1:
-            raise UserError(
-                f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
-                "export a whole stack: unclip export --clip … --prior … --decoder …",
-            )
-        chain[role] = found[0]
-    upsamplers = sorted(by_task.pop("upsampler", []), key=lambda name: configs[name].data.size)
-    if by_task:
-        raise UserError(f"stack {path}: task {sorted(by_task)[0]!r} is unknown", "update unclip_jax")
-    chain |= {f"upsampler_{k + 1}" if k else "upsampler": name for k, name in enumerate(upsamplers)}
-    return chain
-
-
-def _check_same_clip(path: Path, configs: Mapping, params: Mapping, identity: str | None) -> None:
-    """Embeddings mean something to the CLIP alone that they were learned from."""
-    width = configs["clip"].model.embed_dim
-    for name, statistic in (("prior", "mean"), ("decoder", "null_image")):
-        own = configs[name].get("clip_identity")
-        if params[name][statistic].shape != (width,) or (own and identity and own != identity):
-            raise UserError(
-                f"stack {path}: its {name} was trained with another CLIP than the one in the stack",
-                "export stages that were trained with the same --config.clip",
-            )
-
-
-def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
-    """Each stage's Task; the prior and the decoder know the CLIP they were trained on."""
-    made = {"clip": task_registry.make(configs["clip"])}
-    for name in configs:
-        if name != "clip":
-            made[name] = task_registry.make(configs[name], clip=made["clip"].model)
-    return made
-
-
-def _cast(path, x: jax.Array, dtype: str) -> jax.Array:
-    """`x` as dtype, but for whole numbers and the few statistics that scale everything else."""
-    statistic = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
-    return x if statistic or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(DTYPES[dtype])
 
 
 def _whole(value, least: int, most: float = math.inf) -> bool:

@@ -105,6 +105,20 @@ def load_stack(path: str | os.PathLike, stages: Iterable[str] | None = None) -> 
     return Stack(loaded, _text(path / "tokenizer.json"), path)
 
 
+def load_one(path: str | os.PathLike, stage: str) -> tuple[str, Stage]:
+    """(the tokenizer's JSON text, one stage of a stack); raises as `load_stack`."""
+    stack = load_stack(path, [stage])
+    return stack.tokenizer_json, stack.stages[stage]
+
+
+def describe_stack(path: str | os.PathLike) -> Stack:
+    """A stack with {array's path: its shape} for each stage's `params`, no weights read; raises as `load_stack`."""
+    path = Path(path).expanduser().resolve()
+    index = _index(path)
+    stages = {name: _describe_stage(path, name, entry) for name, entry in index["stages"].items()}
+    return Stack(stages, _text(path / "tokenizer.json"), path)
+
+
 def tasks_of(path: str | os.PathLike) -> dict[str, str]:
     """{stage: task} of a stack directory, its weights left unread. UserError: no stack there, or malformed."""
     stages = _index(Path(path).expanduser().resolve())["stages"]
@@ -185,18 +199,29 @@ def _index(path: Path) -> dict:
     return index
 
 
-def _read_stage(path: Path, name: str, entry: dict) -> Stage:
+def _describe_stage(path: Path, name: str, entry: dict) -> Stage:
+    """The stage with the shapes of its arrays in place of them."""
     file = path / f"{name}.safetensors"
     if not file.is_file():
         raise UserError(
             f"{file} is missing, though stack.json lists it", "copy the whole stack directory again"
         )
-    places = read_header(file)
+    try:
+        config = ConfigDict(_tuples(entry["config"])).lock()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
+    shapes = {key: place.shape for key, place in read_header(file).items()}
+    return Stage(shapes, config, entry["step"], entry.get("extra", {}))
+
+
+def _read_stage(path: Path, name: str, entry: dict) -> Stage:
+    described = _describe_stage(path, name, entry)
+    file = path / f"{name}.safetensors"
     if _sha256(file) != entry["sha256"]:
         raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
     params = {}
     try:
-        for key, place in places.items():
+        for key, place in read_header(file).items():
             *blocks, last = key.split("/")
             inner = params
             for block in blocks:
@@ -205,11 +230,7 @@ def _read_stage(path: Path, name: str, entry: dict) -> Stage:
             inner[last] = jax.block_until_ready(jnp.asarray(read_array(file, place)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
-    try:
-        config = ConfigDict(_tuples(entry["config"])).lock()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
-    return Stage(params, config, entry["step"], entry.get("extra", {}))
+    return described._replace(params=params)
 
 
 def _sha256(file: Path) -> str:

@@ -5,6 +5,7 @@ vocabulary; any other number is looked for. Here a caption is read at the last T
 Under the causal mask nothing after EOS reaches it, so the number that pads does not matter.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -71,7 +72,8 @@ VISION = prefixed("visual/", "vision_model.", [
     *_blocks("transformer/blocks", "encoder.layers.{}"),
     *norm("final_norm", "post_layernorm"),
 ]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
-TABLE = [*TEXT, *VISION, Entry("logit_scale", "logit_scale", SAME)]
+TEMPERATURE = Entry("logit_scale", "logit_scale", SAME)
+TABLE = [*TEXT, *VISION, TEMPERATURE]
 OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
 EMBEDDING = "textual/embed/embedding"
 IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -102,36 +104,42 @@ def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
 
 
 def read_halves(
-    text: Path, image: Path, tokenizer: Path, preprocessor: Path, variant: str | None = None
+    text: Path, image: Path | None, tokenizer: Path, preprocessor: Path, variant: str | None = None
 ) -> tuple[dict, ConfigDict, Tokenizer]:
     """Our CLIP of the two halves in a pipeline of diffusers: (params, config, tokenizer), for `stages.clip_stage`.
 
     The halves come without CLIP's temperature; it is set to where its training ends, 1/100.
 
     Args:
-      text, image: directories of a CLIPTextModelWithProjection and a CLIPVisionModelWithProjection.
+      text, image: directories of a CLIPTextModelWithProjection and a CLIPVisionModelWithProjection, or None: a CLIP
+        of captions only.
       tokenizer, preprocessor: directories with the tokenizer and with preprocessor_config.json.
       variant: as in `files.open_weights`.
 
     Raises:
       UserError: as `read`, or the halves are of two CLIPs.
     """
-    about = []
+    about = {}
     for folder, kind, defaults in ((text, "text", TEXT_DEFAULTS), (image, "vision", VISION_DEFAULTS)):
-        config = read_json(folder / "config.json", f"the config of the CLIP's {kind} half")
-        if config.get("model_type") != f"clip_{kind}_model":
-            raise UserError(f"{folder} holds {config.get('model_type')!r}; expected 'clip_{kind}_model'")
-        about.append({**defaults, **config})
-    widths = [stages.whole(half, "projection_dim", "config.json") for half in about]
-    if widths[0] != widths[1]:
+        if folder is not None:
+            config = read_json(folder / "config.json", f"the config of the CLIP's {kind} half")
+            if config.get("model_type") != f"clip_{kind}_model":
+                raise UserError(f"{folder} holds {config.get('model_type')!r}; expected 'clip_{kind}_model'")
+            about[kind] = {**defaults, **config}
+    widths = [stages.whole(half, "projection_dim", "config.json") for half in about.values()]
+    if widths[0] != widths[-1]:
         raise UserError(f"projection_dim={widths[0]} in {text} and {widths[1]} in {image}", "give halves of one CLIP")
-    config, words = _clip(*about, widths[0], pixels(preprocessor), tokenizer, None)
-    with open_weights(text, variant) as words_half, open_weights(image, variant) as image_half:
-        arrays = joined(words_half, image_half, logit_scale=np.array(math.log(100), np.float32))
-        return stages.read_params(config, TABLE, arrays, IGNORED), config, words
+    config, words = _clip(about["text"], about.get("vision"), widths[0], pixels(preprocessor), tokenizer, None)
+    table = TABLE if image else [*TEXT, TEMPERATURE]
+    with contextlib.ExitStack() as stack:
+        halves = [stack.enter_context(open_weights(half, variant)) for half in (text, image) if half is not None]
+        arrays = joined(*halves, logit_scale=np.array(math.log(100), np.float32))
+        return stages.read_params(config, table, arrays, IGNORED), config, words
 
 
-def _clip(text: Mapping, vision: Mapping, width: int, normalised: Mapping, folder: Path, given: str | None, **own):
+def _clip(
+    text: Mapping, vision: Mapping | None, width: int, normalised: Mapping, folder: Path, given: str | None, **own
+) -> tuple[ConfigDict, Tokenizer]:
     """(config, tokenizer) of a CLIP with these towers and the tokenizer in a folder, or the one that was given."""
     words = stages.load_tokenizer(folder, given, stages.whole(text, "max_position_embeddings", "text_config"))
     model = {**model_block(text, vision, width, normalised), **own}
@@ -149,17 +157,19 @@ def block(config: Mapping, name: str, defaults: Mapping) -> dict:
     return {**defaults, **(given or {})}
 
 
-def model_block(text: Mapping, vision: Mapping, width: int, normalised: Mapping) -> dict[str, Any]:
+def model_block(text: Mapping, vision: Mapping | None, width: int, normalised: Mapping) -> dict[str, Any]:
     """The keywords of `models.CLIP` for two towers' numbers by transformers' names.
 
     Args:
-      text, vision: with nothing left out.
+      text, vision: with nothing left out; no vision is a CLIP of captions only.
       width: of the space both project to.
       normalised: {"mean", "std"} of pixels.
 
     Raises:
       UserError: a number that our CLIP does not have as an option.
     """
+    if vision is None:
+        return {"embed_dim": width, "vision": None, "text": _tower(text, "text_config")}
     if vision.get("num_channels") != 3:
         raise UserError(f"vision_config: num_channels={vision.get('num_channels')!r} must be 3")
     side, patch = (stages.whole(vision, key, "vision_config") for key in ("image_size", "patch_size"))
@@ -214,17 +224,60 @@ def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float3
     if overwrite and out.exists() and OWN not in read_json(out / "config.json"):
         raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
     stage = tasks.load_stage(stack, "clip")
-    words, order = hf_tokenizer.renumbered(Tokenizer.from_json(stage.tokenizer_json), stage.config.tokenizer.vocab_size)
+    if stage.config.model.vision is None:
+        raise UserError(f"the CLIP of {stack} has no image tower", "convert the whole stack: --to karlo")
+    words, order = _words(stage.config, stage.tokenizer_json)
     files = {"config.json": _their_config(stage.config, words, dtype), **hf_tokenizer.files(words)}
     files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
-    ours = {path: np.asarray(stages.at(stage.params, path)) for path, _, _ in TABLE}
-    arrays = views(TABLE, {**ours, EMBEDDING: ours[EMBEDDING][order]})
-    dtypes = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
     with new_directory(out, "CLIP of transformers", "config.json", overwrite) as folder:
-        write_arrays(folder / "model.safetensors", arrays, dtypes, {"format": "pt"})
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_model(folder, TABLE, stage.params, order, dtype)
+        _write_json(folder, files)
     return out
+
+
+def write_halves(folder: Path, params: Mapping, config: ConfigDict, tokenizer_json: str, dtype: str) -> list[str]:
+    """What `read_halves` reads, into a pipeline's folder; returns the names of the parts.
+
+    Raises:
+      UserError: a CLIP whose embeddings leave with a norm of their own, which diffusers' pipelines do not give them.
+    """
+    if config.model.get("norm", 17.2) is not None:
+        what = f"the CLIP's model.norm={config.model.get('norm', 17.2)} must be None, to be written for diffusers"
+        raise UserError(what, "train with a CLIP of configs/karlo, whose embeddings leave as projected")
+    words, order = _words(config, tokenizer_json)
+    about = _their_config(config, words, dtype)
+    halves = {"text_encoder": (TEXT, "CLIPTextModelWithProjection", about["text_config"])}
+    if config.model.vision is not None:
+        halves["image_encoder"] = (VISION, "CLIPVisionModelWithProjection", about["vision_config"])
+    for name, (table, cls, numbers) in halves.items():
+        (folder / name).mkdir()
+        _write_model(folder / name, table, params, order, dtype)
+        _write_json(folder / name, {"config.json": {"architectures": [cls], "dtype": dtype, **numbers}})
+    jsons = {"tokenizer": hf_tokenizer.files(words)}
+    if config.model.vision is not None:
+        jsons["feature_extractor"] = {"preprocessor_config.json": _preprocessor(config.model.vision)}
+    for name, files in jsons.items():
+        (folder / name).mkdir()
+        _write_json(folder / name, files)
+    return [*halves, *jsons]
+
+
+def _words(config: ConfigDict, tokenizer_json: str) -> tuple[Tokenizer, np.ndarray]:
+    return hf_tokenizer.renumbered(Tokenizer.from_json(tokenizer_json), config.tokenizer.vocab_size)
+
+
+def _write_model(folder: Path, table: list[Entry], params: Mapping, order: np.ndarray, dtype: str) -> None:
+    ours = {path: np.asarray(stages.at(params, path)) for path, _, _ in table}
+    if EMBEDDING in ours:
+        ours[EMBEDDING] = ours[EMBEDDING][order]
+    arrays = views(table, ours)
+    kinds = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
+    write_arrays(folder / "model.safetensors", arrays, kinds, {"format": "pt"})
+
+
+def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(folder: Path) -> dict:
@@ -261,10 +314,14 @@ def _their_config(config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict:
             "projection_dim": model["embed_dim"],
         }
 
-    text, vision = tower(model["text"], "clip_text_model"), tower(model["vision"], "clip_vision_model")
+    text = tower(model["text"], "clip_text_model")
     text |= {"vocab_size": config.tokenizer.vocab_size, "max_position_embeddings": config.tokenizer.max_len}
     text |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    vision |= {"image_size": model["vision"]["image_size"], "patch_size": model["vision"]["patch"], "num_channels": 3}
+    vision = {}
+    if model["vision"] is not None:
+        side, patch = model["vision"]["image_size"], model["vision"]["patch"]
+        vision = tower(model["vision"], "clip_vision_model")
+        vision |= {"image_size": side, "patch_size": patch, "num_channels": 3}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

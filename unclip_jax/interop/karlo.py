@@ -7,20 +7,22 @@ as ours does.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 from unclip_jax.errors import UserError
-from unclip_jax.interop import karlo_json
+from unclip_jax.interop import hf_clip, karlo_json
+from unclip_jax.interop.files import Source, open_weights
 from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
-from unclip_jax.interop.layout import read, write
-from unclip_jax.weights import MAX_JSON_BYTES, Stage
+from unclip_jax.interop.layout import read, views
+from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence
+from unclip_jax.storage import MAX_JSON_BYTES, new_directory, write_arrays
+from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
 
 PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
 # Folder of the scheduler, what it predicts, its variance.
@@ -41,23 +43,88 @@ OBJECTIVES = {
     "decoder": dict(target="eps", clip_drop=0.1, text_drop=0.3, vlb_weight=0.001, empty_caption=True),
     "upsampler": dict(target="eps", vlb_weight=0.0, last_steps=1),
 }
+# What model_index.json calls each part: library, class.
+COMPONENTS = {
+    "prior": ("diffusers", "PriorTransformer"),
+    "decoder": ("diffusers", "UNet2DConditionModel"),
+    "text_proj": ("unclip", "UnCLIPTextProjModel"),
+    "super_res_first": ("diffusers", "UNet2DModel"),
+    "super_res_last": ("diffusers", "UNet2DModel"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    **{part: ("diffusers", "UnCLIPScheduler") for part, *_ in SCHEDULERS.values()},
+}
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def from_diffusers(folder: str | Path, open_weights: Callable | None = None) -> dict[str, Stage]:
+def read_stack(source: Source, tokenizer: str | None = None) -> Converted:
+    """A stack of ours of a whole pipeline's folder, for `convert`; stages are read one by one.
+
+    The CLIP is its text_encoder, with the image_encoder where there is one (UnCLIPImageVariationPipeline).
+
+    Args:
+      source: of `files.locate`.
+      tokenizer: a folder with CLIP's tokenizer, where the pipeline's has none.
+    """
+    folder = source.path
+    image = folder / "image_encoder"
+    halves = (folder / "text_encoder", image if image.is_dir() else None)
+    words_at = Path(tokenizer).expanduser() if tokenizer else folder / "tokenizer"
+    params, config, words = hf_clip.read_halves(*halves, words_at, folder / "feature_extractor")
+    licence = stated_licence(folder, {})
+    clip = clip_stage(params, config, source.name, "karlo", licence)
+    own = {"clip": "", "clip_identity": clip[3]["clip_identity"]}
+    facts = provenance(source.name, "karlo", licence)
+
+    def stages():
+        yield "clip", clip
+        for name, stage in read_stages(folder):
+            yield name, (stage.params, ConfigDict({**stage.config.to_dict(), **own}), 0, facts)
+
+    return Converted(stages(), words.to_json())
+
+
+def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> Path:
+    """A folder that diffusers' UnCLIPPipeline.from_pretrained loads, from a stack of Karlo's kind; returns its path."""
+    out = Path(out).expanduser().resolve()
+    names = {task: name for name, task in tasks_of(stack).items()}
+    with new_directory(out, "pipeline of diffusers", "model_index.json", overwrite) as folder:
+        words, (params, config, _, _) = load_one(stack, names.get("clip", "clip"))
+        parts = hf_clip.write_halves(folder, params, config, words, dtype)
+        del params
+        for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
+            if task in names:
+                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(DTYPES[dtype]))
+                parts += [*PARTS[name], SCHEDULERS[name][0]]
+        index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
+        classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
+            index["_class_name"] == "UnCLIPPipeline" and part in ("image_encoder", "feature_extractor"))}
+        (folder / "model_index.json").write_text(json.dumps({**index, **classes}, indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def from_diffusers(folder: str | Path, open_weights: Callable = open_weights) -> dict[str, Stage]:
     """The stages "prior", "decoder" and "upsampler" of a folder; one whose parts are absent is left out.
 
     Args:
       folder: of UnCLIPPipeline, or of UnCLIPImageVariationPipeline, which has no prior.
-      open_weights: folder → a context manager with `names` and `take(name)`; None: `interop.files.open_weights`.
+      open_weights: folder → a context manager with `names` and `take(name)`.
 
     Raises:
       UserError: nothing of Karlo there, or a network that ours cannot express.
     """
     folder = Path(folder).expanduser()
-    if open_weights is None:
-        from unclip_jax.interop.files import open_weights
-    stages = {}
+    stages = dict(read_stages(folder, open_weights))
+    if not stages:
+        parts = ", ".join(part for parts in PARTS.values() for part in parts)
+        raise UserError(f"{folder} holds no part of Karlo ({parts})", "give the folder of a diffusers UnCLIPPipeline")
+    return stages
+
+
+def read_stages(folder: Path, open_weights: Callable = open_weights) -> Iterator[tuple[str, Stage]]:
+    """Pairs (name, stage) of the parts that are in a folder, one by one; see `from_diffusers`."""
     for name, parts in PARTS.items():
         if not all((folder / part / "config.json").is_file() for part in parts):
             continue
@@ -67,11 +134,7 @@ def from_diffusers(folder: str | Path, open_weights: Callable | None = None) -> 
             with open_weights(folder / part) as weights:
                 own = {entry.path: shapes[entry.path] for entry in table}
                 arrays |= read(table, own, weights.names, weights.take)
-        stages[name] = Stage(unflatten_dict(arrays, sep="/"), config, 0, {})
-    if not stages:
-        parts = ", ".join(part for parts in PARTS.values() for part in parts)
-        raise UserError(f"{folder} holds no part of Karlo ({parts})", "give the folder of a diffusers UnCLIPPipeline")
-    return stages
+        yield name, Stage(unflatten_dict(arrays, sep="/"), config, 0, {})
 
 
 def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
@@ -83,17 +146,21 @@ def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} must be an empty folder or a new one", "give another folder")
-    jsons, arrays = {}, {}
     for name, stage in stages.items():
-        ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
-        jsons |= _WRITE[name](stage.config, ours)
-        shapes = {path: a.shape for path, a in ours.items()}
-        arrays |= {part: write(table, ours) for part, table in TABLES[name](shapes).items()}
+        _write_stage(name, stage, folder)
+
+
+def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype | None = None) -> None:
+    """One stage's JSON files and arrays, in `dtype` if one is given."""
+    ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
+    jsons = _WRITE[name](stage.config, ours)
     for path, content in jsons.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for part, content in arrays.items():
-        save_file(content, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
+    for part, table in TABLES[name]({path: a.shape for path, a in ours.items()}).items():
+        arrays = views(table, ours)
+        kinds = {key: dtype for key in arrays} if dtype is not None else {}
+        write_arrays(folder / part / WEIGHTS_FILE, arrays, kinds, {"format": "pt"})
 
 
 def _read_prior(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:

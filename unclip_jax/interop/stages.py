@@ -52,7 +52,7 @@ def clip_config(model: Mapping, tokenizer: Tokenizer, vocab_size: int) -> Config
             "clip_identity": "",
             "model": {"norm": None, **model, "dtype": "float32"},
             "tokenizer": {"path": "", "vocab_size": vocab_size, "max_len": tokenizer.max_len},
-            "data": {"size": model["vision"]["image_size"]},
+            "data": {"size": (model["vision"] or {}).get("image_size")},
         }
     )
 

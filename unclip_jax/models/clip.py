@@ -64,7 +64,7 @@ class CLIP(nn.Module):
 
     Attributes:
       embed_dim: D, of the shared space.
-      vision: keywords of `VisionTransformer`.
+      vision: keywords of `VisionTransformer`; None: captions only, as a stack that draws needs them.
       text: keywords of `TextEncoder`.
       norm: the length that every embedding leaves with; the unCLIP paper's prior works at 17.2 (App. C), which gives
         components of unit size. None leaves embeddings as projected, as the public Karlo stack uses them. This is the
@@ -72,15 +72,16 @@ class CLIP(nn.Module):
     """
 
     embed_dim: int
-    vision: Mapping[str, Any]
+    vision: Mapping[str, Any] | None
     text: Mapping[str, Any]
     norm: float | None = 17.2
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.visual = VisionTransformer(**self.vision, dtype=self.dtype)
+        if self.vision is not None:
+            self.visual = VisionTransformer(**self.vision, dtype=self.dtype)
+            self.image_projection = nn.Dense(self.embed_dim, use_bias=False)
         self.textual = TextEncoder(**self.text, dtype=self.dtype)
-        self.image_projection = nn.Dense(self.embed_dim, use_bias=False)
         self.text_projection = nn.Dense(self.embed_dim, use_bias=False)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
@@ -90,6 +91,8 @@ class CLIP(nn.Module):
 
     def embed_image(self, image: jax.Array) -> jax.Array:
         """image f32[B, S, S, 3] in [-1, 1] → z_img f32[B, D]."""
+        if self.vision is None:
+            raise ValueError("this CLIP has no image tower (vision=None)")
         return self._leave(self.image_projection(self.visual(image)))
 
     def embed_text(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

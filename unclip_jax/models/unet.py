@@ -38,9 +38,9 @@ class UNet(nn.Module):
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
-      outer: channels of a level around all that at full resolution, where pixels are folded: a stem beside the fold and,
-        after the unfolding, a residual block over both. Folding lets every place within a block be learned by itself;
-        these few convolutions see pixels alike wherever they lie, which edges need. 0: none.
+      outer: channels of a level around all that at full resolution, for folded pixels: a stem beside the fold and,
+        after the unfolding, a residual block over both. In folded pixels every place within a block is learned by
+        itself; these few convolutions see pixels alike wherever they lie, which edges need. 0: none.
     """
 
     channels: int

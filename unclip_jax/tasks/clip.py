@@ -21,15 +21,17 @@ class ClipTask:
     def from_config(cls, config, clip=None):
         """Vocabulary and caption length come from `config.tokenizer`."""
         model = config.model.to_dict()
-        side, patch = (model["vision"].get(name) for name in ("image_size", "patch"))
+        side, patch = ((model["vision"] or {}).get(name) for name in ("image_size", "patch"))
         if side and patch and side % patch:
             raise UserError(f"model.vision.image_size={side} must be a multiple of model.vision.patch={patch}")
         tokens = {"vocab_size": config.tokenizer.vocab_size, "max_len": config.tokenizer.max_len}
         return cls(CLIP(**{**model, "text": {**model["text"], **tokens}}))
 
     def init(self, rng):
-        size, length = self.model.vision["image_size"], self.model.text["max_len"]
-        tokens = jnp.zeros((1, length), jnp.int32)
+        tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
+        if self.model.vision is None:
+            return self.model.init(rng, tokens, tokens == 0, method="embed_text")["params"]
+        size = self.model.vision["image_size"]
         return self.model.init(rng, jnp.zeros((1, size, size, 3)), tokens, tokens == 0)["params"]
 
     def prepare(self, frozen, params, batches):

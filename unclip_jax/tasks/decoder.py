@@ -112,7 +112,8 @@ class DecoderTask:
     def sample(self, params, cond, keys, **over):
         """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
 
-        Caption Transformer and projections are run once, not in every step.
+        Caption Transformer and projections are run once, not in every step. `caption=False` in `over` draws from z_img
+        alone, with every caption dropped (variations).
         """
         settings = {**self.sampler, **over}
         b, guidance = cond["z_img"].shape[0], settings["guidance"]
@@ -120,7 +121,7 @@ class DecoderTask:
         seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
-        shared = self.condition(params, cond, keep, keep)
+        shared = self.condition(params, cond, keep, keep & settings.get("caption", True))
 
         def denoise(xt, time):
             return split_variance(self.model.apply({"params": params}, xt, time, shared, method="denoise"))

@@ -1,0 +1,143 @@
+"""A stack directory opened for sampling: its stages in the order they run, their weights read when asked for."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from unclip_jax import tasks as task_registry
+from unclip_jax.errors import UserError
+from unclip_jax.weights import DTYPES, STATISTICS, Stage, describe_stack, load_stack
+
+BUNDLED = Path(__file__).parent / "bundled"
+ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
+
+
+class Opened(NamedTuple):
+    """A stack by stage: "clip", "prior" where there is one, "decoder" and any upsamplers, in the order they run."""
+
+    tokenizer_json: str
+    tasks: Mapping[str, Any]
+    configs: Mapping[str, ConfigDict]
+    params: "OnDemand"
+
+
+class OnDemand(Mapping):
+    """{stage: its parameters on the device}, read from the stack anew each time, and kept by nobody here.
+
+    Args:
+      path: of the stack.
+      names: {stage: its name in the stack}.
+      dtype: of the weights, "float32" or "bfloat16"; None as stored.
+    """
+
+    def __init__(self, path: Path, names: Mapping[str, str], dtype: str | None):
+        self._path, self._names, self._dtype = path, dict(names), dtype
+
+    def __getitem__(self, stage: str) -> dict:
+        name = self._names[stage]
+        with jax.default_device(_host()):
+            params = load_stack(self._path, [name]).stages[name].params
+            if self._dtype is not None:
+                params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, self._dtype), params)
+        return jax.device_put(params, jax.local_devices()[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
+    """Opens a stack directory, or the bundled stack of that name; no weights are read yet.
+
+    Args:
+      path: "shapes", or a directory written by `unclip export` or `unclip convert`.
+      dtype: as of `OnDemand`.
+
+    Raises:
+      UserError: no stack there, one that is damaged as far as can be told, or stages that do not belong together.
+    """
+    described = describe_stack(_locate(path))
+    names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
+    stages = {stage: described.stages[name] for stage, name in names.items()}
+    _check_same_clip(described.path, stages)
+    configs = {stage: stages[stage].config for stage in names}
+    return Opened(described.tokenizer_json, _make_tasks(configs), configs, OnDemand(described.path, names, dtype))
+
+
+def _host() -> jax.Device | None:
+    """The device whose memory is the host's; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _locate(path: str | Path) -> Path:
+    """The directory of a bundled stack by its name, or of any stack by its path."""
+    path = Path(path)
+    bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}
+    if str(path) in bundled and not (path / "stack.json").is_file():
+        return bundled[str(path)]
+    if len(path.parts) == 1 and not path.expanduser().exists():
+        names = ", ".join(sorted(bundled)) or "none"
+        what = f"there is no stack {str(path)!r}: no such directory, and the bundled stacks are {names}"
+        raise UserError(what, "give a directory written by `unclip export`")
+    return path
+
+
+def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
+    """{"clip": …, "prior": …, "decoder": …, "upsampler": …, "upsampler_2": …} -> their names in the stack."""
+    by_task: dict[str, list[str]] = {}
+    for name in sorted(configs):
+        by_task.setdefault(str(configs[name].get("task")), []).append(name)
+    chain = {}
+    for role in ("clip", "prior", "decoder"):
+        found = by_task.pop(ROLES[role], [])
+        if not found and role == "prior":
+            continue  # as Karlo's stack for variations
+        if len(found) != 1:
+            raise UserError(
+                f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
+                "export a whole stack: unclip export --clip … --prior … --decoder …",
+            )
+        chain[role] = found[0]
+    upsamplers = sorted(by_task.pop("upsampler", []), key=lambda name: configs[name].data.size)
+    if by_task:
+        raise UserError(f"stack {path}: task {sorted(by_task)[0]!r} is unknown", "update unclip_jax")
+    chain |= {f"upsampler_{k + 1}" if k else "upsampler": name for k, name in enumerate(upsamplers)}
+    return chain
+
+
+def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
+    """Embeddings mean something to the CLIP alone that they were learned from."""
+    width, identity = stages["clip"].config.model.embed_dim, stages["clip"].extra.get("clip_identity")
+    for name, statistic in (("prior", "mean"), ("decoder", "null_image")):
+        if name not in stages:
+            continue
+        own = stages[name].config.get("clip_identity")
+        if stages[name].params.get(statistic) != (width,) or (own and identity and own != identity):
+            raise UserError(
+                f"stack {path}: its {name} was trained with another CLIP than the one in the stack",
+                "export stages that were trained with the same --config.clip",
+            )
+
+
+def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
+    """Each stage's Task; the prior and the decoder know the CLIP they were trained on."""
+    made = {"clip": task_registry.make(configs["clip"])}
+    for name in configs:
+        if name != "clip":
+            made[name] = task_registry.make(configs[name], clip=made["clip"].model)
+    return made
+
+
+def _cast(path, x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as dtype, but for whole numbers and the few statistics that scale everything else."""
+    statistic = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
+    return x if statistic or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(DTYPES[dtype])
