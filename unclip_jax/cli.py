@@ -340,7 +340,8 @@ def convert(args) -> None:
         out = formats.convert_out(args.target, args.path, args.out, args.dtype, args.overwrite)
     else:
         out = formats.convert_in(args.origin, args.path, args.out, args.tokenizer, args.dtype, args.overwrite)
-    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
 
 
 def data_show(args) -> None:

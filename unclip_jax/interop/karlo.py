@@ -43,11 +43,11 @@ OBJECTIVES = {
     "decoder": dict(target="eps", clip_drop=0.1, text_drop=0.3, vlb_weight=0.001, empty_caption=True),
     "upsampler": dict(target="eps", vlb_weight=0.0, last_steps=1),
 }
-# What model_index.json calls each part: library, class.
+# What model_index.json calls each part: library, class; as diffusers 0.42.1 writes and finds them.
 COMPONENTS = {
     "prior": ("diffusers", "PriorTransformer"),
     "decoder": ("diffusers", "UNet2DConditionModel"),
-    "text_proj": ("unclip", "UnCLIPTextProjModel"),
+    "text_proj": ("diffusers.pipelines.deprecated.unclip.text_proj", "UnCLIPTextProjModel"),
     "super_res_first": ("diffusers", "UNet2DModel"),
     "super_res_last": ("diffusers", "UNet2DModel"),
     "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
