@@ -38,7 +38,7 @@ def test_fold_takes_blocks_in_reading_order_and_unfold_inverts_it(patch):
 
 @pytest.mark.parametrize(
     ("over", "size"),
-    [({}, (8, 8)), ({"patch": 2}, (16, 8)), ({"multipliers": (1, 1, 2), "scale_shift": False}, (8, 12))],
+    [({}, (8, 8)), ({"patch": 2}, (16, 8)), ({"patch": 4, "outer": 8}, (8, 16)), ({"multipliers": (1, 1, 2), "scale_shift": False}, (8, 12))],
 )
 @pytest.mark.parametrize("out_channels", [3, 6])
 def test_output_has_the_size_of_the_input(over, size, out_channels):
@@ -105,6 +105,20 @@ def test_rematerialised_has_the_same_parameters_and_output(net):
     assert jax.tree.structure(shapes) == jax.tree.structure(p)
     a, b = (run(m, p, X, TIME, EMB, CONTEXT, MASK) for m in (module, again))
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_outer_level_sees_pixels_alike_wherever_they_lie():
+    """A spot moved by one pixel moves what the outer level makes of it; folded blocks of 4 pixels know no such move."""
+    net = UNet(**{**SIZES, "attention": ()}, patch=4, outer=8)
+    spot = np.zeros((1, 32, 32, 3), np.float32)
+    spot[:, 13:17, 13:17] = normal(1, 4, 4, 3)
+    moved = np.roll(spot, 1, axis=2)
+    p = draw(net, spot, TIME[:1])
+    alone = {**p, "outer_in": jax.tree.map(np.zeros_like, p["outer_in"])}
+    for params, alike in ((alone, True), (p, False)):
+        a, b = (run(net, params, x, TIME[:1])[:, 8:24, 8:24] for x in (spot, moved))
+        error = np.abs(np.roll(a, 1, axis=2)[:, :, 1:] - b[:, :, 1:]).max() / np.abs(a).max()
+        assert (error < 1e-4) == alike, error
 
 
 def test_sizes_that_do_not_halve_are_refused():
