@@ -38,7 +38,12 @@ def test_fold_takes_blocks_in_reading_order_and_unfold_inverts_it(patch):
 
 @pytest.mark.parametrize(
     ("over", "size"),
-    [({}, (8, 8)), ({"patch": 2}, (16, 8)), ({"patch": 4, "outer": 8}, (8, 16)), ({"multipliers": (1, 1, 2), "scale_shift": False}, (8, 12))],
+    [
+        ({}, (8, 8)),
+        ({"patch": 2}, (16, 8)),
+        ({"patch": 4, "outer": 8}, (8, 16)),
+        ({"multipliers": (1, 1, 2), "scale_shift": False}, (8, 12)),
+    ],
 )
 @pytest.mark.parametrize("out_channels", [3, 6])
 def test_output_has_the_size_of_the_input(over, size, out_channels):
