@@ -232,7 +232,7 @@ def _add_settings(sub: _Parser) -> None:
     group.add_argument("--candidates", type=_count, metavar="N", help="embeddings to choose the best from")
     group.add_argument("--steps", type=_count, metavar="N", help="steps of the decoder")
     group.add_argument("--guidance", type=_scale, metavar="S", help="guidance of the decoder; 1 is none")
-    group.add_argument("--sampler", metavar="NAME", help="of the decoder: ddpm or ddim")
+    group.add_argument("--sampler", metavar="NAME", help="of the decoder: ddpm, ddim, dpm or heun")
     group.add_argument("--upsample-steps", type=_count, metavar="N", help="steps of each upsampler")
 
 

@@ -34,7 +34,7 @@ class Settings:
 
     Args:
       prior_steps, prior_guidance, candidates: of the prior; the best of `candidates` by dot product is kept.
-      steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim").
+      steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim", "dpm", "heun").
       upsample_steps: of every upsampler.
     """
 

@@ -10,7 +10,7 @@ import pytest
 from unclip_jax.diffusion import sample
 from unclip_jax.diffusion import schedule as S
 from unclip_jax.diffusion.guide import Out
-from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, initial_noise
+from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, dpm, heun, initial_noise
 from unclip_jax.errors import UserError
 
 FULL = S.make_schedule("cosine")
@@ -150,6 +150,77 @@ def test_ddpm_with_a_fixed_variance_follows_the_linear_recursion(var):
         assert variance > 1.1 * s**2  # the two choices differ here, or the test would prove little
 
 
+@pytest.mark.parametrize("target, clip", [("x0", None), ("eps", 0.8), ("v", None)])
+def test_dpm_is_the_papers_loop(target, clip):
+    """Algorithm 2 of arXiv 2211.01095, as written there: by alpha, sigma and lambda."""
+    sched = S.Schedule(FULL.alphas_cumprod[50:900:100], FULL.timesteps[50:900:100])
+    noise = initial_noise(keys_of(2), (2, 3))
+    got = dpm(sched, toy(jnp), noise, target=target, clip_x0=clip)
+
+    xt, before, h_before = np.asarray(noise, np.float64), None, None
+    for t, told, a, prev in walk(sched):
+        x0 = clip_np(to_x0_np(target, toy(np)(xt, np.full(2, told)).pred, xt, a), clip)
+        if not t:
+            break
+        lam, lam_next = (np.log(np.sqrt(b) / np.sqrt(1 - b)) for b in (a, prev))
+        h = lam_next - lam
+        r = None if before is None else h_before / h
+        d = x0 if r is None else (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+        xt = np.sqrt(1 - prev) / np.sqrt(1 - a) * xt - np.sqrt(prev) * (np.exp(-h) - 1) * d
+        before, h_before = x0, h
+    np.testing.assert_allclose(got, x0, atol=5e-4)
+
+
+@pytest.mark.parametrize("target, clip", [("x0", None), ("eps", 0.8), ("v", None)])
+def test_heun_is_the_papers_loop(target, clip):
+    """Algorithm 1 of arXiv 2206.00364 without churn, in its own variables: x / alpha and sigma / alpha."""
+    sched = S.Schedule(FULL.alphas_cumprod[50:900:100], FULL.timesteps[50:900:100])
+    noise = initial_noise(keys_of(2), (2, 3))
+    got = heun(sched, toy(jnp), noise, target=target, clip_x0=clip)
+
+    def slope(x, t):
+        a = sched.alphas_cumprod[t]
+        xt, sigma = x * np.sqrt(a), np.sqrt((1 - a) / a)
+        pred = toy(np)(xt, np.full(2, sched.timesteps[t])).pred
+        return (x - clip_np(to_x0_np(target, pred, xt, a), clip)) / sigma, sigma
+
+    x = np.asarray(noise, np.float64) / np.sqrt(sched.alphas_cumprod[-1])
+    for t in range(len(sched) - 1, 0, -1):
+        d, sigma = slope(x, t)
+        after = np.sqrt(1 / sched.alphas_cumprod[t - 1] - 1)
+        euler = x + (after - sigma) * d
+        x = x + (after - sigma) * (d + slope(euler, t - 1)[0]) / 2
+    d, sigma = slope(x, 0)
+    np.testing.assert_allclose(got, x - sigma * d, atol=5e-4)
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("dpm", 2), ("heun", 2)])
+def test_deterministic_samplers_converge_with_their_order(name, order):
+    """To the exact flow from one Gaussian to another, x = alpha mu + sqrt(alpha^2 s^2 + sigma^2) z, in float64."""
+    mu, s = 0.4, 0.3
+
+    def end(steps):
+        angle = np.linspace(0.15, 1.4, steps)
+        sched = S.Schedule(np.cos(angle) ** 2, np.arange(steps))
+
+        def ideal(xt, told):
+            a = jnp.asarray(sched.alphas_cumprod)[told].reshape(-1, 1)
+            return Out(mu + jnp.sqrt(a) * s**2 / (a * s**2 + 1 - a) * (xt - jnp.sqrt(a) * mu))
+
+        a, low = sched.alphas_cumprod[-1], sched.alphas_cumprod[0]
+        start = np.sqrt(a) * mu + np.sqrt(a * s**2 + 1 - a) * np.array([[1.3]])
+        exact = np.sqrt(low) * mu + np.sqrt(low * s**2 + 1 - low) * 1.3
+        # What the last step returns is the prediction there, which tells the point it was made at.
+        x0 = SAMPLERS[name](sched, ideal, start, target="x0", clip_x0=None)
+        weight = np.sqrt(low) * s**2 / (low * s**2 + 1 - low)
+        return abs(float((x0[0, 0] - mu) / weight + np.sqrt(low) * mu) - exact)
+
+    with jax.enable_x64():
+        errors = [end(steps) for steps in (81, 161, 321)]
+    slopes = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert (abs(slopes - order) < 0.3).all(), (errors, slopes)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_with_the_ideal_denoiser_of_a_point_returns_the_point(eta):
     sched = S.respace(FULL, 27)
@@ -227,7 +298,8 @@ def test_the_denoiser_is_traced_once_and_told_i32_times():
         out = run(initial_noise(keys, (2,)).astype(jnp.bfloat16), keys)
         assert out.dtype == jnp.float32, name
         assert set(traces) == {((3, 2), np.dtype("float32"), (3,), np.dtype("int32"))}
-        assert len(traces) <= 2, name  # whatever the steps; scan may look at its body twice
+        # Whatever the steps; scan may look at its body twice, and Heun's looks twice in it and once after it.
+        assert len(traces) <= (5 if name == "heun" else 2), name
 
 
 def test_one_step_is_the_prediction():

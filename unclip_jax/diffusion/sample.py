@@ -1,6 +1,7 @@
 """Samplers: from noise to x0, each one `lax.scan` over a schedule's steps (respace it for fewer).
 
 DDPM: Ho et al. 2020 (arXiv 2006.11239, algorithm 2). DDIM: Song et al. 2020 (arXiv 2010.02502, eq. 12, 16).
+DPM-Solver++: Lu et al. 2022 (arXiv 2211.01095). Heun: Karras et al. 2022 (arXiv 2206.00364).
 Randomness comes from one key per sample, so a sample depends on its own key and noise only, not on its batch
 (with JAX's default threefry keys; "rbg" ones draw for a whole batch from its first key).
 """
@@ -102,7 +103,81 @@ def ddim(
     return _scan(step, sched, noise)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+def dpm(
+    sched: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    keys: jax.Array | None = None,
+    *,
+    target: str,
+    clip_x0: float | None = 1.0,
+) -> jax.Array:
+    """DPM-Solver++(2M), of second order at one call a step (Lu et al. 2022, algorithm 2) -> x0 f32[B, …].
+
+    x_{t-1} = (sigma_{t-1} / sigma_t) x_t - sqrt(abar_{t-1}) (e^-h - 1) D, with h the step of log(signal / sigma) and
+    D = x0 + h / (2 h_before) (x0 - x0_before), the line through the last two predictions of x0. The first step and the
+    last, which ends without noise, take D = x0 and are DDIM's.
+
+    Args:
+      noise, target, clip_x0: as of `ddim`; `keys` are not used.
+    """
+    prev, half_log_snr = sched.alphas_cumprod_prev, 0.5 * np.log(sched.snr)
+    h = np.append(np.inf, half_log_snr[:-1] - half_log_snr[1:])
+    mix = np.zeros_like(h)
+    mix[1:-1] = h[1:-1] / (2 * h[2:])
+    shrink, gain = np.sqrt((1 - prev) / (1 - sched.alphas_cumprod)), -np.sqrt(prev) * np.expm1(-h)
+
+    def step(carry, i):
+        xt, before = carry
+        t = jnp.full((xt.shape[0],), i, jnp.int32)
+        out = denoise(xt, model_time(sched, t))
+        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        line = x0 + at(mix, t, xt.ndim) * (x0 - before)
+        return (at(shrink, t, xt.ndim) * xt + at(gain, t, xt.ndim) * line, x0), None
+
+    noise = jnp.asarray(noise, float)
+    (x0, _), _ = jax.lax.scan(step, (noise, jnp.zeros_like(noise)), jnp.arange(sched.num_steps), reverse=True)
+    return x0
+
+
+def heun(
+    sched: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    keys: jax.Array | None = None,
+    *,
+    target: str,
+    clip_x0: float | None = 1.0,
+) -> jax.Array:
+    """Heun's second order on dx/ds = eps, x = xt / signal, s = sigma / signal (Karras et al. 2022, algorithm 1) -> x0.
+
+    DDIM's step is Euler's; a second call at its end gives the slope there, and the mean of both slopes is taken. Two
+    calls a step but for the last: 2 S - 1 in all.
+
+    Args:
+      noise, target, clip_x0: as of `ddim`; `keys` are not used.
+    """
+    prev = sched.alphas_cumprod_prev
+    ratio = np.sqrt((1 - sched.alphas_cumprod) / sched.alphas_cumprod)
+    stride = np.sqrt(prev) * np.append(-ratio[:1], ratio[:-1] - ratio[1:])
+
+    def look(xt, i):
+        t = jnp.full((xt.shape[0],), i, jnp.int32)
+        out = denoise(xt, model_time(sched, t))
+        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        return t, x0, to_eps(sched, x0, xt, t, target="x0")
+
+    def step(xt, i):
+        t, x0, eps = look(xt, i)
+        euler = at(np.sqrt(prev), t, xt.ndim) * x0 + at(np.sqrt(1 - prev), t, xt.ndim) * eps
+        _, _, slope = look(euler, i - 1)
+        return euler + at(stride / 2, t, xt.ndim) * (slope - eps), None
+
+    xt, _ = jax.lax.scan(step, jnp.asarray(noise, float), jnp.arange(1, sched.num_steps), reverse=True)
+    return look(xt, 0)[1]
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
 def _scan(step, sched: Schedule, noise: jax.Array) -> jax.Array:
