@@ -8,7 +8,7 @@ Variants: laptop (the bundled stack's), tiny (for tests).
 from configs import common, small
 
 VARIANTS = {
-    "laptop": dict(width=128, layers=3, heads=4, batch_size=128, num_steps=1300, steps=25),
+    "laptop": dict(width=128, layers=3, heads=4, batch_size=128, num_steps=1200, steps=25),
     "tiny": dict(width=48, layers=2, heads=2, batch_size=32, num_steps=100, steps=8),
 }
 
