@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from tests.interop import karlo_files as files
 from unclip_jax import tasks
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
     for name, shapes in shapes_of(files.SMALL).items():
         arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
         for part, table in TABLES[name](shapes).items():
-            karlo.save_file(write(table, arrays), out / part / karlo.WEIGHTS_FILE)
+            save_file(write(table, arrays), out / part / karlo.WEIGHTS_FILE)
     return out
 
 
@@ -204,7 +205,7 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
         ({**arrays, "clip_std": np.ones((1, 7), np.float32)}, "clip_std"),
     )
     for content, said in cases:
-        karlo.save_file(content, tmp_path / "prior" / karlo.WEIGHTS_FILE)
+        save_file(content, tmp_path / "prior" / karlo.WEIGHTS_FILE)
         with pytest.raises(UserError, match=said):
             karlo.from_diffusers(tmp_path, files.open_weights)
 

@@ -147,12 +147,18 @@ def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} must be an empty folder or a new one", "give another folder")
     for name, stage in stages.items():
+        _WRITE[name](stage.config, _flat(stage))  # whatever is refused is so before the first file is written
+    for name, stage in stages.items():
         _write_stage(name, stage, folder)
+
+
+def _flat(stage: Stage) -> dict[str, np.ndarray]:
+    return {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
 
 
 def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype | None = None) -> None:
     """One stage's JSON files and arrays, in `dtype` if one is given."""
-    ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
+    ours = _flat(stage)
     jsons = _WRITE[name](stage.config, ours)
     for path, content in jsons.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
