@@ -30,7 +30,7 @@ RANKS = {
     4: "stack logs",
     5: "pipeline",
     6: "train evaluate plan ui interop export demo",
-    7: "cli __main__",
+    7: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
 # A part named here imports these and itself, nothing else of the package, whatever their rank.

@@ -175,10 +175,11 @@ def test_a_failed_write_leaves_nothing(run, stack, tmp_path, monkeypatch):
 
 
 def test_demo_draws_several_of_each_of_its_prompts(run, stack, tmp_path, monkeypatch):
+    from unclip_jax.cli.sample import DEMO
     from unclip_jax.data.shapes import parse
 
-    assert len(cli.DEMO) >= 8 and all(parse(prompt).things for prompt in cli.DEMO)
-    monkeypatch.setattr(cli, "DEMO", cli.DEMO[:2])
+    assert len(DEMO) >= 8 and all(parse(prompt).things for prompt in DEMO)
+    monkeypatch.setattr("unclip_jax.cli.sample.DEMO", DEMO[:2])
     for _ in range(2):  # again into the same folder
         assert run("demo", "--model", stack)[0] == 0
     assert len(files(tmp_path / "out" / "demo")) == 2 * 4 + 2

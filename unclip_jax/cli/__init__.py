@@ -1,0 +1,90 @@
+"""The `unclip` command: parse, check, call, print. Whatever is slow to import is imported where it is used.
+
+A mistake in what was typed is one line on stderr, `error: …`, exit code 2, and nothing is written. A program
+error is one line and exit code 1 (`--debug` shows where). Ctrl-C is exit code 130.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+
+import unclip_jax
+from unclip_jax.cli import data, evaluate, sample, train, weights
+from unclip_jax.cli.arguments import Parser
+from unclip_jax.errors import UserError, suggest
+
+# In the order of `unclip --help`.
+COMMANDS = (
+    train.add,
+    sample.add_sample,
+    sample.add_demo,
+    evaluate.add,
+    weights.add_export,
+    weights.add_convert,
+    data.add,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+            args = parse(argv)
+            return args.run(args) or 0
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+            _say("error: not enough memory. Fix: give a smaller --batch-size, or add --low-memory")
+            return 2
+        _say(f"error: internal error, {what[:300]}. Fix: run again with --debug, and report what it shows")
+        return 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, with `run` the function for them; UserError for what is unknown or out of range."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = [a for a in rest if a.startswith("--config.")] if args.run is train.run else []
+    unknown = [a for a in rest if a not in overrides]
+    if unknown and overrides and not unknown[0].startswith("-"):
+        raise UserError(f"argument {unknown[0]!r} has no flag", "write an override as --config.key=value")
+    if unknown:
+        flags = args.flags if unknown[0].startswith("-") else ()
+        name = unknown[0].split("=")[0]
+        raise UserError(
+            f"unknown argument {name!r}", suggest(name, flags) if flags else "put texts in quotes"
+        )
+    args.overrides = [a.removeprefix("--config.") for a in overrides]
+    return args
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="unclip", description="DALL-E 2 (unCLIP) in JAX: train, sample, evaluate.")
+    parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _say(text: str) -> None:
+    """One line on stderr, whatever the text holds."""
+    print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr)

@@ -1,0 +1,69 @@
+"""`unclip sample`, and `unclip demo` with prompts of its own."""
+
+import argparse
+from pathlib import Path
+
+from unclip_jax.cli.arguments import MAX_PICTURES, add_model, add_settings, command, count, done, load, prompts_of
+from unclip_jax.errors import UserError
+
+DEMO = (
+    "a red circle",
+    "a large green star on a black background",
+    "a small yellow ring in the top left corner",
+    "a purple square in the middle on a beige background",
+    "a red circle above a blue square",
+    "a cyan cross to the left of an orange triangle",
+    "two yellow stars side by side",
+    "a blue ring, a green square and a red triangle",
+    "a red star on a white background",
+    "a blue circle to the right of a purple ring",
+)
+
+
+def add_sample(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, sample, "sample", "Draw pictures of prompts.")
+    sub.add_argument("prompt", nargs="*", help="one or more texts, each in quotes")
+    sub.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
+    sub.add_argument("--num", type=count, default=4, help="pictures of each prompt (default 4)")
+    add_model(sub)
+    add_settings(sub)
+    done(sub)
+
+
+def add_demo(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, demo, "demo", f"Draw 4 pictures of each of {len(DEMO)} prompts.")
+    sub.add_argument(
+        "--out", default="out/demo", metavar="DIR", help="folder for the pictures (default out/demo)"
+    )
+    sub.add_argument("--num", type=count, default=4, help=argparse.SUPPRESS)
+    add_model(sub)
+    add_settings(sub)
+    sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True)
+    done(sub)
+
+
+def sample(args) -> None:
+    """Draws the prompts' pictures into a folder."""
+    from unclip_jax import gallery
+
+    prompts = prompts_of(args)
+    if len(prompts) * args.num > MAX_PICTURES:
+        raise UserError(f"{len(prompts)} prompts x {args.num} are more than {MAX_PICTURES} pictures",
+                        "draw them in several calls")  # fmt: skip
+    out = gallery.check_folder(args.out, args.overwrite)
+    pipe, settings = load(args)
+    facts = {"seed": args.seed, "model": Path(args.model).name, "settings": pipe.settings(**settings)}
+    images = pipe.generate(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
+    gallery.write(out, images, prompts, facts)
+    height, width = images.shape[1:3]
+    print(
+        f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}"
+    )
+
+
+def demo(args) -> None:
+    """`sample` with prompts of its own, into a folder that it may fill again."""
+    sample(args)

@@ -1,0 +1,57 @@
+"""`unclip export` and `unclip convert`."""
+
+from unclip_jax.cli.arguments import command, done
+from unclip_jax.errors import UserError
+
+
+def add_export(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, export, "export", "Collect trained stages into one directory to sample from.")
+    for name in ("clip", "prior", "decoder"):
+        sub.add_argument(f"--{name}", required=True, metavar="DIR", help="workdir of its run, or a stack")
+    sub.add_argument("--upsampler", action="append", default=[], metavar="DIR", help="alike; may be given again")
+    sub.add_argument("out", metavar="OUT", help="the directory to make")
+    sub.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    sub.add_argument("--overwrite", action="store_true", help="replace the stack that is there")
+    done(sub)
+
+
+def add_convert(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, convert, "convert", "Make a stack of public weights, or the other way round.")
+    way = sub.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip, open-clip or karlo")
+    way.add_argument("--to", dest="target", metavar="FORMAT", help="to make of the stack PATH: hf-clip or karlo")
+    sub.add_argument("path", metavar="PATH", help="a directory or file of weights, a hub's org/name, or a stack")
+    sub.add_argument("out", metavar="OUT", help="the directory to make")
+    sub.add_argument("--tokenizer", metavar="DIR", help="CLIP's, where there is none beside the weights")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
+    sub.add_argument("--overwrite", action="store_true", help="replace what such a command made there")
+    done(sub)
+
+
+def export(args) -> None:
+    """Makes a stack of workdirs."""
+    from unclip_jax import gallery
+
+    gallery.check_folder(args.out, overwrite=True)
+    from unclip_jax.export import collect
+
+    out = collect(args.out, args.clip, args.prior, args.decoder, args.upsampler, args.dtype, args.overwrite)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{out}: {size / 1e6:.1f} MB")
+    print(f'draw with: unclip sample "a red circle" --model {args.out} --out out/sample')
+
+
+def convert(args) -> None:
+    """Makes a stack of others' weights, or weights for others of a stack."""
+    from unclip_jax.interop import convert as formats
+
+    if args.target:
+        if args.tokenizer:
+            raise UserError("--tokenizer is for --from; a stack has its own", "leave it out")
+        out = formats.convert_out(args.target, args.path, args.out, args.dtype, args.overwrite)
+    else:
+        out = formats.convert_in(args.origin, args.path, args.out, args.tokenizer, args.dtype, args.overwrite)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
