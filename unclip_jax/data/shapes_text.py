@@ -72,13 +72,14 @@ BACKGROUND_WORDS = ("on a {} background", "on {}", "with a {} background", "agai
 def describe(scene: Scene, rng: Random, full: bool = False) -> tuple[str, Claim]:
     """A caption by chance, true of the scene, and what it claims.
 
-    With `full` every object's shape and colour are named; otherwise 8% of captions leave one of the two out.
+    With `full` every object's shape and colour are named, and a lone object's place in a third of the captions.
+    Otherwise 8% leave shape or colour out, and two thirds name the place: what no caption says, CLIP does not look at.
     """
     order = sorted(range(len(scene.objects)), key=lambda _: rng.random())
     objects = [scene.objects[k] for k in order]
     things = _things(objects, rng, full)
     if len(objects) == 1:
-        body, claim = _one(objects, things, rng)
+        body, claim = _one(objects, things, rng, 0.35 if full else 0.65)
     else:
         body, claim = (_two if len(objects) == 2 else _three)(objects, things, rng)
     prefix = pick(rng, PREFIXES)
@@ -120,10 +121,10 @@ def _noun(thing, rng, number=1):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _one(objects, things, rng):
-    """One object, with its place in a third of the captions."""
+def _one(objects, things, rng, placed):
+    """One object, with its place in a share `placed` of the captions."""
     body = ("one object: " if rng.random() < 0.03 else "") + _noun(things[0], rng)
-    if rng.random() < 0.35:
+    if rng.random() < placed:
         u, v = position(objects[0].x, objects[0].y, objects[0].r)
         names = [*(["top"] if v < -0.5 else ["bottom"] if v > 0.5 else []),
                  *(["left"] if u < -0.5 else ["right"] if u > 0.5 else [])]
