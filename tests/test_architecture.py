@@ -3,7 +3,7 @@
 Ranks (imports run strictly downwards; rank 0 is many small modules that may use each other, without cycles):
 
     7  cli
-    6  train  evaluate  plan  ui  interop  export  demo
+    6  train  evaluate  plan  ui  interop  export  embed  demo
     5  pipeline
     4  stack  logs
     3  tasks
@@ -29,7 +29,7 @@ RANKS = {
     3: "tasks",
     4: "stack logs",
     5: "pipeline",
-    6: "train evaluate plan ui interop export demo",
+    6: "train evaluate plan ui interop export embed demo",
     7: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}

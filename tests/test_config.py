@@ -225,3 +225,19 @@ def test_diff():
         "m.w: 2 -> 3",
     ]
     assert config.diff(old, old) == []
+
+
+def test_the_data_block_takes_what_its_source_may_know():
+    block = {"source": "folder", "path": "a", "size": 4, "seed": 1, "split": "train", "captions": True}
+    made = ConfigDict({"data": block})
+    for text in ("data.path=b", "data.index=i", "data.max_bad=0.5"):
+        config.override(made, text)
+    assert made.data.to_dict() == {
+        "source": "folder", "path": "b", "size": 4, "seed": 1, "split": "train", "captions": True, "index": "i",
+        "max_bad": 0.5,
+    }  # fmt: skip
+    config.override(made, "data.source=webdataset")
+    config.override(made, "data.path=c.tar")
+    assert made.data.to_dict() == {"source": "webdataset", "path": "c.tar", "size": 4, "seed": 1, "split": "train"}
+    with pytest.raises(UserError, match="data.deep.key"):
+        config.override(made, "data.deep.key=1")

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError, suggest
 
+OF_EVERY_SOURCE = {"source", "split", "size", "seed"}  # arguments, in the block `data`
+
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The locked config of "path/file.py" or "path/file.py:variant", "block.key=value" overrides applied.
@@ -42,7 +44,8 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 def override(config: ConfigDict, text: str) -> None:
     """Sets one key of `config` in place from "a.b=value", keeping the type of the present value.
 
-    An int fits a float and a whole float (1e5) an int; `None` fits everything; a text never fits a number.
+    An int fits a float and a whole float (1e5) an int; `None` fits everything; a text never fits a number. The block
+    `data` takes any key, for its source knows its own arguments, and another source drops those of the one before.
     """
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -51,13 +54,17 @@ def override(config: ConfigDict, text: str) -> None:
     block, *_, name = (config, *key.split("."))
     for part in key.split(".")[:-1]:
         block = block[part] if isinstance(block, ConfigDict) and part in block else None
-    if not isinstance(block, ConfigDict) or name not in block:
+    own = key == f"data.{name}"
+    if not isinstance(block, ConfigDict) or (name not in block and not own):
         raise UserError(f"config has no key {key!r}", _nearest_key(key, config))
-    if isinstance(block[name], ConfigDict):
+    if isinstance(block.get(name), ConfigDict):
         inner = ", ".join(f"{key}.{k}" for k in block[name]) or "it has none"
         raise UserError(f"{key} is a block of keys, not one value", f"set one of its keys: {inner}")
-    new = _typed(key, value.strip(), block[name])
+    new = _typed(key, value.strip(), block.get(name))
     with block.unlocked(), block.ignore_type():
+        if own and name == "source" and new != block.get(name):
+            for other in set(block) - OF_EVERY_SOURCE:
+                del block[other]
         block[name] = new
 
 

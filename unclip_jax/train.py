@@ -110,6 +110,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     checked = config.every.preview or config.every.eval
     held_out = data.make(**{**config.data, "split": config.eval.split}) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
+    _check_embedded(source, clip)
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
@@ -182,6 +183,14 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             logs.close()
             stream.close()
     return 0
+
+
+def _check_embedded(source: Source, clip) -> None:
+    """UserError where a source holds another CLIP's embeddings than the one trained against."""
+    identity = getattr(source, "clip_identity", None)
+    if identity and (clip is None or clip.identity != identity):
+        what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
+        raise UserError(what, "set --config.clip to the CLIP they were made with; they train priors only")
 
 
 def _batches(run: Run, start: int, source=None, size: int = 0, **over) -> Iterator[dict[str, jax.Array]]:

@@ -202,7 +202,7 @@ def test_make_finds_sources_by_name():
     source = make("shapes", "test", size=32, seed=5)
     assert source[0]["image"].shape == (32, 32, 3) and source.name == "shapes"
     assert pickle.loads(pickle.dumps(source))[7]["caption"] == source[7]["caption"]
-    assert set(SOURCES) == {"shapes", "icons", "folder"}
+    assert set(SOURCES) == {"shapes", "icons", "folder", "webdataset", "tfds", "mixture", "embeddings"}
 
 
 @pytest.mark.parametrize(

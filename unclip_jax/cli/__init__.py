@@ -62,17 +62,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with `run` the function for them; UserError for what is unknown or out of range."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    overrides = [a for a in rest if a.startswith("--config.")] if args.run is train.run else []
+    block = getattr(args, "block", None)  # "config" or "data": whose keys may be given one by one
+    overrides = [a for a in rest if block and a.startswith(f"--{block}.")]
     unknown = [a for a in rest if a not in overrides]
     if unknown and overrides and not unknown[0].startswith("-"):
-        raise UserError(f"argument {unknown[0]!r} has no flag", "write an override as --config.key=value")
+        raise UserError(f"argument {unknown[0]!r} has no flag", f"write it as --{block}.key=value")
     if unknown:
         flags = args.flags if unknown[0].startswith("-") else ()
         name = unknown[0].split("=")[0]
         raise UserError(
             f"unknown argument {name!r}", suggest(name, flags) if flags else "put texts in quotes"
         )
-    args.overrides = [a.removeprefix("--config.") for a in overrides]
+    args.overrides = [a.removeprefix(f"--{block}.") for a in overrides]
     return args
 
 

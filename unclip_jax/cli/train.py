@@ -13,6 +13,7 @@ def add(commands) -> None:
     sub.add_argument(
         "--workdir", required=True, metavar="DIR", help="of the run; a run in it is gone on with"
     )
+    sub.set_defaults(block="config")
     done(sub)
 
 

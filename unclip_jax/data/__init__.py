@@ -10,6 +10,10 @@ SOURCES = {
     "shapes": "unclip_jax.data.shapes:Shapes",
     "icons": "unclip_jax.data.icons:Icons",
     "folder": "unclip_jax.data.folder:Folder",
+    "webdataset": "unclip_jax.data.webdataset:WebDataset",
+    "tfds": "unclip_jax.data.tfds:Tfds",
+    "mixture": "unclip_jax.data.mixture:Mixture",
+    "embeddings": "unclip_jax.data.embeddings:Embeddings",
 }
 
 

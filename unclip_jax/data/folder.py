@@ -81,8 +81,10 @@ class Folder(Source):
         if not 0 <= i < len(self):
             raise IndexError(i)
         file, caption = self.records[i]
-        image = center_crop_resize(open_image(self.path / file), self.size)
-        return {"image": image, "caption": caption, "file": file}
+        image = open_image(self.path / file)
+        return {
+            "image": center_crop_resize(image, self.size), "caption": caption, "file": file, "pixels": image.size,
+        }  # fmt: skip
 
 
 def held_out(file: str) -> bool:

@@ -96,12 +96,13 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         if size > MAX_BYTES:
             raise BadImage(f"{path} has {size} bytes, a picture at most {MAX_BYTES}")
         with open(path, "rb") as f:
-            return _decode(f.read(MAX_BYTES + 1), str(path))
+            return decode_image(f.read(MAX_BYTES + 1), str(path))
     except OSError as e:
         raise BadImage(f"{path} cannot be read ({e.strerror or e})") from e
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`open_image` for the bytes of a file; `name` is for what is told of it."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size

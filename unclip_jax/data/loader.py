@@ -34,6 +34,8 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches for this host: image f32[b, H, W, 3], tokens i32[b, L], mask bool[b, L].
 
+    Of a source of encoded records (`data/embeddings.py`): its own arrays, [b, …] each.
+
     Args:
       source: see data/source.py.
       tokenizer: None leaves tokens and mask out.
@@ -106,18 +108,30 @@ class _Read:
         self.bad: dict[int, str] = {}
 
     def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        images, captions = [], []
+        images, captions, encoded = [], [], []
         for position, record in zip(*(x[self.own].tolist() for x in batch), strict=True):
             example = self._good_record(record)
+            if "image" not in example:  # arrays that go to the network as they are
+                encoded.append(example)
+                continue
             image = example["image"]
             if self.crop is not None:
                 image = random_crop(image, self.crop, np.random.default_rng([self.seed, position]))
             images.append(image)
-            captions.append(example["caption"])
+            captions.append(self._caption(example, position))
+        if encoded:
+            return {name: np.stack([example[name] for example in encoded]) for name in encoded[0]}
         out = {"image": to_float(np.stack(images))}
         if self.tokenizer is not None:
             out["tokens"], out["mask"] = self.tokenizer.encode(captions, warn=False)
         return out
+
+    def _caption(self, example: dict, position: int) -> str:
+        """The caption, or of several one that (seed, position) decides: another in another epoch."""
+        several = example.get("captions", ())
+        if len(several) < 2:
+            return example["caption"]
+        return several[np.random.default_rng([self.seed, position, 1]).integers(len(several))]
 
     def _good_record(self, record: int) -> dict:
         """The record, or the next readable one after it: the same replacement in every run."""

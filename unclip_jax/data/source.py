@@ -8,7 +8,9 @@ import abc
 class Source(abc.ABC):
     """Random access to pictures with captions, the same for the same (seed, split, i).
 
-    A record is `{"image": u8[S, S, 3], "caption": str}`, plus whatever else the source knows of it.
+    A record is `{"image": u8[S, S, 3], "caption": str}`, plus whatever else the source knows of it: "captions" where it
+    has several, "file" and "pixels" (width, height) of the picture it was made of. A record without "image" holds
+    arrays that go to the network as they are.
     """
 
     name: str

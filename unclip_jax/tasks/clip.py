@@ -81,8 +81,11 @@ class ClipTask:
 def ask(clip: CLIP, params, batch):
     """`batch` with what a frozen CLIP says of it: z_txt f32[B, D], states [B, L, W], of images z_img f32[B, D].
 
-    Images of another size than CLIP's are resized for it, and stay as they are in the batch.
+    Images of another size than CLIP's are resized for it, and stay as they are in the batch. A batch that was encoded
+    before (`unclip data embed`) comes back as it is.
     """
+    if "z_txt" in batch:
+        return batch
     variables = {"params": params}
     z_txt, states = clip.apply(variables, batch["tokens"], batch["mask"], method="embed_text")
     batch = {**batch, "z_txt": z_txt, "states": states}

@@ -74,7 +74,10 @@ class PriorTask:
         return ask_empty(self.clip, frozen["clip"], batch) if self.empty_caption else batch
 
     def _caption(self, batch):
-        return batch["tokens"] if self.model.vocab_size else batch["states"]
+        name = "tokens" if self.model.vocab_size else "states"
+        if name not in batch:
+            raise ValueError("these embeddings hold no caption states: make them with --states")
+        return batch[name]
 
     def loss(self, params, batch, rng):
         t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)

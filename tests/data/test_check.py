@@ -1,0 +1,83 @@
+"""`unclip data check` and `embed`: what they say is what is there."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests import tiny_stack
+from unclip_jax import cli
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for k in range(20):
+        Image.new("RGB", (10 + k, 40), "red").save(root / f"{k:02}.png")
+        (root / f"{k:02}.txt").write_text("a red box" if k % 2 else f"box number {k} is red")
+    return root
+
+
+def test_check_reports_what_is_there(pictures, tmp_path, capsys):
+    (pictures / "07.png").write_bytes(b"no picture")
+    report, sheet = tmp_path / "r.json", tmp_path / "s.png"
+    command = ["data", "check", "folder", "--path", str(pictures), "--split", "all", "--all", "--size", "8"]
+    assert cli.main([*command, "--out", str(report), "--sheet", str(sheet)]) == 0
+    said = json.loads(report.read_text())
+    assert said["records"] == said["read"] == 20 and said["readable"] == 19
+    assert [number for number, _ in said["bad"]] == [7] and "07.png is not a picture" in said["bad"][0][1]
+    assert said["caption_words"] == {"least": 3, "median": 5, "most": 5} and said["distinct_captions"] == 11
+    assert said["pixels"] == {"least": 10, "median": 20, "most": 29}
+    out = capsys.readouterr().out
+    assert "07.png" in out and "3 … 5" in out
+    with Image.open(sheet) as image:
+        assert len(json.loads(image.text["captions"])) == 19
+    for k in range(3):
+        (pictures / f"{k:02}.png").write_bytes(b"")
+    assert cli.main(command) == 1  # more than max_bad
+    assert cli.main([*command, "--data.max_bad=0.5"]) == 0
+
+
+def test_check_reads_records_evenly(capsys):
+    assert cli.main(["data", "check", "shapes", "--size", "16", "--num", "7", "--data.length=1000"]) == 0
+    out = capsys.readouterr().out
+    assert "records            1000" in out and "read               7" in out and "not known" in out
+
+
+BAD = {
+    "unknown source": (["check", "shaps"], "did you mean 'shapes'"),
+    "unknown argument": (["check", "shapes", "--data.lenght=3"], "did you mean 'length'"),
+    "no value": (["check", "shapes", "--data.length"], "write it as --data.key=value"),
+    "own flag": (["check", "shapes", "--data.size=3"], "write --size"),
+    "stray word": (["check", "shapes", "3", "--data.length=3"], "write it as --data.key=value"),
+    "no clip": (["embed", "shapes", "--clip", "none", "--out", "o"], "none"),
+    "no CLIP flag": (["embed", "shapes", "--out", "o"], "--clip"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv, match = BAD[case]
+    assert cli.main(["data", *argv]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and match in err[0] and not list(tmp_path.iterdir())
+
+
+def test_embed_and_what_refuses_it(tmp_path, capsys):
+    from tests import tiny_runs
+    from unclip_jax import train
+    from unclip_jax.errors import UserError
+
+    out = tmp_path / "e"
+    clip = str(tiny_stack.path())
+    argv = ["data", "embed", "shapes", "--size", "16", "--clip", clip, "--out", str(out), "--splits", "train"]
+    assert cli.main([*argv, "--batch-size", "8", "--data.length=20"]) == 0
+    assert "data.source=embeddings" in capsys.readouterr().out
+    assert cli.main(argv) == 2 and "finished" in capsys.readouterr().err
+    config = tiny_runs.config("prior_diffusion")  # trains against another CLIP
+    with config.unlocked():
+        config.data = {"source": "embeddings", "path": str(out), "split": "train", "size": 16}
+    with pytest.raises(UserError, match="config.clip is another"):
+        train.make_run(config, tmp_path / "w")

@@ -1,0 +1,82 @@
+"""Mixtures keep their shares, lose no record, and loaders give each reading one of several captions."""
+
+import numpy as np
+import pytest
+
+from unclip_jax import data
+from unclip_jax.data import loader
+from unclip_jax.data.source import Source
+from unclip_jax.errors import UserError
+from unclip_jax.tokenizer import Tokenizer
+
+
+class Numbered(Source):
+    """Record i is a picture full of `value`, with captions "value i a" and "value i b"."""
+
+    name, licence = "numbered", "none"
+
+    def __init__(self, split="train", size=2, seed=0, *, value=0, length=10):
+        self.value, self.length, self.size = value, length, size
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        captions = [f"{self.value} {i} {end}" for end in "ab"]
+        image = np.full((self.size, self.size, 3), self.value, np.uint8)
+        return {"image": image, "caption": captions[0], "captions": captions, "number": i}
+
+
+@pytest.fixture(autouse=True)
+def numbered(monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "numbered", f"{__name__}:Numbered")
+
+
+def mixture(*parts, **kw):
+    return data.make("mixture", size=2, parts=tuple({"source": "numbered", **part} for part in parts), **kw)
+
+
+def test_shares_and_epoch():
+    source = mixture(dict(value=1, length=1500, weight=3), dict(value=2, length=70, weight=1))
+    records = [source[i] for i in range(len(source))]
+    values = [int(r["image"][0, 0, 0]) for r in records]
+    assert len(source) == 2000 and values.count(1) == 1500 and values.count(2) == 500
+    for part, length in ((1, 1500), (2, 70)):
+        numbers = [r["number"] for r, v in zip(records, values, strict=True) if v == part]
+        assert numbers == [k % length for k in range(len(numbers))]
+    assert 180 < values[:250].count(1) < 196  # shares hold in stretches too
+
+
+@pytest.mark.parametrize("weights", [(1, 1e-9, 5), (1, 2, 4), (0.3, 0.3, 0.4), (1,) * 7])
+def test_shares_are_whole_and_add_up(weights):
+    counts = mixture(*({"value": k, "weight": w} for k, w in enumerate(weights))).counts
+    exact = np.array(weights) / sum(weights) * 1000
+    assert counts.sum() == 1000 and (counts >= 1).all() and (np.abs(counts - exact) <= 1.001).all()
+
+
+def test_each_reading_takes_one_of_several_captions():
+    tokenizer = Tokenizer.train([f"0 {i} {end}" for i in range(10) for end in "ab"], 300, max_len=8)
+    source = Numbered(length=10)
+    stream = loader.batches(source, tokenizer, 10, seed=1, shuffle=False)
+    epochs = [tokenizer.decode(next(stream)["tokens"]) for _ in range(20)]
+    assert all([text[:-2] for text in epoch] == [f"0 {i}" for i in range(10)] for epoch in epochs)
+    ends = "".join(text[-1] for epoch in epochs for text in epoch)
+    assert 70 < ends.count("a") < 130
+    again = loader.batches(source, tokenizer, 10, seed=1, shuffle=False, start_step=7)
+    assert tokenizer.decode(next(again)["tokens"]) == epochs[7]
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        ((), "needs data.parts"),
+        (("shapes",), "must be a dict"),
+        (({"weight": 1},), "must be a dict with 'source'"),
+        (({"source": "numbered", "weight": 0},), "weight=0 must be a number above 0"),
+        (({"source": "mixture", "parts": ()},), "is a mixture itself"),
+        (({"source": "shaps"},), "did you mean 'shapes'"),
+    ],
+)
+def test_mistakes(parts, match):
+    with pytest.raises(UserError, match=match):
+        data.make("mixture", size=2, parts=parts)

@@ -1,0 +1,173 @@
+"""Tar shards: every record found and read as another reader finds it, whatever else lies in the tar."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.data import loader, make, tar_index
+from unclip_jax.data.images import BadImage
+from unclip_jax.errors import UserError
+
+
+def png(value, size=(6, 4)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def tar(members) -> bytes:
+    """(name or TarInfo, bytes) pairs as a tar file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as stream:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            stream.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def shard(first, count):
+    """Records as img2dataset writes them: picture, caption, metadata."""
+    members = []
+    for k in range(first, first + count):
+        members += [(f"{k:09d}.png", png(k)), (f"{k:09d}.txt", f"number {k}".encode())]
+        members += [(f"{k:09d}.json", json.dumps({"caption": "other", "sha": "0"}).encode())]
+    return tar(members)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n:05d}.tar").write_bytes(shard(50 * n, 50))
+    return folder
+
+
+def open_all(path, **kw):
+    return make("webdataset", "all", size=4, path=str(path), **kw)
+
+
+def content(source):
+    return {source[i]["caption"]: int(source[i]["image"][0, 0, 0]) for i in range(len(source))}
+
+
+def test_every_record_is_found_with_its_own_caption(root):
+    expected = {f"number {k}": k for k in range(150)}
+    assert content(open_all(root)) == expected
+    assert content(open_all(f"{root}/{{00000..00002}}.tar")) == expected
+    assert content(open_all(f"{root}/*.tar")) == expected
+    one = open_all(root / "00001.tar")
+    assert content(one) == {f"number {k}": k for k in range(50, 100)}
+    assert one[0]["pixels"] == (6, 4) and "00001.tar at byte" in one[0]["file"]
+    with pytest.raises(IndexError):
+        one[50]
+
+
+def test_splits_are_disjoint_complete_and_the_same_in_any_order_of_opening(root):
+    train, test, both = (content(make("webdataset", s, size=4, path=str(root))) for s in ("train", "test", "all"))
+    assert train | test == both and not train.keys() & test.keys() and 0 < len(test) < 15
+
+
+def test_object_storage_is_read_as_disks_are(root):
+    memory = fsspec.filesystem("memory")
+    for file in root.iterdir():
+        memory.pipe(f"/bucket/{file.name}", file.read_bytes())
+    source = pickle.loads(pickle.dumps(open_all("memory://bucket/{00000..00002}.tar")))
+    assert content(source) == content(open_all(root))
+
+
+def test_the_index_is_kept_found_again_and_made_anew_for_other_shards(root, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    content(open_all(root, index=str(index)))
+    monkeypatch.setattr(tar_index, "_scan", lambda *_: pytest.fail("read the headers again"))
+    assert len(open_all(root, index=str(index))) == 150
+    monkeypatch.undo()
+    (root / "00002.tar").write_bytes(shard(100, 60))
+    assert len(open_all(root, index=str(index))) == 160
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds something else"):
+        open_all(root, index=str(tmp_path / "full"))
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+
+
+def link(name, kind, target):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_odd_members_do_no_harm_and_are_counted(tmp_path):
+    odd = [
+        ("../up.png", png(1)), ("../up.txt", b"up"),
+        ("/abs.png", png(2)), ("/abs.txt", b"abs"),
+        ("sub/a.png", png(3)), ("sub/a.json", b'{"caption": "three"}'),
+        ("a" * 150 + ".png", png(4)), ("a" * 150 + ".txt", b"long"),
+        ("b.b.png", png(5)), ("b.b.txt", b"dots"),
+        (link("s.png", tarfile.SYMTYPE, "/etc/passwd"), b""), ("s.txt", b"link"),
+        (link("h.png", tarfile.LNKTYPE, "../up.png"), b""), ("h.txt", b"hard"),
+        (link("d.png", tarfile.CHRTYPE, ""), b""), ("d.txt", b"device"),
+        ("lone.png", png(6)), ("text.txt", b"no picture"),
+        ("empty.png", b""), ("empty.txt", b"x"),
+        ("p.pkl", b"cos\nsystem\n(S'touch /tmp/x'\ntR."), ("p.pyd", b"x"), ("p.pt", b"x"),
+    ]  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar(odd))
+    source = open_all(tmp_path / "x.tar", index=str(tmp_path / "i"))
+    assert content(source) == {"up": 1, "abs": 2, "three": 3, "long": 4, "dots": 5}
+    assert source.index.passed_over == {
+        "not plain files": 3, "empty or too large": 1, "without a caption": 1, "without a picture": 5,
+    }  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "x.tar"]
+
+
+def test_a_shard_cut_off_keeps_what_is_whole(tmp_path):
+    record = 6 * tarfile.BLOCKSIZE  # three members of a header and a block each
+    (tmp_path / "a.tar").write_bytes(shard(0, 10)[: 5 * record + tarfile.BLOCKSIZE + 30])
+    source = open_all(tmp_path / "a.tar", index=str(tmp_path / "i"))
+    assert content(source) == {f"number {k}": k for k in range(5)}
+    assert any("cut off in" in reason for reason in source.index.passed_over)
+
+
+def test_bad_records_are_named_and_passed_over_in_training(tmp_path):
+    members = [(f"{k}.png", png(k)) for k in range(12)]
+    members = [m for k, m in enumerate(members) for m in (m, (f"{k}.txt", f"n {k}".encode()))]
+    members[6] = ("3.png", png(3)[:30])
+    members[11] = ("5.txt", b"\xff\xfe caption")
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    source = make("webdataset", "all", size=4, path=str(tmp_path / "a.tar"), index=str(tmp_path / "i"), max_bad=0.5)
+    for number, why in ((3, "a.tar at byte .* is (damaged|not a picture)"), (5, "is no caption")):
+        with pytest.raises(BadImage, match=why):
+            source[number]
+    with pytest.warns(UserWarning, match="passed over"):
+        batch = next(loader.batches(source, None, 12, shuffle=False))
+    reds = np.round(batch["image"][:, 0, 0, 0] * 127.5 + 127.5).astype(int).tolist()
+    assert reds == [0, 1, 2, 4, 4, 6, 6, 7, 8, 9, 10, 11]
+
+
+BAD = {
+    "no path": ("", "needs data.path"),
+    "command": ("pipe:cat x.tar", "asks for a command"),
+    "chain": ("simplecache::https://x/y.tar", "asks for a command or a chain"),
+    "nothing": ("{root}/none.tar", "names no tar file"),
+    "braces": ("{root}/{a,b}.tar", "braces without a range"),
+    "no tar": ("{root}/text.tar", "no captioned pictures .*cut off in"),
+    "only text": ("{root}/lone.tar", "no captioned pictures in 1 shards .*1 without a picture"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_user_errors(root, case):
+    path, match = BAD[case]
+    (root / "text.tar").write_text("no tar " * 200)
+    (root / "lone.tar").write_bytes(tar([("a.txt", b"alone")]))
+    with pytest.raises(UserError, match=match) as error:
+        open_all(path.replace("{root}", str(root)))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,103 @@
+"""Embeddings worked out once: the same numbers as through the frozen CLIP, the same training."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from unclip_jax import data, tasks
+from unclip_jax.data import loader
+from unclip_jax.embed import embed
+from unclip_jax.errors import UserError
+from unclip_jax.tokenizer import Tokenizer
+
+WORDS = {"source": "shapes", "size": 16, "seed": 3, "length": 150}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("embed") / "out"
+    return embed(out, tiny_stack.path(), WORDS, batch_size=32, states=True)
+
+
+def test_records_are_what_clip_says_of_each_picture(folder):
+    clip = tasks.load_clip(tiny_stack.path())
+    tokenizer, source = Tokenizer.from_json(clip.tokenizer_json), data.make(**WORDS)
+    embedded = data.make("embeddings", size=16, path=str(folder))
+    assert len(embedded) == 150 and len(data.make("embeddings", "test", size=16, path=str(folder))) == 150
+    for i in (0, 31, 32, 149):
+        tokens, mask = tokenizer.encode([source[i]["caption"]])
+        image = data.images.to_float(source[i]["image"])[None]
+        z_txt, states = clip.model.apply({"params": clip.params}, tokens, mask, method="embed_text")
+        z_img = clip.model.apply({"params": clip.params}, image, method="embed_image")
+        record = embedded[i]
+        np.testing.assert_array_equal(record["tokens"], tokens[0])
+        np.testing.assert_array_equal(record["mask"], mask[0])
+        for name, value in (("z_img", z_img), ("z_txt", z_txt), ("states", states)):
+            np.testing.assert_allclose(record[name], value[0], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_records(folder):
+    embedded = data.make("embeddings", size=16, path=str(folder))
+    z = np.stack([embedded[i]["z_img"] for i in range(150)]).astype(np.float64)
+    said = json.loads((folder / "embeddings.json").read_text())["z_img"]
+    np.testing.assert_allclose(said["mean"], z.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(said["std"], z.std(0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_prior_trains_from_them_as_through_the_frozen_clip(folder):
+    clip = tasks.load_clip(tiny_stack.path())
+    task = tasks.make(tiny_stack.configs()["prior"], clip.model)
+    params = task.init(jax.random.key(0))
+    gradient = jax.jit(jax.value_and_grad(lambda params, frozen, batch: task.loss(
+        params, task.encode(frozen, batch), jax.random.key(1))[0]))  # fmt: skip
+    pictures = loader.batches(data.make(**WORDS), Tokenizer.from_json(clip.tokenizer_json), 16, seed=5)
+    embedded = loader.batches(data.make("embeddings", size=16, path=str(folder)), None, 16, seed=5)
+    for _ in range(2):
+        through, direct = (gradient(params, {"clip": clip.params}, next(s)) for s in (pictures, embedded))
+        for a, b in zip(*map(jax.tree.leaves, (through, direct)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_interrupted_call_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    from unclip_jax import embed as module
+
+    monkeypatch.setattr(module, "SHARD_BATCHES", 2)
+    write, files = module._write_records, []
+
+    def stop_at_third(file, records):
+        if len(files) == 2:
+            raise KeyboardInterrupt
+        files.append(file)
+        write(file, records)
+
+    monkeypatch.setattr(module, "_write_records", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        embed(tmp_path / "o", tiny_stack.path(), WORDS, ("train",), 32)
+    with pytest.raises(UserError, match="holds no embeddings"):
+        data.make("embeddings", size=16, path=str(tmp_path / "o"))
+    with pytest.raises(UserError, match="begun with another"):
+        embed(tmp_path / "o", tiny_stack.path(), WORDS, ("train",), 16)
+    monkeypatch.setattr(module, "_write_records", write)
+    out = embed(tmp_path / "o", tiny_stack.path(), WORDS, ("train",), 32)
+    a, b = (data.make("embeddings", size=16, path=str(path)) for path in (folder, out))
+    for i in range(150):
+        np.testing.assert_array_equal(a[i]["z_img"], b[i]["z_img"])
+    with pytest.raises(UserError, match="holds finished embeddings"):
+        embed(out, tiny_stack.path(), WORDS, ("train",), 32)
+
+
+def test_mistakes_are_user_errors(folder, tmp_path):
+    def refused(match, **kw):
+        with pytest.raises(UserError, match=match):
+            data.make("embeddings", **{"size": 16, "path": str(folder), **kw})
+
+    refused("needs data.path", path="")
+    refused("holds no embeddings", path=str(tmp_path))
+    refused("data.split='tset' was not embedded.*test", split="tset")
+    meta = json.loads((folder / "embeddings.json").read_text())
+    for name, change in {"version": {"version": 9}, "not what": {"fields": {"z": ["O", [1]]}}, "holds 0": {}}.items():
+        (tmp_path / "embeddings.json").write_text(json.dumps({**meta, **change}))
+        refused(name, path=str(tmp_path))

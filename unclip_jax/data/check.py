@@ -1,0 +1,66 @@
+"""What a data source holds, and which of its records cannot be read."""
+
+import statistics
+
+import numpy as np
+from tqdm import tqdm
+
+from unclip_jax.data.images import BadImage
+
+SHOWN = 10
+
+
+def survey(source, num: int | None = None) -> dict:
+    """Reads `num` records evenly over a source, or all (None).
+
+    Returns: {source, licence, records, read, readable, bad: [[number, why], …], passed_over: {reason: count},
+      caption_words and pixels: {least, median, most}, distinct_captions}; pixels are of the shorter sides of the files,
+      where the source knows them.
+    """
+    total = len(source)
+    few = num is not None and num < total
+    numbers = np.linspace(0, total - 1, num).round().astype(int).tolist() if few else range(total)
+    words, sides, captions, bad = [], [], set(), []
+    for number in tqdm(numbers, desc="records", unit="", leave=False, disable=None):
+        try:
+            record = source[number]
+        except BadImage as error:
+            bad.append([number, str(error)])
+            continue
+        for caption in record.get("captions", [record["caption"]] if "caption" in record else []):
+            words.append(len(caption.split()))
+            captions.add(caption)
+        if "pixels" in record:
+            sides.append(min(record["pixels"]))
+    return {
+        "source": source.name, "licence": getattr(source, "licence", ""), "records": total, "read": len(numbers),
+        "readable": len(numbers) - len(bad), "bad": bad,
+        "passed_over": getattr(getattr(source, "index", None), "passed_over", {}),
+        "caption_words": _spread(words), "distinct_captions": len(captions), "pixels": _spread(sides),
+    }  # fmt: skip
+
+
+def table(report: dict) -> str:
+    """The report for reading."""
+    lines = [
+        f"source             {report['source']} ({report['licence']})",
+        f"records            {report['records']}",
+        f"read               {report['read']}, of them {len(report['bad'])} cannot be read",
+        f"captions           {report['distinct_captions']} distinct; words {_told(report['caption_words'])}",
+        f"shorter side       {_told(report['pixels'])}",
+    ]
+    lines += [f"passed over        {count} {reason}" for reason, count in report["passed_over"].items()]
+    lines += [f"cannot be read     record {number}: {why}" for number, why in report["bad"][:SHOWN]]
+    if len(report["bad"]) > SHOWN:
+        lines.append(f"                   and {len(report['bad']) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def _spread(values: list[int]) -> dict | None:
+    if not values:
+        return None
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def _told(spread: dict | None) -> str:
+    return "not known" if spread is None else "{least} … {most}, median {median:g}".format(**spread)

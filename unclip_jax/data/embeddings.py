@@ -1,0 +1,100 @@
+"""What CLIP says of a data set, worked out once (`unclip data embed`): records for training a prior, without pictures.
+
+    embeddings.json              fields and their shapes, the CLIP's identity, statistics of z_img
+    train-00000.arrayrecord …    records of fixed size: the fields' bytes, little-endian, one after the other
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from unclip_jax.data.images import BadImage
+from unclip_jax.data.source import Source
+from unclip_jax.errors import UserError, suggest
+
+META = "embeddings.json"
+VERSION = 1
+
+
+class Embeddings(Source):
+    """Arrays z_img f32[D], z_txt f32[D], tokens i32[L], mask bool[L], and states f32[L, W] where they were kept.
+
+    Args:
+      path: the folder that `unclip data embed` wrote.
+      split: "train", "test", …: those embedded; "heldout" is "test" where there is no other.
+      size: has no effect, nor has seed.
+    """
+
+    name = "embeddings"
+    licence = "as the pictures'"
+    max_bad = 0.0
+
+    def __init__(self, path: str = "", split: str = "train", size: int = 64, seed: int = 0):
+        if not path:
+            raise UserError("the source 'embeddings' needs data.path", "make one with: unclip data embed")
+        self.folder = Path(path).expanduser()
+        meta = read_meta(self.folder)
+        self.clip_identity, self.fields = meta["clip_identity"], meta["fields"]
+        splits = meta["splits"]
+        split = "test" if split == "heldout" and split not in splits else split
+        if split not in splits:
+            raise UserError(f"data.split={split!r} was not embedded in {path}", suggest(split, splits))
+        self.split, self.length = split, splits[split]
+        self.files = sorted(str(file) for file in self.folder.glob(f"{split}-*.arrayrecord"))
+        self._records = None
+        if (found := len(self.records)) != self.length:
+            raise UserError(
+                f"{path} holds {found} records of '{split}', and {self.length} were written", "make it anew"
+            )
+
+    def __getstate__(self):
+        return {**self.__dict__, "_records": None}
+
+    @property
+    def records(self):
+        """Random access to the records' bytes; opened where it is used, for workers."""
+        if self._records is None:
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+            self._records = ArrayRecordDataSource(self.files) if self.files else ()
+        return self._records
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        data, arrays, at = self.records[i], {}, 0
+        for name, (dtype, shape) in self.fields.items():
+            kind = np.dtype(dtype)
+            count = int(np.prod(shape, dtype=np.int64))
+            if len(data) < at + count * kind.itemsize:
+                raise BadImage(f"record {i} of {self.folder} is too short")
+            arrays[name] = np.frombuffer(data, kind, count, at).reshape(shape)
+            at += count * kind.itemsize
+        return arrays
+
+
+def pack(arrays: dict[str, np.ndarray]) -> bytes:
+    """One record's bytes, the fields in their order."""
+    return b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+
+
+def read_meta(folder: Path) -> dict:
+    """The checked contents of embeddings.json."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["version"] != VERSION:
+            what = f"{folder / META} has version {meta['version']!r}, and {VERSION} is read here"
+            raise UserError(what, "make it anew")
+        for name, (dtype, shape) in meta["fields"].items():
+            assert re.fullmatch(r"<[fi]\d|\|b1", dtype) and all(isinstance(n, int) and n > 0 for n in shape), name
+        assert all(isinstance(n, int) for n in meta["splits"].values()) and isinstance(meta["clip_identity"], str)
+    except OSError as e:
+        raise UserError(f"{folder} holds no embeddings ({e.strerror or e})", "make them with: unclip data embed") from e
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
+        raise UserError(f"{folder / META} is not what `unclip data embed` writes ({e})", "make it anew") from e
+    return meta

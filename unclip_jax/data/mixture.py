@@ -1,0 +1,79 @@
+"""Several sources as one, each with its share of the records."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from unclip_jax.data.source import Source
+from unclip_jax.errors import UserError
+
+PERIOD = 1000  # records after which the pattern of parts comes again
+
+
+class Mixture(Source):
+    """Record i is of the part that a fixed pattern names, whose records follow one another; shorter parts repeat.
+
+    An epoch ends when no part has an unseen record. In every 1000 records each part has its weight's share, rounded.
+
+    Args:
+      parts: blocks as `data` itself, each with `source`, `weight` > 0 and that source's own arguments; `size` and
+        `split` are the mixture's.
+      split: of every part.
+      size: side in pixels.
+      seed: of the pattern, and of parts that draw by chance.
+    """
+
+    name = "mixture"
+
+    def __init__(self, parts: Sequence[Mapping] = (), split: str = "train", size: int = 64, seed: int = 0):
+        from unclip_jax.data import make
+
+        if not parts:
+            raise UserError("the source 'mixture' needs data.parts", "set it to (dict(source=…, weight=…), …)")
+        self.parts, weights = [], []
+        for number, part in enumerate(parts):
+            if not isinstance(part, Mapping) or "source" not in part:
+                raise UserError(f"data.parts[{number}]={part!r} must be a dict with 'source' and 'weight'")
+            own = {"seed": seed, **part}
+            weight = own.pop("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+                raise UserError(f"data.parts[{number}].weight={weight!r} must be a number above 0")
+            if own["source"] == "mixture":
+                raise UserError(f"data.parts[{number}] is a mixture itself", "put its parts into the one mixture")
+            self.parts.append(make(**{**own, "split": split, "size": size}))
+            weights.append(weight)
+        self.split, self.size = split, size
+        self.licence = "; ".join(dict.fromkeys(part.licence for part in self.parts))
+        self.max_bad = max(getattr(part, "max_bad", 0.1) for part in self.parts)
+        counts = _shares(np.array(weights))
+        pattern = np.repeat(np.arange(len(counts)), counts)
+        self.pattern = np.random.default_rng(seed).permutation(pattern)
+        # rank[s]: how many of the slots before s are of the same part
+        self.rank = np.zeros(PERIOD, np.int64)
+        for part in range(len(counts)):
+            self.rank[self.pattern == part] = np.arange(counts[part])
+        self.counts = counts
+        self.length = PERIOD * max(-(-len(part) // int(c)) for part, c in zip(self.parts, counts, strict=True))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        period, slot = divmod(i, PERIOD)
+        part = int(self.pattern[slot])
+        number = period * int(self.counts[part]) + int(self.rank[slot])
+        return self.parts[part][number % len(self.parts[part])]
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    """Whole shares of PERIOD, at least 1 each, by largest remainders."""
+    exact = weights / weights.sum() * PERIOD
+    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
+    order = np.argsort(counts - exact)
+    for k in range(PERIOD - int(counts.sum())):
+        counts[order[k % len(order)]] += 1
+    while counts.sum() > PERIOD:
+        counts[counts.argmax()] -= 1
+    return counts
