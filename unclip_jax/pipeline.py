@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
-from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.sample import SAMPLERS, check_settings
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
@@ -30,42 +30,53 @@ from unclip_jax.weights import DTYPES
 class Settings:
     """What a caller may change about sampling; None keeps what the stage's config says.
 
-    Steps are 1 … the number the stage was trained with; a guidance of 1 is none, 0 ignores the prompt.
+    Names that begin with `prior_` are of the prior, with `upsample_` of every upsampler, and others of the decoder.
 
     Args:
-      prior_steps, prior_guidance, candidates: of the prior; the best of `candidates` by dot product is kept.
-      steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim", "dpm", "heun").
-      upsample_steps: of every upsampler.
+      steps: 1 … the number the stage was trained with.
+      sampler: by name: "ddpm", "analytic", "ddim", "dpm", "heun".
+      guidance, rescale, interval: guidance 1 is none, 0 ignores the prompt; see `diffusion.draw`.
+      threshold: quantile of dynamic thresholding; see `diffusion.sample.viewer`.
+      candidates: the best of so many embeddings, by dot product with the caption's, is kept.
     """
 
     prior_steps: int | None = None
+    prior_sampler: str | None = None
     prior_guidance: float | None = None
+    prior_rescale: float | None = None
+    prior_interval: tuple[float, float] | None = None
+    prior_threshold: float | None = None
     candidates: int | None = None
     steps: int | None = None
-    guidance: float | None = None
     sampler: str | None = None
+    guidance: float | None = None
+    rescale: float | None = None
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
     upsample_steps: int | None = None
+    upsample_sampler: str | None = None
+    upsample_threshold: float | None = None
 
     def __post_init__(self):
-        for name in ("prior_steps", "candidates", "steps", "upsample_steps"):
-            value = getattr(self, name)
-            if value is not None and not _whole(value, 1):
+        for name, value in dataclasses.asdict(self).items():
+            if value is None:
+                continue
+            kind = name.split("_")[-1]
+            if kind in ("steps", "candidates") and not _whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("prior_guidance", "guidance"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if kind == "guidance" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise UserError(f"sampler={self.sampler!r} is unknown", suggest(self.sampler, SAMPLERS))
+            if kind == "sampler" and value not in SAMPLERS:
+                raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
+            if kind in ("threshold", "rescale", "interval"):
+                check_settings(name.removesuffix(kind), **{kind: value})
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""
-        names = {
-            "prior": {"steps": "prior_steps", "guidance": "prior_guidance", "candidates": "candidates"},
-            "decoder": {"steps": "steps", "guidance": "guidance", "name": "sampler"},
-            "upsampler": {"steps": "upsample_steps"},
-        }[role]
-        values = {key: getattr(self, name) for key, name in names.items()}
+        prefix = {"prior": "prior_", "decoder": "", "upsampler": "upsample_"}[role]
+        kinds = {"name": "sampler"} | {k: k for k in ("steps", "guidance", "rescale", "interval", "threshold")}
+        values = {key: getattr(self, prefix + kind, None) for key, kind in kinds.items()}
+        values["candidates"] = self.candidates if role == "prior" else None
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -150,6 +161,9 @@ class UnCLIP:
                     f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
                 )
             used[name] = {**config.sampler.to_dict(), **own}
+            if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
+                what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
+                raise UserError(what, f"measure it: unclip export … --analytic {name}")
         return used
 
     def generate(

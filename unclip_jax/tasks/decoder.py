@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import resize
-from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
-from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.diffusion.sample import draw, initial_noise
+from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.tasks.clip import ask, ask_empty, drop_captions
@@ -28,7 +28,7 @@ class DecoderTask:
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
       empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo).
       vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
-      sampler: defaults of `sample`: name, steps, guidance.
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, guidance, …).
     """
 
     model: Decoder
@@ -82,26 +82,29 @@ class DecoderTask:
         args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
         return self.model.apply({"params": params}, *args, method="condition")
 
-    def loss(self, params, batch, rng):
-        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
-        x0 = batch["image"]
-        b = x0.shape[0]
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
-        keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
-        keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
+    def x0_and_denoise(self, params, batch, keep_image=None, keep_text=None, **train):
+        """An encoded batch's images, and the network that knows z_img and caption where kept; None: everywhere."""
+        everywhere = jnp.ones(batch["image"].shape[:1], bool)
+        keep_image, keep_text = (everywhere if keep is None else keep for keep in (keep_image, keep_text))
         cond = self.condition(params, batch, keep_image, keep_text)
 
         def denoise(xt, time):
-            out = self.model.apply(
-                {"params": params}, xt, time, cond, train=True, method="denoise", rngs={"dropout": dropout}
-            )
-            return split_variance(out)
+            return split_variance(self.model.apply({"params": params}, xt, time, cond, method="denoise", **train))
 
+        return batch["image"], denoise
+
+    def loss(self, params, batch, rng):
+        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
+        b = batch["image"].shape[0]
+        keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
+        keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
+        train = dict(train=True, rngs={"dropout": dropout})
+        x0, denoise = self.x0_and_denoise(params, batch, keep_image, keep_text, **train)
         loss, metrics = diffusion_loss(
             self.schedule,
             denoise,
             x0,
-            t,
+            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
             jax.random.normal(noise_rng, x0.shape),
             self.target,
             self.vlb_weight,
@@ -116,22 +119,24 @@ class DecoderTask:
         alone, with every caption dropped (variations).
         """
         settings = {**self.sampler, **over}
-        b, guidance = cond["z_img"].shape[0], settings["guidance"]
-        halves = 1 if guidance == 1 else 2
+        b, halves = cond["z_img"].shape[0], 1 if settings["guidance"] == 1 else 2
         seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
-        shared = self.condition(params, cond, keep, keep & settings.get("caption", True))
+        shared = self.condition(params, cond, keep, keep & settings.pop("caption", True))
 
         def denoise(xt, time):
-            return split_variance(self.model.apply({"params": params}, xt, time, shared, method="denoise"))
+            own = jax.tree.map(lambda a: a[:xt.shape[0]], shared)  # all rows, or the first half of them
+            return split_variance(self.model.apply({"params": params}, xt, time, own, method="denoise"))
 
-        image = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
-            denoise if halves == 1 else guide_batched(denoise, guidance),
+        image = draw(
+            self.schedule,
+            denoise,
             initial_noise(keys, (self.image_size, self.image_size, 3)),
             keys,
             target=self.target,
+            x0_variance=params.get("x0_variance"),
+            **settings,
         )
         return jnp.clip(image, -1, 1)
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import gaussian_blur, resize
-from unclip_jax.diffusion.guide import hand_over
+from unclip_jax.diffusion.guide import within
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
+from unclip_jax.diffusion.sample import draw, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet
@@ -32,7 +32,7 @@ class UpsamplerTask:
         are then {"net": …, "last": …}, for sampling only.
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
-      sampler: defaults of `sample`: name, steps.
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …).
     """
 
     model: UNet
@@ -69,12 +69,16 @@ class UpsamplerTask:
             raise ValueError(f"images of {side} pixels must be divisible by factor={self.factor}")
         return {**batch, "low": resize(batch["image"], side // self.factor)}
 
-    def _denoise(self, params, low, size, train=False, rngs=None):
+    def x0_and_denoise(self, params, batch, **train):
+        """An encoded batch's large images, and the network that is shown the small ones."""
+        return batch["image"], self._denoise(params, batch["low"], batch["image"].shape[1], **train)
+
+    def _denoise(self, params, low, size, **train):
         enlarged = resize(low, size)
 
         def denoise(xt, time):
             x = jnp.concatenate([xt, enlarged], axis=-1)
-            return split_variance(self.model.apply({"params": params}, x, time, train=train, rngs=rngs))
+            return split_variance(self.model.apply({"params": params}, x, time, **train))
 
         return denoise
 
@@ -83,13 +87,14 @@ class UpsamplerTask:
             what = f"objective.last_steps={self.last_steps} is for sampling with converted weights"
             raise UserError(what, "train with objective.last_steps=0")
         t_rng, noise_rng, blur_rng, dropout = jax.random.split(rng, 4)
-        x0, low = batch["image"], batch["low"]
-        b = x0.shape[0]
+        b = batch["image"].shape[0]
         blurred = jax.random.uniform(blur_rng, (b, 1, 1, 1)) < self.blur_share
-        low = jnp.where(blurred, gaussian_blur(low, self.blur), low)
+        low = jnp.where(blurred, gaussian_blur(batch["low"], self.blur), batch["low"])
+        train = dict(train=True, rngs={"dropout": dropout})
+        x0, denoise = self.x0_and_denoise(params, {**batch, "low": low}, **train)
         loss, metrics = diffusion_loss(
             self.schedule,
-            self._denoise(params, low, x0.shape[1], True, {"dropout": dropout}),
+            denoise,
             x0,
             jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
             jax.random.normal(noise_rng, x0.shape),
@@ -101,21 +106,22 @@ class UpsamplerTask:
 
     def sample(self, params, cond, keys, **over):
         """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1]."""
-        settings = {**self.sampler, **over}
-        low = cond["low"]
+        settings, low = {**self.sampler, **over}, cond["low"]
         size = low.shape[1] * self.factor
-        schedule = respace(self.schedule, settings["steps"])
         if self.last_steps:
             first, last = (self._denoise(params[name], low, size) for name in ("net", "last"))
-            denoise = hand_over(first, last, schedule.timesteps[:self.last_steps][-1])
+            times = respace(self.schedule, settings["steps"]).timesteps[:self.last_steps]
+            denoise = within(0, int(times[-1]), last, first)
         else:
             denoise = self._denoise(params, low, size)
-        image = SAMPLERS[settings["name"]](
-            schedule,
+        image = draw(
+            self.schedule,
             denoise,
             initial_noise(keys, (size, size, 3)),
             keys,
             target=self.target,
+            x0_variance=params.get("x0_variance"),
+            **settings,
         )
         return jnp.clip(image, -1, 1)
 
