@@ -101,7 +101,10 @@ def decoder(v: dict, data: dict):
         num_steps=v["num_steps"],
         model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"]),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS, shift=v.get("shift", 1.0)),
-        objective=dict(target="x0", weighting="none", clip_drop=0.1, text_drop=v.get("text_drop", 0.5), vlb_weight=0.0),
+        objective=dict(
+            dict(target="x0", weighting="none", clip_drop=0.1, text_drop=v.get("text_drop", 0.5), vlb_weight=0.0),
+            **({"inpaint": True} if v.get("inpaint") else {}),
+        ),
         sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,

@@ -19,11 +19,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
-from unclip_jax.diffusion.sample import SAMPLERS, check_settings
+from unclip_jax.data.masks import known_at, square_hole
+from unclip_jax.diffusion.draw import check_settings
+from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
+
+RESAMPLE = (5, 4)  # jump and resample of RePaint, for decoders that never learned to inpaint; see docs/results.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,20 +229,83 @@ class UnCLIP:
           UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
         """
         _check_call([""] * len(images), seed, num, batch_size)
-        vision = self.tasks["clip"].model.vision
-        if vision is None:
-            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
-        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
-        tokens, mask = self.tokenizer.encode([""] * len(images))
-        cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
-        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
+        cond = {name: value.repeat(num, 0) for name, value in self._asked(images, None).items()}
         used = self.settings(**settings)
         used["decoder"] = {**used["decoder"], "caption": False}
         keys = picture_keys(seed, len(images), num)
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
-    def _draw(self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool):
-        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
+    def inpaint(
+        self,
+        images: Sequence[np.ndarray],
+        holes: Sequence[np.ndarray] | None,
+        prompts: Sequence[str] | None,
+        seed: int = 0,
+        *,
+        num: int = 1,
+        strength: float = 1.0,
+        jump: int | None = None,
+        resample: int | None = None,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ) -> np.ndarray | Drawn:
+        """Paints the holes of pictures anew -> u8[len(images) * num, H, W, 3], image by image.
+
+        Outside the hole the result is the given picture, brought to H x W, to the bit. A decoder that was trained with
+        `objective.inpaint` sees the picture; any other is led by RePaint (`diffusion.inpaint`).
+
+        Args:
+          images: u8[h, w, 3] each; the middle square counts.
+          holes: bool[h, w] each, True where to paint; None paints all of it (image-to-image, for strength below 1).
+          prompts: what the whole picture is to show, one for each image; None draws from the images' own embeddings.
+          strength: above 0 and at most 1: how much of the steps is drawn, beginning from the noised picture.
+          jump, resample: of `diffusion.inpaint.travel`; None is RESAMPLE, or 1 for a decoder trained to inpaint.
+          seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
+
+        Raises:
+          UserError: a bad argument, an empty hole, a stack that lacks what is needed, or a stage gave NaN.
+        """
+        _check_call([""] * len(images) if prompts is None else prompts, seed, num, batch_size)
+        task = self.tasks["decoder"]
+        usual = (1, 1) if task.inpaint else RESAMPLE
+        jump, resample = (own if given is None else given for given, own in zip((jump, resample), usual, strict=True))
+        for name, value in (("jump", jump), ("resample", resample)):
+            if not _whole(value, 1):
+                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+        squares, masks = _given(images, holes, prompts, strength, self.size)
+        cond, used = self._asked(images, prompts), self.settings(**settings)
+        used["decoder"] |= {"strength": float(strength), "jump": jump, "resample": resample}
+        if prompts is None:
+            used["decoder"]["caption"] = False
+        cond, squares = ({k: v.repeat(num, 0) for k, v in cond.items()}, squares.repeat(num, 0))
+        masks = None if masks is None else masks.repeat(num, 0)
+        keys = picture_keys(seed, len(images), num)
+        drawn = self._draw(cond, keys, used, batch_size, True, progress, lambda size: known_at(squares, masks, size))
+        pasted = drawn.images if masks is None else np.where(masks[..., None], drawn.images, squares)
+        return drawn._replace(images=pasted) if return_stages else pasted
+
+    def _asked(self, images: Sequence[np.ndarray], prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """What CLIP is asked: the prompts, or the pictures where there are none."""
+        tokens, mask = self.tokenizer.encode([""] * len(images) if prompts is None else list(prompts))
+        if prompts is not None:
+            if "prior" not in self.tasks:
+                raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
+            return {"tokens": tokens, "mask": mask}
+        vision = self.tasks["clip"].model.vision
+        if vision is None:
+            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
+        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
+        return {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
+
+    def _draw(
+        self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool, known=None
+    ):
+        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet.
+
+        known: side -> what a stage that draws pictures of that side is told of a given one; None: nothing.
+        """
         total = len(keys)
         size = min(batch_size, 1 << (total - 1).bit_length())
         bar = None if progress else True
@@ -250,9 +317,10 @@ class UnCLIP:
         cond.pop("image", None)
         if "z_img" not in cond:
             cond["z_img"] = run(1, "prior", cond)
-        base = images = run(2, "decoder", cond)
+        told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
+        base = images = run(2, "decoder", {**cond, **told("decoder")})
         for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images})
+            images = run(number, stage, {"low": images, **told(stage)})
         pictures = to_uint8(images)
         if not return_stages:
             return pictures
@@ -308,6 +376,29 @@ def _square(image, number: int, side: int) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
     return center_crop_resize(Image.fromarray(image), side)
+
+
+def _given(images, holes, prompts, strength, side: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pictures as u8[N, side, side, 3], their holes as bool[N, side, side]; UserError for what is none."""
+    if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+        raise UserError(f"strength={strength!r} must be above 0 and at most 1")
+    for name, given in (("prompts", prompts), ("holes", holes)):
+        if given is not None and len(given) != len(images):
+            raise UserError(f"{len(given)} {name} for {len(images)} images; one for each is needed")
+    squares = np.stack([_square(image, k, side) for k, image in enumerate(images)])
+    if holes is None:
+        return squares, None
+    masks = []
+    for k, (image, hole) in enumerate(zip(images, holes, strict=True)):
+        hole = np.asarray(hole)
+        if hole.dtype != bool or hole.shape != np.shape(image)[:2]:
+            shape = f"{hole.dtype}{list(hole.shape)}"
+            raise UserError(f"hole {k} is {shape}; expected bool{list(np.shape(image)[:2])}, as its image")
+        masks.append(square_hole(hole, side))
+        if not masks[-1].any():
+            where = "the middle square of the picture, which is what is painted in" if hole.any() else "the picture"
+            raise UserError(f"hole {k} has no pixel in {where}", "mark some of it")
+    return squares, np.stack(masks)
 
 
 def _role(stage: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 from unclip_jax.diffusion import sample
 from unclip_jax.diffusion import schedule as S
-from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out, guide_batched
 from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, dpm, heun, initial_noise
 from unclip_jax.errors import UserError
 
@@ -322,7 +323,7 @@ def test_variance_is_ignored_or_missing_as_asked():
 def plain(sched, denoise, noise, **settings):
     """`draw` with nothing but a sampler's name, unless told."""
     settings = {"name": "ddim", "steps": len(sched), **settings}
-    return sample.draw(sched, denoise, noise, keys_of(len(noise)), target="x0", **settings)
+    return draw(sched, denoise, noise, keys_of(len(noise)), target="x0", **settings)
 
 
 def halves(calls=None):
@@ -341,7 +342,7 @@ def test_neutral_settings_are_the_plain_sampler_to_the_bit(name):
     sched, keys, table = S.respace(FULL, 12), keys_of(2), np.linspace(0.1, 0.9, 12)
     noise = initial_noise(keys, (5,))
     more = {"x0_variance": table[np.arange(12)]} if name == "analytic" else {}
-    by_hand = SAMPLERS[name](sched, sample.guide_batched(halves(), 3.0), noise, keys, target="x0", **more)
+    by_hand = SAMPLERS[name](sched, guide_batched(halves(), 3.0), noise, keys, target="x0", **more)
     neutral = {"guidance": 3.0, "rescale": 0.0, "interval": (0, 1), "threshold": None}
     for settings in ({"guidance": 3.0}, neutral):
         got = plain(sched, halves(), noise, name=name, x0_variance=table, **settings)

@@ -1,8 +1,9 @@
 """Diffusion: schedules, losses, guidance and samplers over any denoiser `(xt, model_time) -> Out`."""
 
+from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Denoise, Out, guide, guide_batched, within
 from unclip_jax.diffusion.loss import bpd, diffusion_loss, prior_bpd, simple, vlb, x0_variance
-from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, draw, initial_noise
+from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, initial_noise
 from unclip_jax.diffusion.schedule import (
     Schedule,
     make_schedule,

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import jax
 
+from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.loss import x0_variance
-from unclip_jax.diffusion.sample import check_settings
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
@@ -26,8 +26,8 @@ from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "check", "clip_identity", "load_clip", "load_stage", "make", "measure",
-    "measure_x0_variance", "measurer",
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "clip_identity", "load_clip", "load_stage", "make",
+    "measure", "measure_x0_variance", "measurer",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -123,6 +123,12 @@ def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
         return {name: value / number for name, (value, number) in totals.items()}
 
     return run
+
+
+def adopt(task: Task, params: Any) -> Any:
+    """A stored stage's parameters as `task` can go on from: without a measured table, with channels it lacks added."""
+    params = {name: value for name, value in params.items() if name != "x0_variance"}
+    return task.adopt(params) if hasattr(task, "adopt") else params
 
 
 def measure_x0_variance(

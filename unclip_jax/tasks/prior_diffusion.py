@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import draw, initial_noise
+from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior

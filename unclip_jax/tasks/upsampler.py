@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import gaussian_blur, resize
+from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import within
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import draw, initial_noise
+from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet
@@ -105,7 +106,10 @@ class UpsamplerTask:
         return loss.mean(), metrics
 
     def sample(self, params, cond, keys, **over):
-        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1]."""
+        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1].
+
+        With {known, keep} of the large size in `cond`, the known picture stays where keep is 1.
+        """
         settings, low = {**self.sampler, **over}, cond["low"]
         size = low.shape[1] * self.factor
         if self.last_steps:
@@ -121,6 +125,8 @@ class UpsamplerTask:
             keys,
             target=self.target,
             x0_variance=params.get("x0_variance"),
+            image=cond.get("known"),
+            keep=cond.get("keep"),
             **settings,
         )
         return jnp.clip(image, -1, 1)
