@@ -41,6 +41,7 @@ class Settings:
       sampler: by name: "ddpm", "analytic", "ddim", "dpm", "heun".
       guidance, rescale, interval: guidance 1 is none, 0 ignores the prompt; see `diffusion.draw`.
       threshold: quantile of dynamic thresholding; see `diffusion.sample.viewer`.
+      tile, overlap: side of the tiles that upsamplers work on, and what they share, in pixels; see `diffusion.tile`.
       candidates: the best of so many embeddings, by dot product with the caption's, is kept.
     """
 
@@ -60,6 +61,8 @@ class Settings:
     upsample_steps: int | None = None
     upsample_sampler: str | None = None
     upsample_threshold: float | None = None
+    tile: int | None = None
+    overlap: int | None = None
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -81,6 +84,8 @@ class Settings:
         kinds = {"name": "sampler"} | {k: k for k in ("steps", "guidance", "rescale", "interval", "threshold")}
         values = {key: getattr(self, prefix + kind, None) for key, kind in kinds.items()}
         values["candidates"] = self.candidates if role == "prior" else None
+        if role == "upsampler":
+            values |= {"tile": self.tile, "overlap": self.overlap}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -165,6 +170,8 @@ class UnCLIP:
                     f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
                 )
             used[name] = {**config.sampler.to_dict(), **own}
+            if used[name].get("tile") is not None:
+                self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
             if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
                 what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")

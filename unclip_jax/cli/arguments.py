@@ -72,6 +72,8 @@ def add_settings(sub: Parser) -> None:
         group.add_argument(
             f"--{prefix}interval", type=pair, metavar="LOW,HIGH", help="guide at these noise levels only, within 0,1"
         )
+    group.add_argument("--tile", type=count, metavar="N", help="upsample in tiles of N pixels, for little memory")
+    group.add_argument("--overlap", type=count, metavar="N", help="of neighbouring tiles, in pixels (a quarter of one)")
     group.add_argument("--candidates", type=count, metavar="N", help="embeddings to choose the best from")
 
 
