@@ -106,7 +106,7 @@ def test_a_small_picture_is_u8_still_like_the_large_one_and_decided_by_its_seed(
     drawn = [D.degrade(scene, 4, np.random.default_rng([1, k]), name) for k in range(12)]
     for k, small in enumerate(drawn):
         assert small.shape == (16, 16, 3) and small.dtype == np.uint8
-        assert np.corrcoef(small.ravel(), plain.ravel())[0, 1] > 0.7
+        assert np.corrcoef(small.ravel(), plain.ravel())[0, 1] > {"bsr": 0.2, "bsr_light": 0.7}[name]
         np.testing.assert_array_equal(small, D.degrade(scene, 4, np.random.default_rng([1, k]), name))
     assert len({small.tobytes() for small in drawn}) == 12
 

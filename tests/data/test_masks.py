@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from unclip_jax.data.images import to_float
+from unclip_jax.data.images import center_crop_resize, to_float
 from unclip_jax.data.masks import KINDS, known_at, random_holes, square_hole
 
 
 def test_training_holes_are_of_all_kinds_at_their_rates():
-    n, size = 2000, 16
+    n, size = 600, 16
     holes = np.asarray(jax.jit(lambda rng: random_holes(rng, n, size))(jax.random.key(0)))
     assert holes.shape == (n, size, size) and holes.dtype == bool and sum(KINDS.values()) == pytest.approx(1)
     share = holes.mean((1, 2))
@@ -20,23 +21,23 @@ def test_training_holes_are_of_all_kinds_at_their_rates():
     for found, rate in (((share == 1), KINDS["all"]), ((share == 0), KINDS["none"]), (np.array(boxes), KINDS["box"])):
         assert abs(found.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / n) + 0.02  # a stroke may be a box, rarely
     partial = share[(share > 0) & (share < 1)]
-    assert partial.min() < 0.05 and partial.max() > 0.6 and len(np.unique(partial)) > 50
-    again = np.asarray(random_holes(jax.random.key(0), n, size)[:5])
-    np.testing.assert_array_equal(again, holes[:5])
+    assert partial.min() < 0.05 and partial.max() > 0.6 and len(np.unique(partial)) > 40
 
 
-@pytest.mark.parametrize("size", [4, 8, 12, 16, 5])
-def test_a_pixel_is_in_the_hole_if_any_part_of_it_is(size):
+@pytest.mark.parametrize("size", [2, 4, 5, 7, 8])
+def test_a_pixel_is_in_the_hole_if_it_takes_anything_from_there(size):
     hole = np.zeros((8, 12), bool)
     hole[3, 2:4] = True  # of the middle square's columns 2 … 10, the first two
-    got = square_hole(hole, size)
-    edges = np.arange(size + 1) * 8 / size
-    rows = (edges[:-1] < 4) & (edges[1:] > 3)
-    cols = edges[:-1] < 2
-    if size >= 8 and size % 8:
-        assert got.any() and not (got & ~(rows[:, None] & cols[None])).any()
-    else:
-        np.testing.assert_array_equal(got, rows[:, None] & cols[None])
+    hole[7, 9] = True
+    image = np.full((8, 12, 3), 100, np.uint8)
+    other = np.where(hole[..., None], np.uint8(255), image)
+    small, changed = (center_crop_resize(Image.fromarray(x), size) for x in (image, other))
+    np.testing.assert_array_equal(square_hole(hole, size), (small != changed).any(-1))
+
+
+def test_a_hole_is_enlarged_with_its_picture():
+    hole = np.random.default_rng(0).integers(0, 2, (4, 4)).astype(bool)
+    np.testing.assert_array_equal(square_hole(hole, 8), hole.repeat(2, 0).repeat(2, 1))
 
 
 def test_what_a_stage_is_told():

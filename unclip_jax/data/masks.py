@@ -47,7 +47,7 @@ def _strokes(key, size: int):
 
 
 def square_hole(hole: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of bool[h, w] as bool[size, size], True wherever any part of a pixel is in the hole."""
+    """The middle square of bool[h, w] as bool[size, size], True where a pixel takes anything from the hole."""
     side = min(hole.shape)
     top, left = (hole.shape[0] - side) // 2, (hole.shape[1] - side) // 2
     square = Image.fromarray(np.uint8(255) * hole[top : top + side, left : left + side])
