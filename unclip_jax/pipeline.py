@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
-from unclip_jax.data.masks import known_at, square_hole
+from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
@@ -172,6 +172,8 @@ class UnCLIP:
             used[name] = {**config.sampler.to_dict(), **own}
             if used[name].get("tile") is not None:
                 self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
+            elif used[name].get("overlap") is not None:
+                raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile too")
             if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
                 what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")
@@ -281,7 +283,12 @@ class UnCLIP:
         for name, value in (("jump", jump), ("resample", resample)):
             if not _whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-        squares, masks = _given(images, holes, prompts, strength, self.size)
+        if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+            raise UserError(f"strength={strength!r} must be above 0 and at most 1")
+        if prompts is not None and len(prompts) != len(images):
+            raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
+        squares = np.stack([_square(image, k, self.size) for k, image in enumerate(images)])
+        masks = None if holes is None else holes_at(images, holes, self.size)
         cond, used = self._asked(images, prompts), self.settings(**settings)
         used["decoder"] |= {"strength": float(strength), "jump": jump, "resample": resample}
         if prompts is None:
@@ -383,29 +390,6 @@ def _square(image, number: int, side: int) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
     return center_crop_resize(Image.fromarray(image), side)
-
-
-def _given(images, holes, prompts, strength, side: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The pictures as u8[N, side, side, 3], their holes as bool[N, side, side]; UserError for what is none."""
-    if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
-        raise UserError(f"strength={strength!r} must be above 0 and at most 1")
-    for name, given in (("prompts", prompts), ("holes", holes)):
-        if given is not None and len(given) != len(images):
-            raise UserError(f"{len(given)} {name} for {len(images)} images; one for each is needed")
-    squares = np.stack([_square(image, k, side) for k, image in enumerate(images)])
-    if holes is None:
-        return squares, None
-    masks = []
-    for k, (image, hole) in enumerate(zip(images, holes, strict=True)):
-        hole = np.asarray(hole)
-        if hole.dtype != bool or hole.shape != np.shape(image)[:2]:
-            shape = f"{hole.dtype}{list(hole.shape)}"
-            raise UserError(f"hole {k} is {shape}; expected bool{list(np.shape(image)[:2])}, as its image")
-        masks.append(square_hole(hole, side))
-        if not masks[-1].any():
-            where = "the middle square of the picture, which is what is painted in" if hole.any() else "the picture"
-            raise UserError(f"hole {k} has no pixel in {where}", "mark some of it")
-    return squares, np.stack(masks)
 
 
 def _role(stage: str) -> str:

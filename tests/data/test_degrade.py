@@ -150,5 +150,7 @@ def test_batches_hold_small_pictures_that_position_and_seed_decide():
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="loader.degrade='brs' is unknown. Fix: did you mean 'bsr'"):
         batches(degrade="brs")
+    with pytest.raises(UserError, match="loader.factor=5 must divide the 32 pixels"):
+        batches(factor=5)
     with pytest.raises(ValueError, match="24 x 32 pixels must be divisible by factor=5"):
         D.degrade(picture().astype(np.uint8), 5, np.random.default_rng(0))

@@ -3,7 +3,17 @@
 import argparse
 from pathlib import Path
 
-from unclip_jax.cli.arguments import add_model, add_settings, command, count, done, load, prompts_of, share
+from unclip_jax.cli.arguments import (
+    MAX_PICTURES,
+    add_model,
+    add_settings,
+    command,
+    count,
+    done,
+    load,
+    prompts_of,
+    share,
+)
 from unclip_jax.errors import UserError
 
 MAX_BORDER = 10_000
@@ -30,6 +40,8 @@ def run(args) -> None:
     """Draws the pictures into a folder, the input beside them in the grid."""
     from unclip_jax import gallery
 
+    if args.num > MAX_PICTURES:
+        raise UserError(f"--num {args.num} is more than {MAX_PICTURES} pictures", "draw them in several calls")
     out = gallery.check_folder(args.out, args.overwrite)
     prompts = None if args.prompt is None else prompts_of(argparse.Namespace(prompt=[args.prompt], prompts=None))
     if prompts is None and args.strength is None:

@@ -67,6 +67,9 @@ def batches(
     make_low = None
     if degrade is not None:
         settings(degrade)
+        side = crop or getattr(source, "size", None)
+        if factor < 1 or (side and side % factor):
+            raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
         make_low = functools.partial(_degraded, factor=factor, name=degrade, seed=seed)
     _not_negative(start_step=start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     # One number apart in `seed` must not be one epoch apart in the shuffle, whose seeds are seed + epoch.

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax.data.images import center_crop_resize, to_float
+from unclip_jax.errors import UserError
 
 # Shares of the kinds of hole in training. Not in the papers; most are partial, and with "all" the network draws freely.
 KINDS = {"box": 0.4, "strokes": 0.3, "all": 0.2, "none": 0.1}
@@ -53,6 +54,22 @@ def square_hole(hole: np.ndarray, size: int) -> np.ndarray:
     square = Image.fromarray(np.uint8(255) * hole[top : top + side, left : left + side])
     method = Image.Resampling.BOX if side >= size else Image.Resampling.NEAREST
     return np.asarray(square.resize((size, size), method)) > 0
+
+
+def holes_at(images, holes, size: int) -> np.ndarray:
+    """`square_hole` of each of some pictures' holes, bool[N, size, size]; UserError for one that is none or is empty."""
+    if len(holes) != len(images):
+        raise UserError(f"{len(holes)} holes for {len(images)} images; one for each is needed")
+    squares = []
+    for k, (image, hole) in enumerate(zip(images, map(np.asarray, holes), strict=True)):
+        if hole.dtype != bool or hole.shape != np.shape(image)[:2]:
+            found, wanted = f"{hole.dtype}{list(hole.shape)}", list(np.shape(image)[:2])
+            raise UserError(f"hole {k} is {found}; expected bool{wanted}, as its image")
+        squares.append(square_hole(hole, size))
+        if not squares[-1].any():
+            where = "the middle square of the picture, which is what is painted in" if hole.any() else "the picture"
+            raise UserError(f"hole {k} has no pixel in {where}", "mark some of it")
+    return np.stack(squares)
 
 
 def known_at(images: np.ndarray, holes: np.ndarray | None, size: int) -> dict[str, np.ndarray]:

@@ -45,7 +45,8 @@ def draw(
       interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
         is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.
       image, strength: f32[B, …] to begin from, with so much of the steps left to go; see `inpaint.partway`.
-      keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, whatever the name.
+      keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, with DDPM's steps, or
+        DDIM's where the sampler named is a deterministic one.
     """
     check_settings(name=name, threshold=threshold, rescale=rescale, interval=interval)
     if guidance != 1:
@@ -58,7 +59,8 @@ def draw(
     if image is not None and strength != 1:
         short, noise = partway(short, image, strength, noise)
     if keep is not None:
-        return repaint(short, denoise, noise, keys, known=image, keep=keep, jump=jump, resample=resample, **view)
+        walk = dict(jump=jump, resample=resample, eta=1.0 if name in ("ddpm", "analytic") else 0.0)
+        return repaint(short, denoise, noise, keys, known=image, keep=keep, **walk, **view)
     if name == "analytic" and x0_variance is not None:
         more["x0_variance"] = x0_variance[np.searchsorted(sched.timesteps, short.timesteps)]
     return SAMPLERS[name](short, denoise, noise, keys, **view, **more)

@@ -54,17 +54,19 @@ def repaint(
     keep: jax.Array,
     jump: int = 1,
     resample: int = 1,
+    eta: float = 1.0,
     **view,
 ) -> jax.Array:
     """RePaint (Lugmayr et al., algorithm 1) -> x0 f32[B, …], equal to `known` to the bit where keep is 1.
 
-    Each step takes x_{t-1} from q(x_{t-1} | known) where it is known, and from DDPM's step elsewhere; going back up by
-    q(x_s | x_{t-1}) lets the two agree. The up-steps of one jump are one, being Gaussian.
+    Each step takes x_{t-1} from q(x_{t-1} | known) where it is known, and from the sampler's step elsewhere; going back up
+    by q(x_s | x_{t-1}) lets the two agree. The up-steps of one jump are one, being Gaussian.
 
     Args:
       noise: f32[B, …], where it begins; keys: key[B].
       known: f32[B, …], read where keep is 1; keep: f32 or bool, broadcast to it.
       jump, resample: of `travel`; resample 1 never goes back.
+      eta: of `sample.ddim`'s step: 1 is DDPM's, as in the paper.
       view: of `sample.viewer`: target, clip_x0, threshold.
     """
     for name, value in (("jump", jump), ("resample", resample)):
@@ -74,7 +76,7 @@ def repaint(
     rows = travel(sched.num_steps, jump, resample)
     abar = np.append(1.0, sched.alphas_cumprod)  # by level
     up = jnp.asarray(abar[rows[:, 1]] / abar[rows[:, 0] - 1], float)
-    prev, std = sched.alphas_cumprod_prev, np.sqrt(sched.posterior_variance)
+    prev, std = sched.alphas_cumprod_prev, eta * np.sqrt(sched.posterior_variance)
     direction = np.sqrt(np.maximum(1 - prev - std**2, 0))
 
     def step(xt, row):
