@@ -22,12 +22,13 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
 
-RESAMPLE = (5, 4)  # jump and resample of RePaint, for decoders that never learned to inpaint; see docs/results.md
+RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,18 +271,16 @@ class UnCLIP:
           holes: bool[h, w] each, True where to paint; None paints all of it (image-to-image, for strength below 1).
           prompts: what the whole picture is to show, one for each image; None draws from the images' own embeddings.
           strength: above 0 and at most 1: how much of the steps is drawn, beginning from the noised picture.
-          jump, resample: of `diffusion.inpaint.travel`; None is RESAMPLE, or 1 for a decoder trained to inpaint.
+          jump, resample: of `diffusion.inpaint.travel`; by default a sixth of the steps, and RESAMPLE or, for a decoder
+            trained to inpaint, 1.
           seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
 
         Raises:
           UserError: a bad argument, an empty hole, a stack that lacks what is needed, or a stage gave NaN.
         """
         _check_call([""] * len(images) if prompts is None else prompts, seed, num, batch_size)
-        task = self.tasks["decoder"]
-        usual = (1, 1) if task.inpaint else RESAMPLE
-        jump, resample = (own if given is None else given for given, own in zip((jump, resample), usual, strict=True))
         for name, value in (("jump", jump), ("resample", resample)):
-            if not _whole(value, 1):
+            if value is not None and not _whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
         if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
             raise UserError(f"strength={strength!r} must be above 0 and at most 1")
@@ -290,7 +289,10 @@ class UnCLIP:
         squares = np.stack([_square(image, k, self.size) for k, image in enumerate(images)])
         masks = None if holes is None else holes_at(images, holes, self.size)
         cond, used = self._asked(images, prompts), self.settings(**settings)
-        used["decoder"] |= {"strength": float(strength), "jump": jump, "resample": resample}
+        task = self.tasks["decoder"]
+        steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
+        resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
+        used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
         if prompts is None:
             used["decoder"]["caption"] = False
         cond, squares = ({k: v.repeat(num, 0) for k, v in cond.items()}, squares.repeat(num, 0))
