@@ -174,7 +174,7 @@ class UnCLIP:
             if used[name].get("tile") is not None:
                 self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
             elif used[name].get("overlap") is not None:
-                raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile too")
+                raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile")
             if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
                 what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")

@@ -48,7 +48,7 @@ def _strokes(key, size: int):
 
 
 def square_hole(hole: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of bool[h, w] as bool[size, size], True where a pixel takes anything from the hole."""
+    """The middle square of bool[h, w] as bool[size, size], True where a pixel takes anything of the hole."""
     side = min(hole.shape)
     top, left = (hole.shape[0] - side) // 2, (hole.shape[1] - side) // 2
     square = Image.fromarray(np.uint8(255) * hole[top : top + side, left : left + side])
@@ -57,7 +57,7 @@ def square_hole(hole: np.ndarray, size: int) -> np.ndarray:
 
 
 def holes_at(images, holes, size: int) -> np.ndarray:
-    """`square_hole` of each of some pictures' holes, bool[N, size, size]; UserError for one that is none or is empty."""
+    """`square_hole` of each of some pictures' holes, bool[N, size, size]; UserError for one that is none or empty."""
     if len(holes) != len(images):
         raise UserError(f"{len(holes)} holes for {len(images)} images; one for each is needed")
     squares = []

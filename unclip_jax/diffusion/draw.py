@@ -45,7 +45,7 @@ def draw(
       interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
         is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.
       image, strength: f32[B, …] to begin from, with so much of the steps left to go; see `inpaint.partway`.
-      keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, with DDPM's steps, or
+      keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, by DDPM's steps or
         DDIM's where the sampler named is a deterministic one.
     """
     check_settings(name=name, threshold=threshold, rescale=rescale, interval=interval)

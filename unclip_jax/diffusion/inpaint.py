@@ -59,8 +59,8 @@ def repaint(
 ) -> jax.Array:
     """RePaint (Lugmayr et al., algorithm 1) -> x0 f32[B, …], equal to `known` to the bit where keep is 1.
 
-    Each step takes x_{t-1} from q(x_{t-1} | known) where it is known, and from the sampler's step elsewhere; going back up
-    by q(x_s | x_{t-1}) lets the two agree. The up-steps of one jump are one, being Gaussian.
+    Each step takes x_{t-1} from q(x_{t-1} | known) where it is known, and from the sampler's step elsewhere; going back
+    up by q(x_s | x_{t-1}) lets the two agree. The up-steps of one jump are one, being Gaussian.
 
     Args:
       noise: f32[B, …], where it begins; keys: key[B].
