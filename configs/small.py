@@ -107,6 +107,7 @@ def decoder(v: dict, data: dict):
             clip_drop=v.get("clip_drop", 0.1),
             text_drop=v.get("text_drop", 0.5),
             vlb_weight=0.0,
+            **({"inpaint": True} if v.get("inpaint") else {}),
         ),
         sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
@@ -117,17 +118,21 @@ def decoder(v: dict, data: dict):
 
 
 def upsampler(v: dict, data: dict, crop: int):
-    """The upsampler by a factor of 2, trained on crops of `crop` pixels; it predicts x0, as the decoder does."""
+    """The upsampler by a factor of 2, trained on crops of `crop` pixels; it predicts x0, as the decoder does.
+
+    Small pictures are blurred a little; or, with `degrade` in the variant, degraded so by the loader.
+    """
+    degraded = {"degrade": v["degrade"], "factor": 2} if "degrade" in v else {}
     return common.base(
         "upsampler",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
         model=dict({k: v[k] for k in ("channels", "multipliers", "blocks", "groups")}, patch=2),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
-        objective=dict(factor=2, target="x0", vlb_weight=0.0),
+        objective=dict(factor=2, target="x0", vlb_weight=0.0, **({"blur_share": 0.0} if degraded else {})),
         sampler=dict(name="ddim", steps=v["steps"]),
         data=data,
-        loader=dict(crop=crop),
+        loader=dict(crop=crop, **degraded),
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.01),
         every=dict(preview=1000, eval=1000),
     )

@@ -55,6 +55,17 @@ def test_the_stack_loads_as_a_pipeline(stack):
     assert pipe.tokenizer.to_json() == tiny_stack.tokenizer().to_json()
 
 
+def test_variances_are_measured_and_make_the_sampler_analytic_usable(runs, tmp_path):
+    out = collect(tmp_path / "s", runs["clip"], runs["prior"], runs["decoder"], [], "bfloat16", False, ["prior"])
+    table = load_stack(out).stages["prior"].params["x0_variance"]
+    assert table.shape == (tiny_stack.TRAINED_STEPS,) and table.dtype == np.float32 and (np.asarray(table) > 0).all()
+    pipe = UnCLIP.load(out)
+    drawn = [pipe.generate(["a red circle"], prior_sampler=name, return_stages=True) for name in ("analytic", "ddpm")]
+    assert np.abs(drawn[0].z_img - drawn[1].z_img).max() > 1e-3
+    with pytest.raises(UserError, match="analytic='upsampler' is no stage .* use one of decoder, prior"):
+        collect(tmp_path / "t", runs["clip"], runs["prior"], runs["decoder"], analytic=["upsampler"])
+
+
 def test_the_stack_names_no_place_on_the_machine_that_trained(runs, stack):
     assert str(runs["clip"].parent) not in (stack / "stack.json").read_text()
 

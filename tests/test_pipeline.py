@@ -58,7 +58,8 @@ def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
 @pytest.mark.parametrize(
     "change",
     [{"seed": 8}, {"guidance": 5.0}, {"steps": 3}, {"sampler": "ddim"}, {"prior_guidance": 1.0},
-     {"prior_steps": 2}, {"candidates": 4}],
+     {"prior_steps": 2}, {"candidates": 4}, {"prior_sampler": "dpm"}, {"rescale": 0.7}, {"interval": (0.0, 0.5)},
+     {"threshold": 0.5}],
     ids=str,
 )  # fmt: skip
 def test_the_seed_and_each_setting_count(pipe, drawn, change):
@@ -175,6 +176,14 @@ def test_nan_is_an_error_and_names_its_stage(pipe, drawn, stage):
         ({"prior_guidance": float("inf")}, "prior_guidance=inf"),
         ({"candidates": 0}, "candidates=0"),
         ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"prior_sampler": "ddmp"}, "prior_sampler='ddmp' is unknown"),
+        ({"prior_sampler": "analytic"}, "prior: the sampler analytic needs a table.* export … --analytic prior"),
+        ({"threshold": 0}, "threshold=0 must be a quantile"),
+        ({"prior_rescale": 2}, "prior_rescale=2 must be"),
+        ({"interval": (0.7, 0.2)}, "interval=.0.7, 0.2. must be two noise levels"),
+        ({"tile": 0}, "tile=0 must be a whole number"),
+        ({"tile": 16, "overlap": 16}, "overlap=16 must be at most 15 with tile=16"),
+        ({"overlap": 4}, "overlap=4 is of tiles, and none are asked for"),
         ({"stpes": 3}, "did you mean 'steps'"),
     ],
     ids=lambda value: str(value)[:30],

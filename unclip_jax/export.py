@@ -4,12 +4,18 @@ A prior and a decoder work with the CLIP they were trained on and no other, so w
 is compared with the one exported. Paths of the machine that trained do not go into the stack.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from unclip_jax import tasks, weights
-from unclip_jax.errors import UserError
+import jax
+import jax.numpy as jnp
+
+from unclip_jax import data, tasks, weights
+from unclip_jax.data import loader
+from unclip_jax.errors import UserError, suggest
+from unclip_jax.tokenizer import Tokenizer
 
 TASKS = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
 
@@ -22,6 +28,7 @@ def collect(
     upsamplers: Sequence[str | os.PathLike] = (),
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    analytic: Sequence[str] = (),
 ) -> Path:
     """Writes the stack directory `out` from the newest averaged weights of each stage; returns its path.
 
@@ -29,6 +36,7 @@ def collect(
       clip, prior, decoder, upsamplers: workdirs of training runs, or stacks to take the stage from.
       dtype: of the stored weights, "bfloat16" or "float32".
       overwrite: replace a stack that is there.
+      analytic: stages to measure the variances of that the sampler "analytic" needs, on the data they were trained on.
 
     Raises:
       UserError: no such stage at a path, or one trained with another CLIP or tokenizer.
@@ -37,6 +45,9 @@ def collect(
         raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite")
     runs = {"clip": clip, "prior": prior, "decoder": decoder}
     runs |= {f"upsampler_{k + 1}" if k else "upsampler": path for k, path in enumerate(upsamplers)}
+    for name in analytic:
+        if name == "clip" or name not in runs:
+            raise UserError(f"analytic={name!r} is no stage with a sampler", suggest(name, list(runs)[1:]))
     stages = {}
     for name, path in runs.items():
         stage = tasks.load_stage(path, TASKS[name.split("_")[0]])
@@ -50,8 +61,21 @@ def collect(
                     f"the {name} in {path} was trained with another CLIP than the one in {clip}",
                     f"give its own by --clip, or train it with --config.clip={clip}",
                 )
-        stages[name] = (stage.params, _without_paths(stage.config), stage.step, facts)
+        params = {**stage.params, "x0_variance": _variances(stage, clip)} if name in analytic else stage.params
+        stages[name] = (params, _without_paths(stage.config), stage.step, facts)
     return weights.save_stack(out, stages, vocabulary, dtype, overwrite)
+
+
+def _variances(stage, clip: str | os.PathLike) -> jax.Array:
+    """The table of `tasks.measure_x0_variance` of a stage, on batches of its config's data."""
+    config, frozen = stage.config, tasks.load_clip(clip)
+    task = tasks.make(config, frozen.model)
+    tokenizer = Tokenizer.from_json(stage.tokenizer_json) if stage.tokenizer_json else None
+    settings = {"seed": 0, **config.loader, "num_workers": 0}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stage.params)
+    stream = loader.batches(data.make(**config.data), tokenizer, config.batch_size, **settings)
+    with contextlib.closing(stream):
+        return tasks.measure_x0_variance(task, {"clip": frozen.params}, params, stream)
 
 
 def _without_paths(config):

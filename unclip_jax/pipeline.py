@@ -19,53 +19,74 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
+from unclip_jax.data.masks import holes_at, known_at
+from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
+
+RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a caller may change about sampling; None keeps what the stage's config says.
 
-    Steps are 1 … the number the stage was trained with; a guidance of 1 is none, 0 ignores the prompt.
+    Names that begin with `prior_` are of the prior, with `upsample_` of every upsampler, and others of the decoder.
 
     Args:
-      prior_steps, prior_guidance, candidates: of the prior; the best of `candidates` by dot product is kept.
-      steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim", "dpm", "heun").
-      upsample_steps: of every upsampler.
+      steps: 1 … the number the stage was trained with.
+      sampler: by name: "ddpm", "analytic", "ddim", "dpm", "heun".
+      guidance, rescale, interval: guidance 1 is none, 0 ignores the prompt; see `diffusion.draw`.
+      threshold: quantile of dynamic thresholding; see `diffusion.sample.viewer`.
+      tile, overlap: side of the tiles that upsamplers work on, and what they share, in pixels; see `diffusion.tile`.
+      candidates: the best of so many embeddings, by dot product with the caption's, is kept.
     """
 
     prior_steps: int | None = None
+    prior_sampler: str | None = None
     prior_guidance: float | None = None
+    prior_rescale: float | None = None
+    prior_interval: tuple[float, float] | None = None
+    prior_threshold: float | None = None
     candidates: int | None = None
     steps: int | None = None
-    guidance: float | None = None
     sampler: str | None = None
+    guidance: float | None = None
+    rescale: float | None = None
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
     upsample_steps: int | None = None
+    upsample_sampler: str | None = None
+    upsample_threshold: float | None = None
+    tile: int | None = None
+    overlap: int | None = None
 
     def __post_init__(self):
-        for name in ("prior_steps", "candidates", "steps", "upsample_steps"):
-            value = getattr(self, name)
-            if value is not None and not _whole(value, 1):
+        for name, value in dataclasses.asdict(self).items():
+            if value is None:
+                continue
+            kind = name.split("_")[-1]
+            if kind in ("steps", "candidates") and not _whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("prior_guidance", "guidance"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if kind == "guidance" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
-        if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise UserError(f"sampler={self.sampler!r} is unknown", suggest(self.sampler, SAMPLERS))
+            if kind == "sampler" and value not in SAMPLERS:
+                raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
+            if kind in ("threshold", "rescale", "interval"):
+                check_settings(name.removesuffix(kind), **{kind: value})
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""
-        names = {
-            "prior": {"steps": "prior_steps", "guidance": "prior_guidance", "candidates": "candidates"},
-            "decoder": {"steps": "steps", "guidance": "guidance", "name": "sampler"},
-            "upsampler": {"steps": "upsample_steps"},
-        }[role]
-        values = {key: getattr(self, name) for key, name in names.items()}
+        prefix = {"prior": "prior_", "decoder": "", "upsampler": "upsample_"}[role]
+        kinds = {"name": "sampler"} | {k: k for k in ("steps", "guidance", "rescale", "interval", "threshold")}
+        values = {key: getattr(self, prefix + kind, None) for key, kind in kinds.items()}
+        values["candidates"] = self.candidates if role == "prior" else None
+        if role == "upsampler":
+            values |= {"tile": self.tile, "overlap": self.overlap}
         return {key: value for key, value in values.items() if value is not None}
 
 
@@ -150,6 +171,13 @@ class UnCLIP:
                     f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
                 )
             used[name] = {**config.sampler.to_dict(), **own}
+            if used[name].get("tile") is not None:
+                self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
+            elif used[name].get("overlap") is not None:
+                raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile")
+            if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
+                what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
+                raise UserError(what, f"measure it: unclip export … --analytic {name}")
         return used
 
     def generate(
@@ -211,20 +239,89 @@ class UnCLIP:
           UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
         """
         _check_call([""] * len(images), seed, num, batch_size)
-        vision = self.tasks["clip"].model.vision
-        if vision is None:
-            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
-        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
-        tokens, mask = self.tokenizer.encode([""] * len(images))
-        cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
-        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
+        cond = {name: value.repeat(num, 0) for name, value in self._asked(images, None).items()}
         used = self.settings(**settings)
         used["decoder"] = {**used["decoder"], "caption": False}
         keys = picture_keys(seed, len(images), num)
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
-    def _draw(self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool):
-        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
+    def inpaint(
+        self,
+        images: Sequence[np.ndarray],
+        holes: Sequence[np.ndarray] | None,
+        prompts: Sequence[str] | None,
+        seed: int = 0,
+        *,
+        num: int = 1,
+        strength: float = 1.0,
+        jump: int | None = None,
+        resample: int | None = None,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ) -> np.ndarray | Drawn:
+        """Paints the holes of pictures anew -> u8[len(images) * num, H, W, 3], image by image.
+
+        Outside the hole the result is the given picture, brought to H x W, to the bit. A decoder that was trained with
+        `objective.inpaint` sees the picture; any other is led by RePaint (`diffusion.inpaint`).
+
+        Args:
+          images: u8[h, w, 3] each; the middle square counts.
+          holes: bool[h, w] each, True where to paint; None paints all of it (image-to-image, for strength below 1).
+          prompts: what the whole picture is to show, one for each image; None draws from the images' own embeddings.
+          strength: above 0 and at most 1: how much of the steps is drawn, beginning from the noised picture.
+          jump, resample: of `diffusion.inpaint.travel`; by default a sixth of the steps, and RESAMPLE or, for a decoder
+            trained to inpaint, 1.
+          seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
+
+        Raises:
+          UserError: a bad argument, an empty hole, a stack that lacks what is needed, or a stage gave NaN.
+        """
+        _check_call([""] * len(images) if prompts is None else prompts, seed, num, batch_size)
+        for name, value in (("jump", jump), ("resample", resample)):
+            if value is not None and not _whole(value, 1):
+                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+        if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+            raise UserError(f"strength={strength!r} must be above 0 and at most 1")
+        if prompts is not None and len(prompts) != len(images):
+            raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
+        squares = np.stack([_square(image, k, self.size) for k, image in enumerate(images)])
+        masks = None if holes is None else holes_at(images, holes, self.size)
+        cond, used = self._asked(images, prompts), self.settings(**settings)
+        task = self.tasks["decoder"]
+        steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
+        resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
+        used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
+        if prompts is None:
+            used["decoder"]["caption"] = False
+        cond, squares = ({k: v.repeat(num, 0) for k, v in cond.items()}, squares.repeat(num, 0))
+        masks = None if masks is None else masks.repeat(num, 0)
+        keys = picture_keys(seed, len(images), num)
+        drawn = self._draw(cond, keys, used, batch_size, True, progress, lambda size: known_at(squares, masks, size))
+        pasted = drawn.images if masks is None else np.where(masks[..., None], drawn.images, squares)
+        return drawn._replace(images=pasted) if return_stages else pasted
+
+    def _asked(self, images: Sequence[np.ndarray], prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        """What CLIP is asked: the prompts, or the pictures where there are none."""
+        tokens, mask = self.tokenizer.encode([""] * len(images) if prompts is None else list(prompts))
+        if prompts is not None:
+            if "prior" not in self.tasks:
+                raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
+            return {"tokens": tokens, "mask": mask}
+        vision = self.tasks["clip"].model.vision
+        if vision is None:
+            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
+        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
+        return {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
+
+    def _draw(
+        self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool, known=None
+    ):
+        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet.
+
+        known: side -> what a stage that draws pictures of that side is told of a given one; None: nothing.
+        """
         total = len(keys)
         size = min(batch_size, 1 << (total - 1).bit_length())
         bar = None if progress else True
@@ -236,9 +333,10 @@ class UnCLIP:
         cond.pop("image", None)
         if "z_img" not in cond:
             cond["z_img"] = run(1, "prior", cond)
-        base = images = run(2, "decoder", cond)
+        told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
+        base = images = run(2, "decoder", {**cond, **told("decoder")})
         for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images})
+            images = run(number, stage, {"low": images, **told(stage)})
         pictures = to_uint8(images)
         if not return_stages:
             return pictures

@@ -124,7 +124,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed)))
     shardings = sharding.infer(shapes, config.rules, mesh)
     frozen = {"clip": jax.device_put(clip.params, sharding.replicated(mesh))} if clip else {}
-    initial = None if earlier or not config.init else _initial(config, shapes.params)
+    initial = None if earlier or not config.init else _initial(config, task, shapes.params)
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
@@ -232,9 +232,9 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _initial(config: ConfigDict, shapes: Any) -> Any:
+def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
     """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays."""
-    params = tasks.load_stage(config.init, config.task).params
+    params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     found, wanted = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in leaves}

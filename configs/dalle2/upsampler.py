@@ -8,10 +8,10 @@
 | 64-256 | 320 channels x 1, 2, 3, 4; 3 blocks; dropout 0.1 | cosine | 27 | 64 px | 1024 | 729,702,083 (paper: 700M) |
 | 256-1024 | 192 channels x 1, 1, 2, 2, 4, 4; 2 blocks | linear | 15 | 256 px | 512 | 282,059,139 (paper: 300M) |
 
-1M iterations each. The networks train on crops of a quarter of the side and draw at full size. Small pictures are
-blurred a little in training (kernel 3, sigma 0.6). Unlike the paper, this blur serves the second upsampler too, where
-the paper degrades more variously (BSR: blur, noise, JPEG, in random order). The variance is not learned, as DDIM has
-no use for it.
+1M iterations each. The networks train on crops of a quarter of the side and draw at full size. For the first, small
+pictures are blurred a little in training (kernel 3, sigma 0.6); for the second they are degraded as in blind
+super-resolution (BSR, `data/degrade.py`: blur, resizing, noise, JPEG, in random order). The variance is not learned, as
+DDIM has no use for it.
 """
 
 from configs import common
@@ -33,12 +33,15 @@ VARIANTS = {
         steps=15,
         batch_size=512,
         lr=1.0e-4,
+        degrade="bsr",
     ),
 }
 
 
 def get_config(variant: str = ""):
     v = common.choose(variant, VARIANTS)
+    degraded = {"degrade": v["degrade"], "factor": 4} if "degrade" in v else {}
+    blurred = {"blur_share": 0.0} if degraded else {"blur": 0.6}
     return shared.base(
         "upsampler",
         size=v["size"],
@@ -47,10 +50,10 @@ def get_config(variant: str = ""):
         num_steps=1_000_000,
         model=dict(v["model"], **shared.FAST),
         diffusion=dict(name=v["schedule"], num_steps=common.SCHEDULE_STEPS),
-        objective=dict(factor=4, target="eps", vlb_weight=0.0, blur=0.6),
+        objective=dict(factor=4, target="eps", vlb_weight=0.0, **blurred),
         sampler=dict(name="ddim", steps=v["steps"]),
         data=dict(captions=False),
-        loader=dict(crop=v["size"] // 4),
+        loader=dict(crop=v["size"] // 4, **degraded),
         optim=shared.adamw(lr=v["lr"], weight_decay=0.0, b2=0.999, eps=1e-8),
         ema_decay=0.9999,
     )

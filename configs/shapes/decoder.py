@@ -2,7 +2,11 @@
 
     unclip train --config configs/shapes/decoder.py --workdir runs/shapes/decoder --config.clip=runs/shapes/clip
 
-Variants: laptop (the bundled stack's), tiny (for tests).
+    unclip train --config configs/shapes/decoder.py:inpaint --workdir runs/shapes/inpaint \\
+        --config.clip=runs/shapes/clip --config.init=runs/shapes/decoder
+
+Variants: laptop (the bundled stack's), inpaint (the same with channels for a picture and its mask, to be fine-tuned),
+tiny (for tests).
 """
 
 from configs import common, small
@@ -30,6 +34,7 @@ VARIANTS = {
         steps=8,
     ),
 }
+VARIANTS["inpaint"] = dict(VARIANTS["laptop"], inpaint=True, num_steps=3_000)
 
 
 def get_config(variant: str = ""):

@@ -2,7 +2,8 @@
 
     unclip train --config configs/shapes/upsampler.py --workdir runs/shapes/upsampler
 
-Variants: laptop (the bundled stack's), tiny (for tests).
+Variants: laptop (the bundled stack's), bsr (64 to 128 px, on 64-px crops, from variously degraded pictures), tiny (for
+tests).
 """
 
 from configs import common, small
@@ -11,7 +12,10 @@ VARIANTS = {
     "laptop": dict(channels=32, multipliers=(1, 2), blocks=1, groups=8, batch_size=32, num_steps=800, steps=12),
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
 }
+VARIANTS["bsr"] = dict(VARIANTS["laptop"], size=128, degrade="bsr")
 
 
 def get_config(variant: str = ""):
-    return small.upsampler(common.choose(variant, VARIANTS), data=dict(size=64), crop=32)
+    v = common.choose(variant, VARIANTS)
+    size = v.get("size", 64)
+    return small.upsampler(v, data=dict(size=size), crop=size // 2)

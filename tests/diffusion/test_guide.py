@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.guide import Out, guide, guide_batched
+from unclip_jax.diffusion.guide import Out, guide, guide_batched, within
 
 
 @pytest.fixture
@@ -103,3 +103,42 @@ def test_guided_score_is_that_of_the_tilted_density():
     tilted = jax.vmap(jax.grad(lambda x: (1 - s) * log_density(mean_u, x) + s * log_density(mean_c, x)))
     out = guide(eps_of(mean_c), eps_of(mean_u), s)(xt, jnp.zeros(9, jnp.int32)).pred
     np.testing.assert_allclose(-sigma * tilted(xt[:, 0]), out[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("phi", [0.3, 1.0])
+def test_rescaling_brings_the_spread_of_each_sample_back(batch, phi):
+    """Lin et al. 2023, eq. 15 and 16, in float64."""
+    c = np.asarray(denoiser(COND)(*batch).pred, np.float64)
+    u = np.asarray(3 * denoiser(UNCOND)(*batch).pred, np.float64)
+    uncond = lambda xt, model_time: Out(3 * denoiser(UNCOND)(xt, model_time).pred)  # noqa: E731
+    got = np.asarray(guide(denoiser(COND), uncond, 4.0, phi)(*batch).pred)
+    for i in range(3):
+        guided = u[i] + 4 * (c[i] - u[i])
+        np.testing.assert_allclose(got[i], phi * guided * c[i].std() / guided.std() + (1 - phi) * guided, rtol=1e-4)
+        assert phi < 1 or got[i].std() == pytest.approx(c[i].std(), rel=1e-4)
+
+
+def test_no_rescaling_is_plain_guidance_to_the_bit(batch):
+    both = denoiser(jnp.concatenate([COND, UNCOND]))
+    plain = guide_batched(both, 3.0)(*batch).pred
+    np.testing.assert_array_equal(guide_batched(both, 3.0, rescale=0.0)(*batch).pred, plain)
+    np.testing.assert_allclose(guide_batched(both, 3.0, rescale=jnp.float32(0))(*batch).pred, plain, rtol=1e-6)
+
+
+def test_within_an_interval_one_denoiser_and_outside_it_the_other_and_only_that_one():
+    calls = []
+
+    def named(name, value, dtype):
+        def denoise(xt, model_time):
+            jax.debug.callback(lambda: calls.append(name))
+            return Out(jnp.full_like(xt, value, dtype))
+
+        return denoise
+
+    both = jax.jit(within(200, 300, named("in", 1, jnp.float32), named("out", 2, jnp.bfloat16)))
+    for time, name, value in ((199, "out", 2), (200, "in", 1), (300, "in", 1), (301, "out", 2)):
+        calls.clear()
+        out = both(jnp.zeros((2, 3)), jnp.full((2,), time)).pred
+        jax.effects_barrier()
+        assert calls == [name] and out.dtype == jnp.float32
+        np.testing.assert_array_equal(out, value)

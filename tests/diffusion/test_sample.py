@@ -9,11 +9,13 @@ import pytest
 
 from unclip_jax.diffusion import sample
 from unclip_jax.diffusion import schedule as S
-from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out, guide_batched
 from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, dpm, heun, initial_noise
 from unclip_jax.errors import UserError
 
 FULL = S.make_schedule("cosine")
+WITH_TABLE = {**SAMPLERS, "analytic": functools.partial(SAMPLERS["analytic"], x0_variance=0.0)}
 
 
 def keys_of(n, seed=0):
@@ -292,7 +294,7 @@ def test_the_denoiser_is_traced_once_and_told_i32_times():
         return Out(xt.astype(jnp.bfloat16), xt.astype(jnp.bfloat16))
 
     keys = keys_of(3)
-    for name, sampler in SAMPLERS.items():
+    for name, sampler in WITH_TABLE.items():
         traces.clear()
         run = jax.jit(lambda n, k, sampler=sampler: sampler(S.respace(FULL, 20), denoise, n, k, target="x0"))
         out = run(initial_noise(keys, (2,)).astype(jnp.bfloat16), keys)
@@ -304,7 +306,7 @@ def test_the_denoiser_is_traced_once_and_told_i32_times():
 
 def test_one_step_is_the_prediction():
     noise, keys = initial_noise(keys_of(2), (5,)), keys_of(2)
-    for sampler in SAMPLERS.values():
+    for sampler in WITH_TABLE.values():
         got = sampler(S.respace(FULL, 1), toy(jnp), noise, keys, target="x0", clip_x0=None)
         np.testing.assert_allclose(got, toy(jnp)(noise, jnp.array([999, 999])).pred, rtol=1e-5)
 
@@ -318,11 +320,124 @@ def test_variance_is_ignored_or_missing_as_asked():
     assert float(jnp.abs(ddpm(sched, toy(jnp), noise, keys, target="x0") - small).max()) > 1e-3
 
 
+def plain(sched, denoise, noise, **settings):
+    """`draw` with nothing but a sampler's name, unless told."""
+    settings = {"name": "ddim", "steps": len(sched), **settings}
+    return draw(sched, denoise, noise, keys_of(len(noise)), target="x0", **settings)
+
+
+def halves(calls=None):
+    """A denoiser of conditional rows, then unconditional ones; where it runs it notes its time and rows."""
+    def denoise(xt, model_time):
+        if calls is not None:
+            jax.debug.callback(lambda time: calls.append((int(time), len(xt))), model_time[0])
+        shift = jnp.where(jnp.arange(len(xt)) < 2, 0.3, -0.2)[:, None]
+        return Out(jnp.sin(1.7 * xt + shift), 0.1 * xt)
+
+    return denoise
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_neutral_settings_are_the_plain_sampler_to_the_bit(name):
+    sched, keys, table = S.respace(FULL, 12), keys_of(2), np.linspace(0.1, 0.9, 12)
+    noise = initial_noise(keys, (5,))
+    more = {"x0_variance": table[np.arange(12)]} if name == "analytic" else {}
+    by_hand = SAMPLERS[name](sched, guide_batched(halves(), 3.0), noise, keys, target="x0", **more)
+    neutral = {"guidance": 3.0, "rescale": 0.0, "interval": (0, 1), "threshold": None}
+    for settings in ({"guidance": 3.0}, neutral):
+        got = plain(sched, halves(), noise, name=name, x0_variance=table, **settings)
+        np.testing.assert_array_equal(got, by_hand)
+    one = plain(sched, halves(), noise, name=name, x0_variance=table, guidance=1.0, rescale=0.7, interval=(0.2, 0.4))
+    np.testing.assert_array_equal(one, SAMPLERS[name](sched, halves(), noise, keys, target="x0", **more))
+
+
+def test_outside_the_interval_no_unconditional_row_is_computed():
+    """And there a sample takes the unguided step, inside the guided one: by hand, in numpy."""
+    calls, sched = [], S.respace(FULL, 10)
+    noise = initial_noise(keys_of(2), (5,))
+    got = jax.jit(lambda n: plain(sched, halves(calls), n, guidance=3.0, interval=(0.3, 0.7)))(noise)
+    jax.effects_barrier()
+    assert sorted(calls) == [(t, 4 if 0.3 * 999 <= t <= 0.7 * 999 else 2) for t in sched.timesteps]
+    assert 3 <= sum(rows == 4 for _, rows in calls) <= 5
+    xt = np.asarray(noise, np.float64)
+    for _, told, a, prev in walk(sched):
+        c, u = np.sin(1.7 * xt + 0.3), np.sin(1.7 * xt - 0.2)
+        x0 = np.clip(u + 3 * (c - u) if 0.3 * 999 <= told <= 0.7 * 999 else c, -1, 1)
+        xt = np.sqrt(prev) * x0 + np.sqrt(1 - prev) * (xt - np.sqrt(a) * x0) / np.sqrt(1 - a)
+    np.testing.assert_allclose(got, xt, atol=1e-3)
+
+
+@pytest.mark.parametrize("bound", [1.0, 5.0])
+def test_dynamic_thresholding_is_imagens(bound):
+    x0 = np.random.default_rng(0).normal(size=(4, 6, 6, 3)) * np.array([0.1, 1, 2, 8]).reshape(4, 1, 1, 1)
+    got = np.asarray(sample.bounded(jnp.asarray(x0), bound, 0.9))
+    for x, y in zip(x0, got, strict=True):
+        s = max(bound, np.quantile(abs(x), 0.9))
+        np.testing.assert_allclose(y, np.clip(x, -s, s) / s * bound, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[0], x0[0], rtol=1e-6)  # within the bound already: as it was
+    np.testing.assert_array_equal(sample.bounded(jnp.asarray(x0), bound), np.clip(x0, -bound, bound).astype(np.float32))
+    assert sample.bounded(x0, None, 0.9) is x0
+
+
+def test_a_threshold_changes_what_is_drawn():
+    noise = initial_noise(keys_of(2), (40,))
+    wild = lambda xt, told: Out(3 * xt)  # noqa: E731
+    cut, scaled = (plain(S.respace(FULL, 8), wild, noise, threshold=q) for q in (None, 0.5))
+    assert float(jnp.abs(scaled).max()) <= 1 and float(jnp.abs(cut - scaled).max()) > 0.05
+
+
+def gaussian_facts(sched, s):
+    """Of data N(mu, s^2), in f64 by conditioning Gaussians: Var(x0 | xt), E score^2, Var(x_{t-1} | xt)."""
+    a, prev = sched.alphas_cumprod, sched.alphas_cumprod_prev
+    total, before = a * s**2 + 1 - a, prev * s**2 + 1 - prev
+    shared = np.sqrt(a / prev) * before  # Cov(x_{t-1}, x_t): x_t is sqrt(abar_t / abar_{t-1}) x_{t-1} and noise
+    return s**2 - a * s**4 / total, 1 / total, before - shared**2 / total
+
+
+def test_the_analytic_variance_is_the_reverse_steps_own_for_gaussian_data():
+    sched, s = S.respace(FULL, 30), 0.4
+    open_, score, reverse = gaussian_facts(sched, s)
+    a = sched.alphas_cumprod
+    np.testing.assert_allclose((1 - a) / a * (1 - (1 - a) * score), open_, rtol=1e-6)  # Bao et al.'s form of the table
+    np.testing.assert_allclose(sched.posterior_variance + sched.posterior_x0_coef**2 * open_, reverse, rtol=1e-9)
+
+
+def test_the_measured_table_is_the_closed_form():
+    from unclip_jax.diffusion.loss import x0_variance
+
+    mu, s, n = 0.4, 0.5, 4000
+    sched = S.respace(S.make_schedule("cosine", 400), 8)
+    with jax.enable_x64():
+        data = mu + s * jax.random.normal(jax.random.key(0), (n, 8), float)
+        ideal = gaussian_denoiser(mu, s, False)(sched)
+        got = x0_variance(sched, ideal, data, jax.random.key(1), target="x0", clip_x0=None)
+    np.testing.assert_allclose(got, gaussian_facts(sched, s)[0], rtol=6 * np.sqrt(2 / data.size))
+
+
+def test_analytic_sampling_is_exact_in_few_steps():
+    """As with the exact learned variance; the small one, on the same mean, falls short of the data's spread."""
+    mu, s, n = 0.4, 0.5, 2000
+    sched = S.respace(S.make_schedule("cosine", 400), 8)
+    keys, ideal = keys_of(n), gaussian_denoiser(mu, s, False)(sched)
+    noise, table = initial_noise(keys, (16,)), gaussian_facts(sched, s)[0]
+    got = SAMPLERS["analytic"](sched, ideal, noise, keys, target="x0", clip_x0=None, x0_variance=table)
+    a = sched.alphas_cumprod[0]
+    exact = s**4 * a / (a * s**2 + 1 - a)
+    assert float(got.var()) == pytest.approx(exact, rel=5 * np.sqrt(2 / got.size))
+    small = ddpm(sched, ideal, noise, keys, target="x0", clip_x0=None, var="small")
+    assert float(small.var()) < 0.9 * exact
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda *a: ddim(*a, target="x0", eta=1.5), "eta=1.5 must be within 0 … 1"),
     (lambda *a: ddim(*a, target="x0", eta=0.5), "eta=0.5 needs random numbers. Fix: give keys"),
     (lambda *a: ddpm(*a, keys_of(2), target="x0", var="tiny"), "unknown variance 'tiny'"),
     (lambda *a: ddpm(*a, keys_of(2), target="noise"), "unknown prediction target 'noise'"),
+    (lambda *a: SAMPLERS["analytic"](*a, keys_of(2), target="x0"), "needs a table.* Fix: .*export --analytic"),
+    (lambda *a: plain(*a, name="ddmp"), "name='ddmp' is unknown. Fix: did you mean 'ddpm'"),
+    (lambda *a: plain(*a, threshold=1.5), "threshold=1.5 must be a quantile"),
+    (lambda *a: plain(*a, rescale=-0.1), "rescale=-0.1 must be a number in 0"),
+    (lambda *a: plain(*a, interval=(0.5, 0.5)), "interval=.0.5, 0.5. must be two noise levels"),
 ])
 def test_mistakes_are_named(call, words):
     with pytest.raises(UserError, match=words):

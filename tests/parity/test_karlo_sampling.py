@@ -8,7 +8,7 @@ import pytest
 ref = pytest.importorskip("tests.parity.karlo_reference", reason="needs the packages torch and diffusers")
 torch = ref.torch
 
-from unclip_jax.diffusion.guide import Out, hand_over  # noqa: E402
+from unclip_jax.diffusion.guide import Out, within  # noqa: E402
 from unclip_jax.diffusion.sample import ddpm, initial_noise, step_noise  # noqa: E402
 from unclip_jax.diffusion.schedule import make_schedule, respace  # noqa: E402
 
@@ -91,6 +91,6 @@ def test_what_would_differ():
 
 def test_hand_over_at_a_time():
     first, last = (lambda xt, time, k=k: Out(jnp.full_like(xt, k)) for k in (1.0, 2.0))
-    denoise = jax.jit(lambda time: hand_over(first, last, 166)(jnp.zeros((2, 3)), time).pred)
+    denoise = jax.jit(lambda time: within(0, 166, last, first)(jnp.zeros((2, 3)), time).pred)
     for time, wanted in ((999, 1), (167, 1), (166, 2), (0, 2)):
         np.testing.assert_array_equal(denoise(jnp.full((2,), time)), wanted)

@@ -14,9 +14,11 @@ from unclip_jax.data import loader
 pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
 
 
-def fit(stage: str, workdir):
+def fit(stage: str, workdir, **changes):
     """Trains; returns the run, the eight pictures as a batch, the last parameters, and what metrics.jsonl tells."""
     config = tiny_runs.memorise(stage)
+    with config.unlocked():
+        config.loader.update(changes)
     assert train.train(config, workdir) == 0
     run = train.make_run(config, workdir)
     batch = next(loader.batches(data.make(**config.data), run.tokenizer, 8, shuffle=False))
@@ -54,9 +56,12 @@ def test_prior_draws_each_captions_own_embedding(tmp_path):
     assert told["mse"][-50:].mean() < 0.2 * told["mse"][:3].mean()
 
 
-@pytest.mark.parametrize("stage", ["decoder", "upsampler"])
-def test_images_are_learned_far_beyond_the_mean(stage, tmp_path):
-    run, batch, _, told = fit(stage, tmp_path)
+BSR = {"degrade": "bsr", "factor": 2}
+
+
+@pytest.mark.parametrize(("stage", "loaded"), [("decoder", {}), ("upsampler", {}), ("upsampler", BSR)])
+def test_images_are_learned_far_beyond_the_mean(stage, loaded, tmp_path):
+    run, batch, _, told = fit(stage, tmp_path, **loaded)
     # A new network predicts 0 for v = sqrt(abar) eps - sqrt(1 - abar) x0, which costs E v^2 = abar + (1 - abar) x0^2.
     abar = run.task.schedule.alphas_cumprod
     at_first = np.mean(abar + (1 - abar) * np.mean(batch["image"] ** 2))

@@ -13,6 +13,7 @@ from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.data.images import gaussian_blur
 from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.errors import UserError
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -54,6 +55,14 @@ def test_small_images_are_antialiased_cubic_reductions(factor):
 def test_a_size_that_the_factor_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="images of 15 pixels must be divisible by factor=2"):
         with_net().encode({}, {"image": pictures(1, 15)})
+
+
+def test_small_images_that_the_loader_made_are_taken_as_they_are():
+    image, low = pictures(2), pictures(2, SIDE // FACTOR)
+    encoded = with_net().encode({}, {"image": image, "low": low})
+    assert encoded["low"] is low and encoded["image"] is image
+    with pytest.raises(ValueError, match="loader.factor made 3 pixels of 12, and objective.factor is 2"):
+        with_net().encode({}, {"image": image, "low": low[:, :3, :3]})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -106,6 +115,19 @@ def test_any_size_is_drawn(side, sampler):
     drawn = task.sample({}, {"low": low}, jax.random.split(jax.random.key(0), 2), name=sampler, steps=4)
     expected = np.clip(jax.image.resize(low, (2, side, side, 3), "bicubic"), -1, 1)
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
+def test_tiles_draw_the_same_where_the_network_looks_at_each_pixel_alone():
+    task = with_net(lambda x, time: 0.9 * x[..., :3] + 0.1 * x[..., 3:])
+    task = dataclasses.replace(task, model=stubs.Net(task.model.methods, {"patch": 2, "multipliers": (1, 2)}))
+    low, keys = pictures(2, 12), jax.random.split(jax.random.key(0), 2)
+    whole = task.sample({}, {"low": low}, keys, name="ddpm")
+    for more in ({"tile": 24}, {"tile": 16}, {"tile": 12, "overlap": 5}):
+        np.testing.assert_allclose(task.sample({}, {"low": low}, keys, name="ddpm", **more), whole, atol=1e-5)
+    for more, words in (({"tile": 10}, "tile=10 must be a multiple of the network's 4"),
+                        ({"tile": 8, "overlap": 5}, "overlap=5 must be at most 4")):
+        with pytest.raises(UserError, match=words):
+            task.sample({}, {"low": low}, keys, **more)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():

@@ -55,13 +55,26 @@ def add_model(sub: Parser) -> None:
 def add_settings(sub: Parser) -> None:
     """The flags of `pipeline.Settings`."""
     group = sub.add_argument_group("sampling (the default is what each stage's config says)")
-    group.add_argument("--prior-steps", type=count, metavar="N", help="steps of the prior")
-    group.add_argument("--prior-guidance", type=scale, metavar="S", help="guidance of the prior; 1 is none")
+    for prefix, stage in (("prior-", "the prior"), ("", "the decoder"), ("upsample-", "each upsampler")):
+        group.add_argument(f"--{prefix}steps", type=count, metavar="N", help=f"steps of {stage}")
+        group.add_argument(
+            f"--{prefix}sampler", metavar="NAME", help=f"of {stage}: ddpm, analytic, ddim, dpm or heun"
+        )
+        group.add_argument(
+            f"--{prefix}threshold", type=share, metavar="Q", help="dynamic thresholding at this quantile, as 0.995"
+        )
+        if prefix == "upsample-":
+            continue
+        group.add_argument(f"--{prefix}guidance", type=scale, metavar="S", help=f"guidance of {stage}; 1 is none")
+        group.add_argument(
+            f"--{prefix}rescale", type=share, metavar="PHI", help="bring the guided spread back, 0 (none) … 1"
+        )
+        group.add_argument(
+            f"--{prefix}interval", type=pair, metavar="LOW,HIGH", help="guide at these noise levels only, within 0,1"
+        )
+    group.add_argument("--tile", type=count, metavar="N", help="upsample in tiles of N pixels, for little memory")
+    group.add_argument("--overlap", type=count, metavar="N", help="of neighbouring tiles, in pixels (a quarter of one)")
     group.add_argument("--candidates", type=count, metavar="N", help="embeddings to choose the best from")
-    group.add_argument("--steps", type=count, metavar="N", help="steps of the decoder")
-    group.add_argument("--guidance", type=scale, metavar="S", help="guidance of the decoder; 1 is none")
-    group.add_argument("--sampler", metavar="NAME", help="of the decoder: ddpm, ddim, dpm or heun")
-    group.add_argument("--upsample-steps", type=count, metavar="N", help="steps of each upsampler")
 
 
 def load(args):
@@ -132,6 +145,19 @@ def seed(text: str) -> int:
 def scale(text: str) -> float:
     """A guidance."""
     return _number(text, float, 0, 1e6, "a number of at least 0 (1 is no guidance)")
+
+
+def share(text: str) -> float:
+    """Within 0 … 1."""
+    return _number(text, float, 0, 1, "a number in 0 … 1")
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two shares with a comma between them."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers with a comma between them, such as 0.2,0.8")
+    return share(parts[0]), share(parts[1])
 
 
 def listed(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """`unclip export` and `unclip convert`."""
 
-from unclip_jax.cli.arguments import command, done
+from unclip_jax.cli.arguments import command, done, listed
 from unclip_jax.errors import UserError
 
 
@@ -11,6 +11,9 @@ def add_export(commands) -> None:
         sub.add_argument(f"--{name}", required=True, metavar="DIR", help="workdir of its run, or a stack")
     sub.add_argument("--upsampler", action="append", default=[], metavar="DIR", help="alike; may be given again")
     sub.add_argument("out", metavar="OUT", help="the directory to make")
+    sub.add_argument(
+        "--analytic", type=listed, default=[], metavar="STAGES", help="measure what the sampler analytic needs: prior,…"
+    )
     sub.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     sub.add_argument("--overwrite", action="store_true", help="replace the stack that is there")
     done(sub)
@@ -37,7 +40,8 @@ def export(args) -> None:
     gallery.check_folder(args.out, overwrite=True)
     from unclip_jax.export import collect
 
-    out = collect(args.out, args.clip, args.prior, args.decoder, args.upsampler, args.dtype, args.overwrite)
+    stages = (args.clip, args.prior, args.decoder, args.upsampler)
+    out = collect(args.out, *stages, args.dtype, args.overwrite, args.analytic)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
     print(f'draw with: unclip sample "a red circle" --model {args.out} --out out/sample')

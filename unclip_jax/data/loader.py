@@ -6,11 +6,14 @@ It is the numbers that are batched, while the data set still has random access: 
 for any count of hosts, workers and threads, no host reads another's pictures, and the place is one number.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
+from unclip_jax.data.degrade import degrade as degrade_picture
+from unclip_jax.data.degrade import settings
 from unclip_jax.data.images import BadImage, random_crop, to_float
 from unclip_jax.errors import UserError
 
@@ -31,6 +34,8 @@ def batches(
     process_count: int | None = None,
     shuffle: bool = True,
     crop: int | None = None,
+    degrade: str | None = None,
+    factor: int = 4,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches for this host: image f32[b, H, W, 3], tokens i32[b, L], mask bool[b, L].
 
@@ -48,6 +53,8 @@ def batches(
       process_index, process_count: this host among all; jax's by default.
       shuffle: False keeps the source's order.
       crop: side of a random window of each picture, decided by (seed, position).
+      degrade: "bsr" or "bsr_light" (data/degrade.py): batches hold small pictures made so too, "low" f32[b, H / factor,
+        W / factor, 3], decided by (seed, position).
     Returns:
       An iterator with `close()`, which ends its workers.
     """
@@ -59,6 +66,13 @@ def batches(
 
         process_index, process_count = jax.process_index(), jax.process_count()
     _check(source, batch_size, seed, process_count, crop)
+    make_low = None
+    if degrade is not None:
+        settings(degrade)
+        side = crop or getattr(source, "size", None)
+        if factor < 1 or (side and side % factor):
+            raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
+        make_low = functools.partial(_degraded, factor=factor, name=degrade, seed=seed)
     _not_negative(start_step=start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     # One number apart in `seed` must not be one epoch apart in the shuffle, whose seeds are seed + epoch.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -68,7 +82,7 @@ def batches(
     ds = ds.repeat().map_with_index(_position_and_record).batch(batch_size, drop_remainder=True)[start_step:]
     local = batch_size // process_count
     own = slice(process_index * local, (process_index + 1) * local)
-    ds = ds.map(_Read(source, tokenizer, own, seed, crop))
+    ds = ds.map(_Read(source, tokenizer, own, seed, crop, make_low))
     ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads them to start workers
@@ -95,6 +109,10 @@ def _not_negative(**counts: int):
             raise UserError(f"{name}={value} must not be negative")
 
 
+def _degraded(image: np.ndarray, position: int, *, factor: int, name: str, seed: int) -> np.ndarray:
+    return degrade_picture(image, factor, np.random.default_rng([seed, position, 1]), name)
+
+
 def _position_and_record(position: int, record: int) -> tuple[int, int]:
     return position, record
 
@@ -102,13 +120,14 @@ def _position_and_record(position: int, record: int) -> tuple[int, int]:
 class _Read:
     """(positions, records) of one global batch → this host's arrays. Picklable, for the workers."""
 
-    def __init__(self, source, tokenizer, own: slice, seed: int, crop: int | None):
+    def __init__(self, source, tokenizer, own: slice, seed: int, crop: int | None, make_low=None):
         self.source, self.tokenizer, self.own, self.seed, self.crop = source, tokenizer, own, seed, crop
+        self.make_low = make_low
         self.max_bad = getattr(source, "max_bad", 0.1)
         self.bad: dict[int, str] = {}
 
     def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        images, captions, encoded = [], [], []
+        images, captions, small, encoded = [], [], [], []
         for position, record in zip(*(x[self.own].tolist() for x in batch), strict=True):
             example = self._good_record(record)
             if "image" not in example:  # arrays that go to the network as they are
@@ -118,10 +137,14 @@ class _Read:
             if self.crop is not None:
                 image = random_crop(image, self.crop, np.random.default_rng([self.seed, position]))
             images.append(image)
+            if self.make_low is not None:
+                small.append(self.make_low(image, position))
             captions.append(self._caption(example, position))
         if encoded:
             return {name: np.stack([example[name] for example in encoded]) for name in encoded[0]}
         out = {"image": to_float(np.stack(images))}
+        if small:
+            out["low"] = to_float(np.stack(small))
         if self.tokenizer is not None:
             out["tokens"], out["mask"] = self.tokenizer.encode(captions, warn=False)
         return out

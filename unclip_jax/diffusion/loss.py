@@ -129,6 +129,32 @@ def diffusion_loss(
     return loss, metrics
 
 
+def x0_variance(
+    sched: Schedule,
+    denoise: Denoise,
+    x0: jax.Array,
+    rng: jax.Array,
+    *,
+    target: str,
+    clip_x0: float | None = 1.0,
+) -> jax.Array:
+    """E Var(x0 | xt) at every step, estimated by the mean of (x0 - its prediction)^2 over the batch -> f32[S].
+
+    What the sampler "analytic" adds to the posterior's variance. Bao et al. 2022 (arXiv 2201.06503, theorem 1) write it
+    as (1 - abar) / abar (1 - (1 - abar) Gamma_t), with Gamma_t = E |score|^2 / D; for an ideal denoiser the two are
+    equal. For another one the squared error makes the variance optimal (arXiv 2206.07309, by the same authors), and it
+    is no small difference of two estimates where abar is near 0.
+    """
+
+    def term(step):
+        t = jnp.full((x0.shape[0],), step, jnp.int32)
+        xt = q_sample(sched, x0, t, jax.random.normal(jax.random.fold_in(rng, step), x0.shape))
+        pred = to_x0(sched, denoise(xt, model_time(sched, t)).pred, xt, t, target=target)
+        return jnp.mean(jnp.square(x0 - (pred if clip_x0 is None else jnp.clip(pred, -clip_x0, clip_x0))))
+
+    return jax.lax.map(term, jnp.arange(sched.num_steps))
+
+
 def prior_bpd(sched: Schedule, x0: jax.Array) -> jax.Array:
     """KL(q(x_{S-1} | x0) || N(0, I)) -> f32[B] bits/dim: what the end of the schedule still knows of x0."""
     a = sched.alphas_cumprod[-1]

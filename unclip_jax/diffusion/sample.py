@@ -1,10 +1,15 @@
 """Samplers: from noise to x0, each one `lax.scan` over a schedule's steps (respace it for fewer).
 
 DDPM: Ho et al. 2020 (arXiv 2006.11239, algorithm 2). DDIM: Song et al. 2020 (arXiv 2010.02502, eq. 12, 16).
-DPM-Solver++: Lu et al. 2022 (arXiv 2211.01095). Heun: Karras et al. 2022 (arXiv 2206.00364).
+Analytic-DPM: Bao et al. 2022 (arXiv 2201.06503). DPM-Solver++: Lu et al. 2022 (arXiv 2211.01095). Heun: Karras et
+al. 2022 (arXiv 2206.00364). Each asks the denoiser through a `viewer`, where x0 is bounded.
+
 Randomness comes from one key per sample, so a sample depends on its own key and noise only, not on its batch
 (with JAX's default threefry keys; "rbg" ones draw for a whole batch from its first key).
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,30 +41,72 @@ def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
 
+def viewer(
+    sched: Schedule, denoise: Denoise, *, target: str, clip_x0: float | None = 1.0, threshold: float | None = None
+) -> Callable[[jax.Array, jax.Array], tuple]:
+    """What a step sees: (xt f32[B, …], step i) -> t i32[B], x0 and eps f32[B, …], the denoiser's variance or None.
+
+    eps is taken anew from the bounded x0, so that both say the same of xt.
+
+    Args:
+      target: what `denoise` predicts, "x0", "eps" or "v".
+      clip_x0: bound of the predicted x0; None for none.
+      threshold: 0 … 1, dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3): the bound of a sample
+        is this quantile of its |x0|, clip_x0 at least, and x0 is then scaled back into clip_x0; None is plain clipping.
+    """
+
+    def view(xt, i):
+        t = jnp.full((xt.shape[0],), i, jnp.int32)
+        out = denoise(xt, model_time(sched, t))
+        x0 = bounded(to_x0(sched, out.pred, xt, t, target=target), clip_x0, threshold)
+        return t, x0, to_eps(sched, x0, xt, t, target="x0"), out.var
+
+    return view
+
+
+def bounded(x0: jax.Array, clip_x0: float | None, threshold: float | None = None) -> jax.Array:
+    """x0 f32[B, …] within -clip_x0 … clip_x0, cut there or scaled into it; see `viewer`."""
+    if clip_x0 is None:
+        return x0
+    if threshold is None:
+        return jnp.clip(x0, -clip_x0, clip_x0)
+    size = jnp.quantile(jnp.abs(x0), threshold, axis=tuple(range(1, x0.ndim)), keepdims=True)
+    size = jnp.maximum(size, clip_x0)
+    return jnp.clip(x0, -size, size) * (clip_x0 / size)
+
+
 def ddpm(
     sched: Schedule,
     denoise: Denoise,
     noise: jax.Array,
     keys: jax.Array,
     *,
-    target: str,
     var: str = "learned",
-    clip_x0: float | None = 1.0,
+    x0_variance: jax.Array | None = None,
+    **view,
 ) -> jax.Array:
     """Ancestral sampling, x_{t-1} ~ N(posterior mean of x0's prediction, variance) -> x0 f32[B, …].
 
     Args:
       noise: f32[B, …], standard normal; keys: key[B].
-      target: what `denoise` predicts, "x0", "eps" or "v".
-      var: "learned" (the denoiser's; "small" where it gives none), "small" (the posterior's), "large" (beta).
-      clip_x0: bound of the predicted x0 in each step; None for none. The last step returns its mean.
+      var: "learned" (the denoiser's; "small" where it gives none), "small" (the posterior's), "large" (beta), or
+        "analytic": the posterior's and what the mean's x0 leaves open, posterior_x0_coef^2 x0_variance.
+      x0_variance: f32[S], Var(x0 | xt) at each step of `sched`, for "analytic"; see `loss.x0_variance`.
+      view: of `viewer`: target, clip_x0, threshold. The last step returns its mean.
     """
+    look = viewer(sched, denoise, **view)
+    if var == "analytic":
+        if x0_variance is None:
+            raise UserError("var='analytic' needs a table of variances", "measure it: unclip export --analytic")
+        analytic = sched.posterior_variance + sched.posterior_x0_coef**2 * x0_variance
+
     def step(xt, i):
-        t = jnp.full((xt.shape[0],), i, jnp.int32)
-        out = denoise(xt, model_time(sched, t))
-        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        t, x0, _, v = look(xt, i)
         mean, _, _ = q_posterior(sched, x0, xt, t)
-        std = jnp.exp(0.5 * model_log_variance(sched, out.var, t, xt.ndim, var))
+        if var == "analytic":
+            std = jnp.sqrt(at(analytic, t, xt.ndim))
+        else:
+            std = jnp.exp(0.5 * model_log_variance(sched, v, t, xt.ndim, var))
         return mean + jnp.where(i > 0, std, 0.0) * step_noise(keys, i, xt.shape[1:]), None
 
     return _scan(step, sched, noise)
@@ -71,9 +118,8 @@ def ddim(
     noise: jax.Array,
     keys: jax.Array | None = None,
     *,
-    target: str,
     eta: float = 0.0,
-    clip_x0: float | None = 1.0,
+    **view,
 ) -> jax.Array:
     """x_{t-1} = sqrt(abar_{t-1}) x0 + sqrt(1 - abar_{t-1} - s^2) eps + s z -> x0 f32[B, …].
 
@@ -81,22 +127,19 @@ def ddim(
 
     Args:
       noise: f32[B, …], standard normal; keys: key[B], needed where eta > 0.
-      target: what `denoise` predicts, "x0", "eps" or "v".
       eta: 0 (deterministic) … 1 (as random as DDPM with the posterior's variance).
-      clip_x0: bound of the predicted x0 in each step, eps being taken anew from the clipped x0; or None.
+      view: of `viewer`: target, clip_x0, threshold.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta} must be within 0 … 1")
     if eta and keys is None:
         raise UserError(f"eta={eta} needs random numbers", "give keys, one for each sample, or eta=0")
+    look = viewer(sched, denoise, **view)
     prev, std = sched.alphas_cumprod_prev, eta * np.sqrt(sched.posterior_variance)
     direction = np.sqrt(np.maximum(1 - prev - std**2, 0))
 
     def step(xt, i):
-        t = jnp.full((xt.shape[0],), i, jnp.int32)
-        out = denoise(xt, model_time(sched, t))
-        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
-        eps = to_eps(sched, x0, xt, t, target="x0")
+        t, x0, eps, _ = look(xt, i)
         xt_prev = at(np.sqrt(prev), t, xt.ndim) * x0 + at(direction, t, xt.ndim) * eps
         return xt_prev + at(std, t, xt.ndim) * step_noise(keys, i, xt.shape[1:]) if eta else xt_prev, None
 
@@ -104,13 +147,7 @@ def ddim(
 
 
 def dpm(
-    sched: Schedule,
-    denoise: Denoise,
-    noise: jax.Array,
-    keys: jax.Array | None = None,
-    *,
-    target: str,
-    clip_x0: float | None = 1.0,
+    sched: Schedule, denoise: Denoise, noise: jax.Array, keys: jax.Array | None = None, **view
 ) -> jax.Array:
     """DPM-Solver++(2M), of second order at one call a step (Lu et al. 2022, algorithm 2) -> x0 f32[B, …].
 
@@ -119,8 +156,9 @@ def dpm(
     last, which ends without noise, take D = x0 and are DDIM's.
 
     Args:
-      noise, target, clip_x0: as of `ddim`; `keys` are not used.
+      noise, view: as of `ddim`; `keys` are not used.
     """
+    look = viewer(sched, denoise, **view)
     prev, half_log_snr = sched.alphas_cumprod_prev, 0.5 * np.log(sched.snr)
     h = np.append(np.inf, half_log_snr[:-1] - half_log_snr[1:])
     mix = np.zeros_like(h)
@@ -129,9 +167,7 @@ def dpm(
 
     def step(carry, i):
         xt, before = carry
-        t = jnp.full((xt.shape[0],), i, jnp.int32)
-        out = denoise(xt, model_time(sched, t))
-        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
+        t, x0, _, _ = look(xt, i)
         line = x0 + at(mix, t, xt.ndim) * (x0 - before)
         return (at(shrink, t, xt.ndim) * xt + at(gain, t, xt.ndim) * line, x0), None
 
@@ -141,13 +177,7 @@ def dpm(
 
 
 def heun(
-    sched: Schedule,
-    denoise: Denoise,
-    noise: jax.Array,
-    keys: jax.Array | None = None,
-    *,
-    target: str,
-    clip_x0: float | None = 1.0,
+    sched: Schedule, denoise: Denoise, noise: jax.Array, keys: jax.Array | None = None, **view
 ) -> jax.Array:
     """Heun's second order on dx/ds = eps, x = xt / signal, s = sigma / signal (Karras et al. 2022, algorithm 1) -> x0.
 
@@ -155,35 +185,26 @@ def heun(
     calls a step but for the last: 2 S - 1 in all.
 
     Args:
-      noise, target, clip_x0: as of `ddim`; `keys` are not used.
+      noise, view: as of `ddim`; `keys` are not used.
     """
+    look = viewer(sched, denoise, **view)
     prev = sched.alphas_cumprod_prev
     ratio = np.sqrt((1 - sched.alphas_cumprod) / sched.alphas_cumprod)
     stride = np.sqrt(prev) * np.append(-ratio[:1], ratio[:-1] - ratio[1:])
 
-    def look(xt, i):
-        t = jnp.full((xt.shape[0],), i, jnp.int32)
-        out = denoise(xt, model_time(sched, t))
-        x0 = _clip(to_x0(sched, out.pred, xt, t, target=target), clip_x0)
-        return t, x0, to_eps(sched, x0, xt, t, target="x0")
-
     def step(xt, i):
-        t, x0, eps = look(xt, i)
+        t, x0, eps, _ = look(xt, i)
         euler = at(np.sqrt(prev), t, xt.ndim) * x0 + at(np.sqrt(1 - prev), t, xt.ndim) * eps
-        _, _, slope = look(euler, i - 1)
+        _, _, slope, _ = look(euler, i - 1)
         return euler + at(stride / 2, t, xt.ndim) * (slope - eps), None
 
     xt, _ = jax.lax.scan(step, jnp.asarray(noise, float), jnp.arange(1, sched.num_steps), reverse=True)
     return look(xt, 0)[1]
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
+SAMPLERS = {"ddpm": ddpm, "analytic": functools.partial(ddpm, var="analytic"), "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
 def _scan(step, sched: Schedule, noise: jax.Array) -> jax.Array:
     x0, _ = jax.lax.scan(step, jnp.asarray(noise, float), jnp.arange(sched.num_steps), reverse=True)
     return x0
-
-
-def _clip(x0: jax.Array, bound: float | None) -> jax.Array:
-    return x0 if bound is None else jnp.clip(x0, -bound, bound)

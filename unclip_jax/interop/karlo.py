@@ -251,6 +251,8 @@ def _write_prior(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[s
 
 
 def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    if config.objective.get("inpaint"):
+        raise UserError("a decoder with channels for inpainting cannot be written for diffusers", "export one without")
     model = {**config.model.to_dict(), "embed_dim": len(arrays["null_image"])}
     model["unet"]["out_channels"] = arrays["net/out/bias"].shape[0]
     size = config.objective.get("image_size", config.data.size)

@@ -23,6 +23,25 @@ def unfold(x: jax.Array, patch: int) -> jax.Array:
     return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
 
+def widen(kernel: jax.Array, patch: int, extra: int) -> jax.Array:
+    """A convolution's kernel [h, w, patch² C, O] with zeros for `extra` more channels of each folded pixel."""
+    *sides, rows, out = kernel.shape
+    kernel = kernel.reshape(*sides, patch**2, rows // patch**2, out)
+    kernel = jnp.pad(kernel, [(0, 0)] * (kernel.ndim - 2) + [(0, extra), (0, 0)])
+    return kernel.reshape(*sides, -1, out)
+
+
+def without_effect(extra: int, patch: int = 1):
+    """Flax's own initialiser of kernels, as for inputs without each pixel's `extra` last channels, which get zeros."""
+    usual = nn.initializers.lecun_normal()
+
+    def init(key, shape, dtype=jnp.float32):
+        *sides, rows, out = shape
+        return widen(usual(key, (*sides, rows - patch**2 * extra, out), dtype), patch, extra)
+
+    return init
+
+
 class UNet(nn.Module):
     """x_t and time (and a conditioning vector, and context tokens) → a prediction of x_t's shape.
 
@@ -41,6 +60,7 @@ class UNet(nn.Module):
       outer: channels of a level around all that at full resolution, for folded pixels: a stem beside the fold and,
         after the unfolding, a residual block over both. In folded pixels every place within a block is learned by
         itself; these few convolutions see pixels alike wherever they lie, which edges need. 0: none.
+      extra: so many of the input's channels, the last ones, start without effect, their weights being zero.
     """
 
     channels: int
@@ -55,6 +75,7 @@ class UNet(nn.Module):
     remat: bool = False
     patch: int = 1
     outer: int = 0
+    extra: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -99,7 +120,9 @@ class UNet(nn.Module):
         def attend(h, name):
             return PixelAttention(self.head_channels, self.groups, dtype, name=name)(h, context, context_mask)
 
-        h = nn.Conv(self.channels, (3, 3), dtype=dtype, name="stem")(fold(x, self.patch).astype(dtype))
+        init = without_effect(self.extra, self.patch)
+        stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
+        h = stem(fold(x, self.patch).astype(dtype))
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
             for i in range(self.blocks):
@@ -127,7 +150,8 @@ class UNet(nn.Module):
 
         patch = self.patch
         if self.outer:
-            stem = nn.Conv(self.outer, (3, 3), dtype=dtype, name="outer_stem")(x.astype(dtype))
+            init = without_effect(self.extra)
+            stem = nn.Conv(self.outer, (3, 3), kernel_init=init, dtype=dtype, name="outer_stem")(x.astype(dtype))
             h = nn.Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
             h = block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
             patch = 1

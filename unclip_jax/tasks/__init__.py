@@ -7,13 +7,15 @@
     upsampler         UNet      small image → large image
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
 
-from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.draw import check_settings
+from unclip_jax.diffusion.loss import x0_variance
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
@@ -24,8 +26,8 @@ from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "check", "clip_identity", "load_clip", "load_stage", "make", "measure",
-    "measurer",
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "clip_identity", "load_clip", "load_stage", "make",
+    "measure", "measure_x0_variance", "measurer",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -123,6 +125,30 @@ def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
     return run
 
 
+def adopt(task: Task, params: Any) -> Any:
+    """A stored stage's parameters as `task` can go on from: without a measured table, with channels it lacks added."""
+    params = {name: value for name, value in params.items() if name != "x0_variance"}
+    return task.adopt(params) if hasattr(task, "adopt") else params
+
+
+def measure_x0_variance(
+    task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int = 8, seed: int = 0
+) -> jax.Array:
+    """`diffusion.x0_variance` f32[S] of a trained stage, averaged over the next `count` batches.
+
+    Beside the parameters as "x0_variance" it is what the sampler "analytic" needs (the paper's for the prior). The
+    network is run at each of the schedule's S steps for every batch.
+    """
+
+    @jax.jit
+    def of_batch(frozen, params, batch, index):
+        x0, denoise = task.x0_and_denoise(params, task.encode(frozen, batch))
+        view = dict(target=getattr(task, "target", "x0"), clip_x0=getattr(task, "clip_x0", 1.0))
+        return x0_variance(task.schedule, denoise, x0, jax.random.fold_in(jax.random.key(seed), index), **view)
+
+    return sum(of_batch(frozen, params, next(batches), index) for index in range(count)) / count
+
+
 def _check_numbers(task: Task) -> None:
     """Raises UserError for shares outside [0, 1], and for sampler settings that would fail at the first drawing."""
     for name in SHARES:
@@ -131,8 +157,8 @@ def _check_numbers(task: Task) -> None:
     settings = getattr(task, "sampler", None)
     if settings is None:
         return
-    if settings.get("name") not in SAMPLERS:
-        raise UserError(f"sampler.name={settings.get('name')!r} is unknown", suggest(settings.get("name"), SAMPLERS))
+    known = inspect.signature(check_settings).parameters
+    check_settings("sampler.", **{"name": "", **{key: value for key, value in settings.items() if key in known}})
     respace(task.schedule, settings.get("steps", 0))
     guidance = settings.get("guidance", 1)
     if not (math.isfinite(guidance) and guidance >= 0):

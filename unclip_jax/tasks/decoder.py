@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import resize
-from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.data.masks import random_holes
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
-from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.diffusion.sample import initial_noise
+from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.unet import widen
 from unclip_jax.tasks.clip import ask, ask_empty, drop_captions
 
 
@@ -28,7 +31,9 @@ class DecoderTask:
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
       empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo).
       vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
-      sampler: defaults of `sample`: name, steps, guidance.
+      inpaint: the network also sees a known picture and where it is known, concat(xt, picture * keep, keep), as GLIDE's
+        (Nichol et al. 2021, arXiv 2112.10741); it is trained with random holes, and draws without a picture alike.
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, guidance, …).
     """
 
     model: Decoder
@@ -42,6 +47,7 @@ class DecoderTask:
     text_drop: float = 0.5
     vlb_weight: float = 0.001
     empty_caption: bool = False
+    inpaint: bool = False
 
     @classmethod
     def from_config(cls, config, clip: CLIP):
@@ -51,7 +57,8 @@ class DecoderTask:
             tokens = {"vocab_size": clip.text["vocab_size"], "max_len": clip.text["max_len"]}
             model["text"] = {**model["text"], **tokens}
         channels = 6 if config.objective.vlb_weight else 3
-        net = Decoder(clip.embed_dim, **{**model, "unet": {**model["unet"], "out_channels": channels}})
+        unet = {**model["unet"], "out_channels": channels, "extra": 4 if config.objective.get("inpaint") else 0}
+        net = Decoder(clip.embed_dim, **{**model, "unet": unet})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
         return cls(net, schedule, clip, sampler=sampler, **{"image_size": config.data.size, **config.objective})
 
@@ -60,9 +67,19 @@ class DecoderTask:
         one = jnp.ones((1,), bool)
         z, tokens = jnp.zeros((1, d)), jnp.zeros((1, length), jnp.int32)
         states = jnp.zeros((1, length, self.clip.text["width"]))
-        image = jnp.zeros((1, size, size, 3))
+        image = jnp.zeros((1, size, size, 7 if self.inpaint else 3))
         time = jnp.zeros((1,), jnp.int32)
         return self.model.init(rng, image, time, z, one, tokens, tokens == 0, one, z, states)["params"]
+
+    def adopt(self, params):
+        """The parameters of a decoder that may lack the channels for inpainting, which are then of no effect."""
+        patch = self.model.unet.get("patch", 1)
+        stems = {"stem": patch, "outer_stem": 1} if self.inpaint else {}
+        net = dict(params["net"])
+        for name, side in stems.items():
+            if name in net and net[name]["kernel"].shape[-2] == 3 * side**2:
+                net[name] = {**net[name], "kernel": widen(net[name]["kernel"], side, 4)}
+        return {**params, "net": net}
 
     def prepare(self, frozen, params, batches):
         return params
@@ -82,26 +99,47 @@ class DecoderTask:
         args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
         return self.model.apply({"params": params}, *args, method="condition")
 
-    def loss(self, params, batch, rng):
-        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
-        x0 = batch["image"]
-        b = x0.shape[0]
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
-        keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
-        keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
+    def x0_and_denoise(self, params, batch, keep_image=None, keep_text=None, **train):
+        """An encoded batch's images, and the network that knows z_img and caption where kept; None: everywhere."""
+        everywhere = jnp.ones(batch["image"].shape[:1], bool)
+        keep_image, keep_text = (everywhere if keep is None else keep for keep in (keep_image, keep_text))
         cond = self.condition(params, batch, keep_image, keep_text)
+        return batch["image"], self._denoise(params, cond, self._shown(batch), **train)
+
+    def _shown(self, batch):
+        """What an inpainting network sees beside xt, f32[B, S, S, 4]: the known picture, and where it is known."""
+        if not self.inpaint:
+            return None
+        if "keep" not in batch:
+            return jnp.zeros((batch["z_img"].shape[0], self.image_size, self.image_size, 4))
+        return jnp.concatenate([batch["known"] * batch["keep"], batch["keep"]], axis=-1)
+
+    def _denoise(self, params, cond, shown, **train):
+        """The denoiser for all rows of `cond`, or for its first ones."""
 
         def denoise(xt, time):
-            out = self.model.apply(
-                {"params": params}, xt, time, cond, train=True, method="denoise", rngs={"dropout": dropout}
-            )
-            return split_variance(out)
+            n = xt.shape[0]
+            x = xt if shown is None else jnp.concatenate([xt, shown[:n]], axis=-1)
+            own = jax.tree.map(lambda a: a[:n], cond)
+            return split_variance(self.model.apply({"params": params}, x, time, own, method="denoise", **train))
 
+        return denoise
+
+    def loss(self, params, batch, rng):
+        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
+        b = batch["image"].shape[0]
+        keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
+        keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
+        train = dict(train=True, rngs={"dropout": dropout})
+        if self.inpaint:
+            holes = random_holes(jax.random.fold_in(rng, 1), b, self.image_size)
+            batch = {**batch, "known": batch["image"], "keep": 1.0 - holes[..., None]}
+        x0, denoise = self.x0_and_denoise(params, batch, keep_image, keep_text, **train)
         loss, metrics = diffusion_loss(
             self.schedule,
             denoise,
             x0,
-            t,
+            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
             jax.random.normal(noise_rng, x0.shape),
             self.target,
             self.vlb_weight,
@@ -113,25 +151,27 @@ class DecoderTask:
         """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
 
         Caption Transformer and projections are run once, not in every step. `caption=False` in `over` draws from z_img
-        alone, with every caption dropped (variations).
+        alone, with every caption dropped (variations). With {known f32[B, S, S, 3], keep f32[B, S, S, 1]} in `cond` the
+        known picture stays where keep is 1; with `known`, and `strength` in `over`, drawing begins from it.
         """
         settings = {**self.sampler, **over}
-        b, guidance = cond["z_img"].shape[0], settings["guidance"]
-        halves = 1 if guidance == 1 else 2
-        seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
+        b, halves = cond["z_img"].shape[0], 1 if settings["guidance"] == 1 else 2
+        known, keep_known = cond.get("known"), cond.get("keep")
+        seen = ["z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption]
+        seen += [name for name in ("known", "keep") if name in cond]
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
-        shared = self.condition(params, cond, keep, keep & settings.get("caption", True))
-
-        def denoise(xt, time):
-            return split_variance(self.model.apply({"params": params}, xt, time, shared, method="denoise"))
-
-        image = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
-            denoise if halves == 1 else guide_batched(denoise, guidance),
+        shared = self.condition(params, cond, keep, keep & settings.pop("caption", True))
+        image = draw(
+            self.schedule,
+            self._denoise(params, shared, self._shown(cond)),
             initial_noise(keys, (self.image_size, self.image_size, 3)),
             keys,
             target=self.target,
+            x0_variance=params.get("x0_variance"),
+            image=known,
+            keep=keep_known,
+            **settings,
         )
         return jnp.clip(image, -1, 1)
 

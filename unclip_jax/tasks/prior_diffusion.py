@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
-from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.diffusion.sample import initial_noise
+from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
 from unclip_jax.tasks.clip import ask, ask_empty, drop_captions, matrix_picture, unit
@@ -21,14 +22,15 @@ PREPARE_BATCHES = 32
 class PriorTask:
     """Prior over whitened embeddings: diffusion runs on (z_img - mean) / std, statistics that live beside the weights.
 
-    Parameters are {"net": …, "mean": f32[D], "std": f32[D]}; the statistics get no gradient.
+    Parameters are {"net": …, "mean": f32[D], "std": f32[D]}; the statistics get no gradient. For sampling there may be
+    "x0_variance" f32[S], which `tasks.measure_x0_variance` adds.
 
     Attributes:
       clip: the frozen CLIP whose embeddings are modelled.
       text_drop: share of examples trained without caption and text embedding (the paper: 0.1).
       empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo), not a learned vector.
       clip_x0: bound on the whitened prediction while sampling, or None.
-      sampler: defaults of `sample`: name, steps, guidance, candidates.
+      sampler: defaults of `sample`: candidates, and what `diffusion.draw` takes (name, steps, guidance, …).
     """
 
     model: Prior
@@ -79,13 +81,10 @@ class PriorTask:
             raise ValueError("these embeddings hold no caption states: make them with --states")
         return batch[name]
 
-    def loss(self, params, batch, rng):
-        t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
-        b = batch["z_img"].shape[0]
+    def x0_and_denoise(self, params, batch, keep=None):
+        """An encoded batch's whitened embeddings, and the network that knows the captions where keep; None: all."""
         x0 = (batch["z_img"] - params["mean"][None]) / params["std"][None]
-        x0 = jax.lax.stop_gradient(x0)
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
-        keep = jax.random.uniform(drop_rng, (b,)) >= self.text_drop
+        keep = jnp.ones(x0.shape[:1], bool) if keep is None else keep
         if self.empty_caption:
             batch, keep = drop_captions(batch, keep), None
 
@@ -93,6 +92,13 @@ class PriorTask:
             args = (self._caption(batch), batch["mask"], batch["z_txt"], keep)
             return Out(self.model.apply({"params": params["net"]}, xt, time, *args))
 
+        return jax.lax.stop_gradient(x0), denoise
+
+    def loss(self, params, batch, rng):
+        t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
+        b = batch["z_img"].shape[0]
+        x0, denoise = self.x0_and_denoise(params, batch, jax.random.uniform(drop_rng, (b,)) >= self.text_drop)
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
         loss, metrics = diffusion_loss(self.schedule, denoise, x0, t, jax.random.normal(noise_rng, x0.shape), "x0")
         return loss.mean(), metrics
 
@@ -103,13 +109,13 @@ class PriorTask:
         (the paper: 2). The prefix of every caption is run once, not in every step, and shared by its candidates.
         """
         settings = {**self.sampler, **over}
-        candidates, guidance = settings["candidates"], settings["guidance"]
+        candidates = settings.pop("candidates")
         b, d = cond["z_txt"].shape
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(candidates)))(keys)
         keys = keys.reshape(b * candidates)
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
-        halves = 1 if guidance == 1 else 2
+        halves = 1 if settings["guidance"] == 1 else 2
         caption = "tokens" if self.model.vocab_size else "states"
         seen = (caption, "mask", "z_txt", *["empty"] * self.empty_caption)
         rows = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
@@ -123,15 +129,19 @@ class PriorTask:
         mask = jnp.repeat(mask, candidates, axis=0)
 
         def denoise(xt, time):
-            return Out(self.model.apply(variables, xt, time, kv, mask, method="step"))
+            n = xt.shape[0]  # all rows, or the first half of them
+            own = jax.tree.map(lambda a: a[:, :n], kv)
+            return Out(self.model.apply(variables, xt, time, own, mask[:n], method="step"))
 
-        z = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
-            denoise if halves == 1 else guide_batched(denoise, guidance),
+        z = draw(
+            self.schedule,
+            denoise,
             initial_noise(keys, (d,)),
             keys,
             target="x0",
             clip_x0=self.clip_x0,
+            x0_variance=params.get("x0_variance"),
+            **settings,
         )
         z = (z * params["std"][None] + params["mean"][None]).reshape(b, candidates, d)
         best = jnp.einsum("bcd,bd->bc", z, cond["z_txt"]).argmax(1)

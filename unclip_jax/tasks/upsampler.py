@@ -1,8 +1,8 @@
 """The upsamplers' training and sampling (unCLIP, section 2.3): diffusion over large images given small ones.
 
-The small image is enlarged and concatenated to the noised one. In training it is blurred a little, so that the network
-does not lean on details that a drawn image lacks; networks without attention train on crops and draw at any size. No
-caption enters.
+The small image is enlarged and concatenated to the noised one. In training it is blurred a little, or degraded more
+variously by the loader (`loader.degrade`), so that the network does not lean on details that a drawn image lacks;
+networks without attention train on crops and draw at any size. No caption enters.
 """
 
 import dataclasses
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import gaussian_blur, resize
-from unclip_jax.diffusion.guide import hand_over
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import within
 from unclip_jax.diffusion.loss import diffusion_loss
-from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
+from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.diffusion.tile import check_tiles, tiled
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet
 from unclip_jax.tasks.decoder import mean_loss, split_variance
@@ -32,7 +34,7 @@ class UpsamplerTask:
         are then {"net": …, "last": …}, for sampling only.
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
-      sampler: defaults of `sample`: name, steps.
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …).
     """
 
     model: UNet
@@ -63,33 +65,51 @@ class UpsamplerTask:
         return params
 
     def encode(self, frozen, batch):
-        """Adds the small images, "low" f32[B, H / factor, H / factor, 3]."""
+        """Adds the small images, "low" f32[B, H / factor, H / factor, 3], where the loader has not made them."""
         side = batch["image"].shape[1]
+        if "low" in batch:
+            if batch["low"].shape[1] * self.factor != side:
+                small = batch["low"].shape[1]
+                raise ValueError(f"loader.factor made {small} pixels of {side}, and objective.factor is {self.factor}")
+            return batch
         if side % self.factor:
             raise ValueError(f"images of {side} pixels must be divisible by factor={self.factor}")
         return {**batch, "low": resize(batch["image"], side // self.factor)}
 
-    def _denoise(self, params, low, size, train=False, rngs=None):
+    def x0_and_denoise(self, params, batch, **train):
+        """An encoded batch's large images, and the network that is shown the small ones."""
+        return batch["image"], self._denoise(params, batch["low"], batch["image"].shape[1], **train)
+
+    def _denoise(self, params, low, size, tile=None, overlap=None, **train):
         enlarged = resize(low, size)
 
-        def denoise(xt, time):
-            x = jnp.concatenate([xt, enlarged], axis=-1)
-            return split_variance(self.model.apply({"params": params}, x, time, train=train, rngs=rngs))
+        def network(x, time):
+            return self.model.apply({"params": params}, x, time, **train)
 
-        return denoise
+        if tile:
+            network = tiled(network, *self.tiles(tile, overlap))
+        return lambda xt, time: split_variance(network(jnp.concatenate([xt, enlarged], axis=-1), time))
+
+    def tiles(self, tile, overlap=None) -> tuple[int, int, int]:
+        """(tile, overlap, the network's factor), a quarter of the tile by default; UserError for what does not fit."""
+        align = self.model.patch * 2 ** (len(self.model.multipliers) - 1)
+        overlap = tile // 4 if overlap is None else overlap
+        check_tiles(tile, overlap, align)
+        return tile, overlap, align
 
     def loss(self, params, batch, rng):
         if self.last_steps:
             what = f"objective.last_steps={self.last_steps} is for sampling with converted weights"
             raise UserError(what, "train with objective.last_steps=0")
         t_rng, noise_rng, blur_rng, dropout = jax.random.split(rng, 4)
-        x0, low = batch["image"], batch["low"]
-        b = x0.shape[0]
+        b = batch["image"].shape[0]
         blurred = jax.random.uniform(blur_rng, (b, 1, 1, 1)) < self.blur_share
-        low = jnp.where(blurred, gaussian_blur(low, self.blur), low)
+        low = jnp.where(blurred, gaussian_blur(batch["low"], self.blur), batch["low"])
+        train = dict(train=True, rngs={"dropout": dropout})
+        x0, denoise = self.x0_and_denoise(params, {**batch, "low": low}, **train)
         loss, metrics = diffusion_loss(
             self.schedule,
-            self._denoise(params, low, x0.shape[1], True, {"dropout": dropout}),
+            denoise,
             x0,
             jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
             jax.random.normal(noise_rng, x0.shape),
@@ -100,22 +120,30 @@ class UpsamplerTask:
         return loss.mean(), metrics
 
     def sample(self, params, cond, keys, **over):
-        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1]."""
-        settings = {**self.sampler, **over}
-        low = cond["low"]
+        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1].
+
+        With {known, keep} of the large size in `cond`, the known picture stays where keep is 1. With `tile` in `over`,
+        and `overlap`, in pixels of the large picture, the network runs on tiles (`diffusion.tile`).
+        """
+        settings, low = {**self.sampler, **over}, cond["low"]
+        tiles = {name: settings.pop(name, None) for name in ("tile", "overlap")}
         size = low.shape[1] * self.factor
-        schedule = respace(self.schedule, settings["steps"])
         if self.last_steps:
-            first, last = (self._denoise(params[name], low, size) for name in ("net", "last"))
-            denoise = hand_over(first, last, schedule.timesteps[:self.last_steps][-1])
+            first, last = (self._denoise(params[name], low, size, **tiles) for name in ("net", "last"))
+            times = respace(self.schedule, settings["steps"]).timesteps[:self.last_steps]
+            denoise = within(0, int(times[-1]), last, first)
         else:
-            denoise = self._denoise(params, low, size)
-        image = SAMPLERS[settings["name"]](
-            schedule,
+            denoise = self._denoise(params, low, size, **tiles)
+        image = draw(
+            self.schedule,
             denoise,
             initial_noise(keys, (size, size, 3)),
             keys,
             target=self.target,
+            x0_variance=params.get("x0_variance"),
+            image=cond.get("known"),
+            keep=cond.get("keep"),
+            **settings,
         )
         return jnp.clip(image, -1, 1)
 

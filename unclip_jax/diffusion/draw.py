@@ -1,0 +1,81 @@
+"""From a config's `sampler` block to a sample: respacing, guidance, a picture to begin from or to keep, the sampler."""
+
+import math
+
+import jax
+import numpy as np
+
+from unclip_jax.diffusion.guide import Denoise, guide_batched, within
+from unclip_jax.diffusion.inpaint import partway, repaint
+from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.diffusion.schedule import Schedule, respace
+from unclip_jax.errors import UserError, suggest
+
+
+def draw(
+    sched: Schedule,
+    denoise: Denoise,
+    noise: jax.Array,
+    keys: jax.Array,
+    *,
+    target: str,
+    clip_x0: float | None = 1.0,
+    x0_variance: jax.Array | None = None,
+    name: str,
+    steps: int | str,
+    guidance: float = 1.0,
+    threshold: float | None = None,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    image: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    strength: float = 1.0,
+    jump: int = 1,
+    resample: int = 1,
+) -> jax.Array:
+    """Samples as a config's `sampler` block says -> x0 f32[B, …].
+
+    Args:
+      sched: as trained.
+      denoise: takes B rows, and with a guidance other than 1 also 2 B, the conditional ones first.
+      noise, keys, target, clip_x0, threshold: as of the samplers.
+      x0_variance: f32[S] at the steps of `sched`, for the sampler "analytic"; None where it was not measured.
+      name, steps: of SAMPLERS; of `respace`.
+      guidance, rescale: of `guide_batched`.
+      interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
+        is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.
+      image, strength: f32[B, …] to begin from, with so much of the steps left to go; see `inpaint.partway`.
+      keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, by DDPM's steps or
+        DDIM's where the sampler named is a deterministic one.
+    """
+    check_settings(name=name, threshold=threshold, rescale=rescale, interval=interval)
+    if guidance != 1:
+        guided = guide_batched(denoise, guidance, rescale)
+        if interval is not None and tuple(interval) != (0, 1):
+            guided = within(*(level * int(sched.timesteps[-1]) for level in interval), guided, denoise)
+        denoise = guided
+    short, more = respace(sched, steps), {}
+    view = dict(target=target, clip_x0=clip_x0, threshold=threshold)
+    if image is not None and strength != 1:
+        short, noise = partway(short, image, strength, noise)
+    if keep is not None:
+        walk = dict(jump=jump, resample=resample, eta=1.0 if name in ("ddpm", "analytic") else 0.0)
+        return repaint(short, denoise, noise, keys, known=image, keep=keep, **walk, **view)
+    if name == "analytic" and x0_variance is not None:
+        more["x0_variance"] = x0_variance[np.searchsorted(sched.timesteps, short.timesteps)]
+    return SAMPLERS[name](short, denoise, noise, keys, **view, **more)
+
+
+def check_settings(prefix: str = "", *, name=None, threshold=None, rescale=None, interval=None) -> None:
+    """Raises UserError for what `draw` does not take, each called `prefix` + its name; None is not looked at."""
+    if name is not None and name not in SAMPLERS:
+        raise UserError(f"{prefix}name={name!r} is unknown", suggest(name, SAMPLERS))
+    number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)  # noqa: E731
+    if threshold is not None and not (number(threshold) and 0 < threshold <= 1):
+        raise UserError(f"{prefix}threshold={threshold!r} must be a quantile above 0, and 1 at most, such as 0.995")
+    if rescale is not None and not (number(rescale) and 0 <= rescale <= 1):
+        raise UserError(f"{prefix}rescale={rescale!r} must be a number in 0 (none) … 1")
+    if interval is not None:
+        pair = tuple(interval) if isinstance(interval, (tuple, list)) else ()
+        if not (len(pair) == 2 and all(map(number, pair)) and 0 <= pair[0] < pair[1] <= 1):
+            raise UserError(f"{prefix}interval={interval!r} must be two noise levels, 0 <= low < high <= 1")
