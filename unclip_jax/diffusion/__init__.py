@@ -1,6 +1,7 @@
 """Diffusion: schedules, losses, guidance and samplers over any denoiser `(xt, model_time) -> Out`."""
 
 from unclip_jax.diffusion.guide import Denoise, Out, guide, guide_batched
+from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.loss import bpd, diffusion_loss, prior_bpd, simple, vlb
 from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, initial_noise
 from unclip_jax.diffusion.schedule import (
@@ -14,9 +15,10 @@ from unclip_jax.diffusion.schedule import (
     to_v,
     to_x0,
 )
+from unclip_jax.diffusion.slerp import slerp
 
 __all__ = [
-    "SAMPLERS", "Denoise", "Out", "Schedule", "bpd", "ddim", "ddpm", "diffusion_loss", "guide",
+    "SAMPLERS", "Denoise", "Out", "Schedule", "bpd", "ddim", "ddim_invert", "ddpm", "diffusion_loss", "guide",
     "guide_batched", "initial_noise", "make_schedule", "model_time", "prior_bpd", "q_posterior", "q_sample",
-    "respace", "simple", "to_eps", "to_v", "to_x0", "vlb",
+    "respace", "simple", "slerp", "to_eps", "to_v", "to_x0", "vlb",
 ]

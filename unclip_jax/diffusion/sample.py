@@ -36,6 +36,13 @@ def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
 
+def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
+    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
+    p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
+    root = jax.random.key(np.uint32(seed))
+    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
+
+
 def ddpm(
     sched: Schedule,
     denoise: Denoise,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from unclip_jax.data.images import resize
 from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
@@ -112,10 +113,37 @@ class DecoderTask:
     def sample(self, params, cond, keys, **over):
         """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
 
-        Caption Transformer and projections are run once, not in every step. `caption=False` in `over` draws from z_img
-        alone, with every caption dropped (variations).
+        With "noise" f32[B, S, S, 3] in cond, that is what is drawn from, not the keys' own. In `over`: `caption=False`
+        draws from z_img alone, with every caption dropped; `eta` is DDIM's.
         """
         settings = {**self.sampler, **over}
+        noise = cond["noise"] if "noise" in cond else initial_noise(keys, (self.image_size, self.image_size, 3))
+        image = SAMPLERS[settings["name"]](
+            respace(self.schedule, settings["steps"]),
+            self._denoise(params, cond, settings),
+            noise,
+            keys,
+            target=self.target,
+            **{name: settings[name] for name in ("eta",) if name in settings},
+        )
+        return jnp.clip(image, -1, 1)
+
+    def invert(self, params, cond, **over):
+        """cond of `sample` with "image" f32[B, S, S, 3] → the noise f32[B, S, S, 3] that DDIM draws these from (x_T).
+
+        Draw with the same steps, guidance and caption to get the image back. `iterations` in `over`: see `ddim_invert`.
+        """
+        settings = {**self.sampler, **over}
+        return ddim_invert(
+            respace(self.schedule, settings["steps"]),
+            self._denoise(params, cond, settings),
+            cond["image"],
+            target=self.target,
+            iterations=settings.get("iterations", 1),
+        )
+
+    def _denoise(self, params, cond, settings):
+        """The guided denoiser. Caption Transformer and projections are run here, once, not in every step."""
         b, guidance = cond["z_img"].shape[0], settings["guidance"]
         halves = 1 if guidance == 1 else 2
         seen = ("z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption)
@@ -126,14 +154,7 @@ class DecoderTask:
         def denoise(xt, time):
             return split_variance(self.model.apply({"params": params}, xt, time, shared, method="denoise"))
 
-        image = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
-            denoise if halves == 1 else guide_batched(denoise, guidance),
-            initial_noise(keys, (self.image_size, self.image_size, 3)),
-            keys,
-            target=self.target,
-        )
-        return jnp.clip(image, -1, 1)
+        return denoise if halves == 1 else guide_batched(denoise, guidance)
 
     def evaluate(self, params, batch, rng):
         return mean_loss(self, params, batch, rng)
