@@ -5,7 +5,7 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
     7  cli
     6  train  evaluate  plan  ui  interop  export  demo
     5  pipeline
-    4  stack  logs
+    4  stack  logs  edits
     3  tasks
     2  models
     1  diffusion  nn
@@ -27,7 +27,7 @@ RANKS = {
     1: "diffusion nn",
     2: "models",
     3: "tasks",
-    4: "stack logs",
+    4: "stack logs edits",
     5: "pipeline",
     6: "train evaluate plan ui interop export demo",
     7: "cli",

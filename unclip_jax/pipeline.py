@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
-from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
-from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.data.images import to_uint8
+from unclip_jax.diffusion.sample import SAMPLERS, picture_keys
+from unclip_jax.edits import Edits, check_numbers, fold, whole
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ class Settings:
     def __post_init__(self):
         for name in ("prior_steps", "candidates", "steps", "upsample_steps"):
             value = getattr(self, name)
-            if value is not None and not _whole(value, 1):
+            if value is not None and not whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
         for name in ("prior_guidance", "guidance"):
             value = getattr(self, name)
@@ -79,8 +79,8 @@ class Drawn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnCLIP:
-    """A trained stack that draws pictures from prompts. Made by `UnCLIP.load`.
+class UnCLIP(Edits):
+    """A trained stack that draws pictures from prompts, and from pictures (`Edits`). Made by `UnCLIP.load`.
 
     Args:
       tokenizer: the one that every stage was trained with.
@@ -179,7 +179,8 @@ class UnCLIP:
         Raises:
           UserError: a bad argument, or a stage gave NaN.
         """
-        _check_call(prompts, seed, num, batch_size)
+        _check_prompts(prompts)
+        check_numbers(seed, num, batch_size)
         if "prior" not in self.tasks:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
@@ -187,52 +188,13 @@ class UnCLIP:
         keys = picture_keys(seed, len(prompts), num)
         return self._draw(cond, keys, self.settings(**settings), batch_size, return_stages, progress)
 
-    def variations(
-        self,
-        images: Sequence[np.ndarray],
-        seed: int = 0,
-        *,
-        num: int = 1,
-        batch_size: int = 8,
-        return_stages: bool = False,
-        progress: bool = True,
-        **settings,
-    ) -> np.ndarray | Drawn:
-        """Draws `num` pictures of what each image shows -> u8[len(images) * num, H, W, 3], image by image.
-
-        From the CLIP embedding of the image alone, no prior and no caption, with other noise for each picture (Ramesh
-        et al. 2022, section 3.1, here from white noise).
-
-        Args:
-          images: u8[h, w, 3] each; the middle square is looked at.
-          seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
-
-        Raises:
-          UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
-        """
-        _check_call([""] * len(images), seed, num, batch_size)
-        vision = self.tasks["clip"].model.vision
-        if vision is None:
-            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
-        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
-        tokens, mask = self.tokenizer.encode([""] * len(images))
-        cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
-        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
-        used = self.settings(**settings)
-        used["decoder"] = {**used["decoder"], "caption": False}
-        keys = picture_keys(seed, len(images), num)
-        return self._draw(cond, keys, used, batch_size, return_stages, progress)
-
     def _draw(self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool):
         """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
-        total = len(keys)
-        size = min(batch_size, 1 << (total - 1).bit_length())
-        bar = None if progress else True
 
         def run(number, stage, rows):
-            return self._run(stage, (rows, _fold(keys, number)), used[stage], total, size, bar)
+            return self._run(stage, (rows, fold(keys, number)), used[stage], batch_size, progress)
 
-        cond = {**cond, **self._run("clip", (cond,), {}, total, size, bar)}
+        cond = {**cond, **self._run("clip", (cond,), {}, batch_size, progress)}
         cond.pop("image", None)
         if "z_img" not in cond:
             cond["z_img"] = run(1, "prior", cond)
@@ -244,9 +206,12 @@ class UnCLIP:
             return pictures
         return Drawn(pictures, to_uint8(base), cond["z_img"], cond["z_txt"])
 
-    def _run(self, stage: str, rows, options: Mapping, total: int, size: int, bar: bool | None):
-        """One stage over all rows, `size` at a time, the last chunk filled up with copies of the last row."""
-        program = self._program(stage, options)
+    def _run(self, stage: str, rows, options: Mapping, batch_size: int, progress: bool, method: str = "sample"):
+        """One stage over all rows, some at a time, the last chunk filled up with copies of the last row."""
+        total = len(jax.tree.leaves(rows)[0])
+        size = min(batch_size, 1 << (total - 1).bit_length())
+        bar = None if progress else True
+        program = self._program(stage, options, method)
         params, parts = self.params[stage], []
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
@@ -263,54 +228,24 @@ class UnCLIP:
         asked = [self.tasks[name].encode({"clip": params}, rows) for name in ("prior", "decoder") if name in self.tasks]
         return {name: value for each in asked for name, value in each.items() if name not in rows}
 
-    def _program(self, stage: str, options: Mapping):
+    def _program(self, stage: str, options: Mapping, method: str = "sample"):
         """The compiled program of one stage, (params, rows[, keys]) -> output; one for each `options`."""
-        key = (stage, tuple(sorted(options.items())))
+        key = (stage, method, tuple(sorted(options.items())))
         if key not in self._programs:
-            task = self.tasks[stage]
             if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
                 self._programs[key] = jax.jit(self._ask)
             else:
-                self._programs[key] = jax.jit(
-                    lambda params, rows, keys: task.sample(params, rows, keys, **options)
-                )
+                run = getattr(self.tasks[stage], method)
+                self._programs[key] = jax.jit(lambda params, *rows: run(params, *rows, **options))
         return self._programs[key]
-
-
-def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
-    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
-    p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
-    root = jax.random.key(np.uint32(seed))
-    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
-
-
-def _fold(keys: jax.Array, number: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
-def _square(image, number: int, side: int) -> np.ndarray:
-    """The middle square of a picture, u8[side, side, 3]."""
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
-    return center_crop_resize(Image.fromarray(image), side)
 
 
 def _role(stage: str) -> str:
     return "upsampler" if stage.startswith("upsampler") else stage
 
 
-def _whole(value, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
-
-
-def _check_call(prompts, seed, num, batch_size) -> None:
+def _check_prompts(prompts) -> None:
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("prompts must be a list of texts", "write generate(['a red circle'])")
     if not len(prompts):
         raise UserError("prompts must hold at least one text")
-    if not _whole(seed, 0, 2**32 - 1):
-        raise UserError(f"seed={seed!r} must be a whole number in 0 … 4294967295")
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if not _whole(value, 1):
-            raise UserError(f"{name}={value!r} must be a whole number of at least 1")
