@@ -46,7 +46,7 @@ class Edits:
     ) -> Latents:
         """The bipartite latents of pictures, by DDIM inversion."""
         check_numbers(batch_size=batch_size)
-        return self._latents(self._look(images), self._exact(settings), batch_size, progress)
+        return self._latents(self._look(images), self.exact_settings(settings), batch_size, progress)
 
     def variations(
         self,
@@ -79,7 +79,7 @@ class Edits:
             used["decoder"] = {**used["decoder"], "caption": False}
             cond.pop("small")
         else:
-            used = self._exact(settings)
+            used = self.exact_settings(settings)
             cond = self._with_noise(cond, self._latents(cond, used, batch_size, progress))
             used["decoder"] = {**used["decoder"], "eta": float(eta)}
         cond = {name: value.repeat(num, 0) for name, value in cond.items()}
@@ -111,27 +111,12 @@ class Edits:
         check_numbers(seed, 1, batch_size, frames=(frames, 2))
         if isinstance(inputs, str) or len(inputs) < 2:
             raise UserError("interpolation needs at least two pictures or prompts")
-        prompts = [k for k, given in enumerate(inputs) if isinstance(given, str)]
-        pictures = [k for k, given in enumerate(inputs) if not isinstance(given, str)]
-        noise = noise or ("slerp" if pictures else "fixed")
+        noise = noise or ("fixed" if all(isinstance(given, str) for given in inputs) else "slerp")
         if noise not in NOISES:
             raise UserError(f"noise={noise!r} is unknown", suggest(noise, NOISES))
-        used, keys, side = self._exact(settings), picture_keys(seed, len(inputs), 1), self.tasks["decoder"].image_size
-        z, x = [None] * len(inputs), list(np.asarray(initial_noise(fold(keys, 2), (side, side, 3))))
-        if pictures:
-            cond = self._look([inputs[k] for k in pictures])
-            if noise == "slerp":
-                found = self._latents(cond, used, batch_size, progress)
-            else:
-                found = Latents(self._encode(cond, batch_size, progress)["z_img"], [x[0]] * len(pictures))
-            for k, z_img, x_t in zip(pictures, *found, strict=True):
-                z[k], x[k] = z_img, x_t
-        if prompts:
-            drawn = self._imagine([inputs[k] for k in prompts], keys[np.array(prompts)], used, batch_size, progress)
-            for k, z_img in zip(prompts, drawn, strict=True):
-                z[k] = z_img
-        x = [x[0]] * len(x) if noise == "fixed" else x
-        path = Latents(*(_path(points, frames) for points in (z, x)))
+        used = self.exact_settings(settings)
+        ends = self._ends(inputs, seed, noise, used, batch_size, progress)
+        path = Latents(*(_path(points, frames) for points in ends))
         return self._draw_latents(path, seed, used, batch_size, return_stages, progress)
 
     def text_diff(
@@ -158,7 +143,7 @@ class Edits:
         check_numbers(seed, 1, batch_size)
         if not len(thetas) or not all(_within(theta, 0, 1) for theta in thetas):
             raise UserError(f"thetas={thetas!r} must be numbers in 0 … 1, at least one")
-        cond, used = self._look(images), self._exact(settings)
+        cond, used = self._look(images), self.exact_settings(settings)
         to, start = self._embed([target, source], batch_size, progress)
         if np.linalg.norm(to - start) < 1e-6 * np.linalg.norm(to):
             raise UserError(f"{source!r} and {target!r} mean the same to CLIP", "give two texts that differ")
@@ -214,7 +199,7 @@ class Edits:
         tokens, mask = self.tokenizer.encode([""] * len(images))
         return {**seen, "tokens": tokens, "mask": mask}
 
-    def _exact(self, settings: Mapping) -> dict[str, dict]:
+    def exact_settings(self, settings: Mapping) -> dict[str, dict]:
         """The settings of each stage with which x_T gives its picture back, unless others were given."""
         steps = min(STEPS, self.configs["decoder"].diffusion.num_steps)
         used = self.settings(**{"sampler": "ddim", "guidance": 1.0, "steps": steps, **settings})
@@ -236,6 +221,24 @@ class Edits:
         options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption")}
         rows = {**seen, "image": cond["small"]}
         return Latents(seen["z_img"], self._run("decoder", (rows,), options, batch_size, progress, "invert"))
+
+    def _ends(self, inputs, seed: int, noise: str, used: Mapping, batch_size: int, progress: bool) -> Latents:
+        """The latents of `interpolate`'s pictures and prompts, in their order."""
+        words = np.array([isinstance(given, str) for given in inputs])
+        keys, side = picture_keys(seed, len(inputs), 1), self.tasks["decoder"].image_size
+        x = np.array(initial_noise(fold(keys, 2), (side, side, 3)))
+        x = x[:1].repeat(len(x), 0) if noise == "fixed" else x
+        z = np.zeros((len(inputs), self.tasks["clip"].model.embed_dim), np.float32)
+        if words.any():
+            prompts = [given for given in inputs if isinstance(given, str)]
+            z[words] = self._imagine(prompts, keys[words], used, batch_size, progress)
+        if not words.all():
+            cond = self._look([given for given in inputs if not isinstance(given, str)])
+            if noise == "slerp":
+                z[~words], x[~words] = self._latents(cond, used, batch_size, progress)
+            else:
+                z[~words] = self._encode(cond, batch_size, progress)["z_img"]
+        return Latents(z, x)
 
     def _imagine(self, prompts, keys, used: Mapping, batch_size: int, progress: bool) -> np.ndarray:
         """The prior's z_img of prompts."""
