@@ -1,0 +1,1 @@
+"""Measurements beside the tests: each prints a table and can write it as JSON."""
