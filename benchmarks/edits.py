@@ -24,7 +24,7 @@ from unclip_jax.metrics import shapes_oracle
 from unclip_jax.pipeline import UnCLIP
 
 NEAR = 0.1  # of the side
-THETAS = (0.15, 0.25, 0.35, 0.5)
+THETAS = (0.0, 0.25, 0.35, 0.5)
 
 
 def red_scenes(num: int, seed: int = 0) -> list[shapes.Scene]:

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.test_cli import HOSTILE, files, run, stack  # noqa: F401 (fixtures)
 from unclip_jax import __version__, gallery
 from unclip_jax.cli.arguments import read_picture
+from unclip_jax.edits import LEAST
 from unclip_jax.errors import UserError
 from unclip_jax.gallery import Picture
 from unclip_jax.pipeline import UnCLIP
@@ -80,7 +81,8 @@ def test_edits_steps_are_evenly_spaced_and_named(run, stack, quick, photos, tmp_
     told = json.loads((tmp_path / "made" / "pictures.json").read_text())
     assert [p.get("theta") for p in told["pictures"]] == [None, 0, 0.2, 0.4]
     assert {(p["image"], p["from"], p["to"]) for p in told["pictures"]} == {("b.jpg", "red", "green")}
-    assert told["settings"]["decoder"] == {"name": "ddim", "steps": 20, "guidance": 1.0, "caption": False}
+    expected = {"name": "ddim", "steps": 20, "guidance": 1.0, "caption": False, "least": LEAST}
+    assert told["settings"]["decoder"] == expected
 
 
 def test_probe_prints_the_odds(run, stack, quick, photos):  # noqa: F811

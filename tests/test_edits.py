@@ -7,11 +7,14 @@ import pytest
 
 from tests import tiny_stack
 from tests.test_pipeline import part_of_stack, photo
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.data.images import to_float
 from unclip_jax.diffusion.slerp import slerp
-from unclip_jax.edits import Latents
+from unclip_jax.edits import LEAST, Latents
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import UnCLIP
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 FEW = {"steps": 4, "batch_size": 4}
 
@@ -55,40 +58,35 @@ def seen(pipe):
     return make
 
 
-def test_latents_are_the_embedding_and_the_noise_of_the_middle_square(pipe, images, latents):
-    assert latents.z_img.shape == (2, 8) and latents.noise.shape == (2, 16, 16, 3)
-    drawn = pipe.variations(images, eta=None, seed=3, return_stages=True, **FEW)
-    np.testing.assert_allclose(drawn.z_img, latents.z_img, rtol=1e-4, atol=1e-4)
-
-
 def test_eta_zero_gives_what_ddim_draws_from_the_latents(pipe, images, latents):
     """By hand through the decoder's task; whatever the seed."""
-    task = pipe.tasks["decoder"]
+    assert latents.noise.shape == (2, 16, 16, 3)
+    task, options = pipe.tasks["decoder"], pipe.exact_settings({"steps": 4})["decoder"]
     tokens, mask = pipe.tokenizer.encode(["", ""])
+    square = to_float(pipe.squares(images, 16))
 
     @jax.jit
-    def by_hand(params, z_img, noise):
-        cond = task.encode({"clip": params["clip"]}, {"tokens": tokens, "mask": mask})
-        cond = {**cond, "z_img": z_img, "noise": noise}
+    def by_hand(params, image, noise):
+        cond = task.encode({"clip": params["clip"]}, {"tokens": tokens, "mask": mask, "image": image})
         keys = jax.random.split(jax.random.key(9), 2)
-        options = {"name": "ddim", "guidance": 1.0, "steps": 4, "caption": False}
-        return task.sample(params["decoder"], cond, keys, **options)
+        return cond["z_img"], task.sample(params["decoder"], {**cond, "noise": noise}, keys, **options)
 
-    expected = np.asarray(by_hand(pipe.params, *latents))
+    z_img, expected = map(np.asarray, by_hand(pipe.params, square, latents.noise))
+    np.testing.assert_allclose(latents.z_img, z_img, rtol=1e-4, atol=1e-4)
     drawn = to_float(pipe.variations(images, seed=1, eta=0.0, **FEW))
     np.testing.assert_allclose(drawn, expected, atol=0.02)
-    more = to_float(pipe.variations(images, seed=1, num=2, eta=1.0, **FEW)).reshape(2, 2, 16, 16, 3)
-    assert np.abs(more[:, 0] - more[:, 1]).mean() > 0.02 and np.abs(more[:, 0] - expected).mean() > 0.02
 
 
 def test_variations_hand_the_noise_on_and_drop_the_caption(pipe, images, seen, monkeypatch):
     calls = seen(monkeypatch)
     pipe.variations(images, num=2, eta=0.3, steps=5)
     inverts = [c for c in calls if c[1] == "invert"]
-    assert [c[3] for c in inverts] == [{"steps": 5, "guidance": 1.0, "caption": False}]
+    assert [c[3] for c in inverts] == [
+        {"steps": 5, "guidance": 1.0, "caption": False, "least": LEAST}
+    ]
     stage, _, rows, options = calls[-1]
     assert stage == "decoder" and options == {
-        "name": "ddim", "steps": 5, "guidance": 1.0, "caption": False, "eta": 0.3
+        "name": "ddim", "steps": 5, "guidance": 1.0, "caption": False, "least": LEAST, "eta": 0.3
     }  # fmt: skip
     small = to_float(pipe.squares(images, 16))
     np.testing.assert_array_equal(rows["noise"], (2 * small).repeat(2, 0))
@@ -131,8 +129,10 @@ def test_a_text_diff_turns_towards_the_difference_and_holds_the_noise(pipe, imag
     np.testing.assert_allclose(rows["z_img"][::3], z, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(rows["noise"], x.repeat(3, 0))
     tokens, mask = pipe.tokenizer.encode(["green", "red"])
-    z_txt, _ = pipe.tasks["clip"].model.apply({"params": pipe.params["clip"]}, tokens, mask, method="embed_text")
-    z_d = np.asarray(z_txt[0] - z_txt[1], np.float64)
+    model = pipe.tasks["clip"].model
+    embed = jax.jit(lambda p: model.apply({"params": p}, tokens, mask, method="embed_text")[0])
+    z_txt = np.asarray(embed(pipe.params["clip"]), np.float64)
+    z_d = z_txt[0] - z_txt[1]
     unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
     np.testing.assert_allclose(unit(rows["z_img"][2::3]), np.stack([unit(z_d)] * 2), atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(rows["z_img"], axis=1), np.linalg.norm(z, axis=1).repeat(3), rtol=1e-5)

@@ -20,6 +20,7 @@ from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.errors import UserError, suggest
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
+LEAST = 0.1  # noise below which x_T would hold the decoder's errors more than the picture
 THETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 NOISES = ("slerp", "fixed")
 
@@ -203,7 +204,7 @@ class Edits:
         """The settings of each stage with which x_T gives its picture back, unless others were given."""
         steps = min(STEPS, self.configs["decoder"].diffusion.num_steps)
         used = self.settings(**{"sampler": "ddim", "guidance": 1.0, "steps": steps, **settings})
-        used["decoder"] = {**used["decoder"], "caption": False}
+        used["decoder"] = {**used["decoder"], "caption": False, "least": LEAST}
         return used
 
     def _encode(self, cond: Mapping, batch_size: int, progress: bool) -> dict:
@@ -218,7 +219,7 @@ class Edits:
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
         seen = self._encode(cond, batch_size, progress)
-        options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption")}
+        options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption", "least")}
         rows = {**seen, "image": cond["small"]}
         return Latents(seen["z_img"], self._run("decoder", (rows,), options, batch_size, progress, "invert"))
 
@@ -226,7 +227,7 @@ class Edits:
         """The latents of `interpolate`'s pictures and prompts, in their order."""
         words = np.array([isinstance(given, str) for given in inputs])
         keys, side = picture_keys(seed, len(inputs), 1), self.tasks["decoder"].image_size
-        x = np.array(initial_noise(fold(keys, 2), (side, side, 3)))
+        x = np.array(jax.jit(initial_noise, static_argnums=1)(fold(keys, 2), (side, side, 3)))
         x = x[:1].repeat(len(x), 0) if noise == "fixed" else x
         z = np.zeros((len(inputs), self.tasks["clip"].model.embed_dim), np.float32)
         if words.any():

@@ -38,8 +38,12 @@ def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -
 
 def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
     """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
-    p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
-    root = jax.random.key(np.uint32(seed))
+    return _picture_keys(np.uint32(seed), *np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num)))
+
+
+@jax.jit
+def _picture_keys(seed, p, i):
+    root = jax.random.key(seed)
     return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.data.images import resize
 from unclip_jax.diffusion.guide import Out, guide_batched
@@ -114,12 +115,13 @@ class DecoderTask:
         """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
 
         With "noise" f32[B, S, S, 3] in cond, that is what is drawn from, not the keys' own. In `over`: `caption=False`
-        draws from z_img alone, with every caption dropped; `eta` is DDIM's.
+        draws from z_img alone, with every caption dropped; `eta` is DDIM's; `least` leaves out what has less noise
+        (a standard deviation), for drawing from the noise of `invert`.
         """
         settings = {**self.sampler, **over}
         noise = cond["noise"] if "noise" in cond else initial_noise(keys, (self.image_size, self.image_size, 3))
         image = SAMPLERS[settings["name"]](
-            respace(self.schedule, settings["steps"]),
+            self._levels(settings),
             self._denoise(params, cond, settings),
             noise,
             keys,
@@ -131,16 +133,24 @@ class DecoderTask:
     def invert(self, params, cond, **over):
         """cond of `sample` with "image" f32[B, S, S, 3] → the noise f32[B, S, S, 3] that DDIM draws these from (x_T).
 
-        Draw with the same steps, guidance and caption to get the image back. `iterations` in `over`: see `ddim_invert`.
+        Draw with the same `over` to get the image back. Where the network's error is larger than the noise, the noise
+        of the inversion becomes mostly that error, and too large; so begin at `least`. `iterations`: see `ddim_invert`.
         """
         settings = {**self.sampler, **over}
         return ddim_invert(
-            respace(self.schedule, settings["steps"]),
+            self._levels(settings),
             self._denoise(params, cond, settings),
             cond["image"],
             target=self.target,
             iterations=settings.get("iterations", 1),
         )
+
+    def _levels(self, settings) -> Schedule:
+        """The noise levels to draw with."""
+        noise = np.sqrt(1 - self.schedule.alphas_cumprod)
+        first = min(np.searchsorted(noise, settings.get("least", 0)), self.schedule.num_steps - settings["steps"])
+        kept = Schedule(self.schedule.alphas_cumprod[first:], self.schedule.timesteps[first:])
+        return respace(kept, settings["steps"])
 
     def _denoise(self, params, cond, settings):
         """The guided denoiser. Caption Transformer and projections are run here, once, not in every step."""
