@@ -1,1 +1,1 @@
-"""Measurements of what was trained, each a script that prints a table."""
+"""Measurements beside the tests: each prints a table and can write it as JSON."""

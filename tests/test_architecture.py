@@ -5,8 +5,8 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
     7  cli
     6  train  evaluate  plan  ui  interop  export  embed  demo
     5  pipeline
-    4  stack  logs
-    3  tasks
+    4  stack  logs  edits  painting
+    3  tasks  settings
     2  models
     1  diffusion  nn
     0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
@@ -26,8 +26,8 @@ RANKS = {
     0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer",
     1: "diffusion nn",
     2: "models",
-    3: "tasks",
-    4: "stack logs",
+    3: "tasks settings",
+    4: "stack logs edits painting",
     5: "pipeline",
     6: "train evaluate plan ui interop export embed demo",
     7: "cli",

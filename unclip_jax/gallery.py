@@ -1,14 +1,19 @@
 """Drawn pictures on disk: safe names, a labelled grid, and a folder that appears whole or not at all.
 
-    grid.png                                     every picture with its prompt
-    000-a-red-circle-1f2e3d4c-00.png             prompt 000, its words, a hash of it, picture 00
+    grid.png                                     every picture with its label
+    000-a-red-circle-1f2e3d4c-00.png             row 000, its words, a hash of them, picture 00
     pictures.json                                what each file shows and how it was drawn
+    index.html                                   all of it as one page without other files, where asked for
+    animation.webp, animation.gif                where the pictures are frames
 
 A name holds only a-z, 0-9 and "-", starts with a digit and has fewer than 80 characters, whatever the prompt;
 the prompt itself is in pictures.json and in each PNG's metadata. The same pictures give the same bytes.
 """
 
+import base64
 import hashlib
+import html
+import io
 import json
 import os
 import re
@@ -17,6 +22,7 @@ import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,16 +31,38 @@ from unclip_jax.errors import UserError
 
 INDEX = "pictures.json"
 GRID = "grid.png"
-GRID_PIXELS = 36_000_000  # a larger grid shows the first prompts only
+PAGE = "index.html"
+ANIMATIONS = ("animation.webp", "animation.gif")
+GRID_PIXELS = 36_000_000  # a larger grid shows the first rows only
 LEAST_CELL = 160  # pixels across; a narrower picture leaves no room for its label
+FRAME_MS, HOLD_MS = 120, 720  # of an animation; its ends are held
+PAGE_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>unclip_jax</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>
+body { font: 14px/1.4 sans-serif; margin: 1.5em; color: #222 }
+section { display: flex; flex-wrap: wrap; gap: 1em; margin-bottom: 1.5em }
+figure { margin: 0; width: 168px } img { width: 160px; image-rendering: pixelated; border: 1px solid #ccc }
+figcaption { overflow-wrap: anywhere } dl { color: #666; font-size: 11px; margin: .3em 0 }
+dt { float: left; margin-right: .4em } dt::after { content: ":" } dd { margin: 0 }
+</style></head><body>
+"""
 
 
-def file_name(prompt: str, prompt_index: int, index: int) -> str:
-    """The name of picture `index` of a prompt, such as "000-a-red-circle-1f2e3d4c-00.png"."""
-    ascii_ = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+class Picture(NamedTuple):
+    """One picture of a folder: u8[H, W, 3], the label under it, and JSON facts of its own ({"prompt": …})."""
+
+    image: np.ndarray
+    label: str
+    about: Mapping[str, Any] = {}
+
+
+def file_name(words: str, row: int, index: int) -> str:
+    """The name of picture `index` of a row, such as "000-a-red-circle-1f2e3d4c-00.png"."""
+    ascii_ = unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", ascii_)[:48].strip("-") or "prompt"
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-    return f"{prompt_index:03d}-{slug}-{digest}-{index:02d}.png"
+    digest = hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{row:03d}-{slug}-{digest}-{index:02d}.png"
 
 
 def check_folder(out: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -93,23 +121,32 @@ def write_text(path: Path, text: str) -> None:
             os.unlink(partial)
 
 
-def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping) -> list[Path]:
-    """Writes the folder of `images` u8[len(prompts) * num, H, W, 3], prompt by prompt; returns the new files.
+def write(
+    out: Path,
+    rows: Sequence[tuple[str, Sequence[Picture]]],
+    facts: Mapping,
+    *,
+    page: bool = False,
+    animated: bool = False,
+) -> list[Path]:
+    """Writes a folder of pictures and returns the new files.
 
-    In a folder that is there, the pictures of an earlier call (those its pictures.json names) are replaced,
-    and other files are left alone.
+    In a folder that is there, what an earlier call wrote (by its pictures.json) is replaced, and other files are
+    left alone.
 
     Args:
+      rows: (words for the files' names, pictures side by side); all rows as long, all pictures of one size.
       facts: JSON values that hold for every picture: seed, model, settings.
+      page: with index.html.
+      animated: with the pictures as frames of a WebP and a GIF.
     """
-    num = len(images) // len(prompts)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
     try:
-        names = _fill(fresh, images, prompts, num, facts)
+        names = _fill(fresh, rows, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated)
         fresh.chmod(0o755)
         if not out.exists():
             fresh.rename(out)
@@ -125,38 +162,90 @@ def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping)
     return [out / name for name in names]
 
 
-def labelled_grid(images: np.ndarray, prompts: Sequence[str], num: int) -> np.ndarray:
-    """One contact sheet, each picture with its prompt under it; a prompt's pictures side by side."""
+def labelled_grid(rows: Sequence[Sequence[Picture]]) -> np.ndarray:
+    """One contact sheet, each picture with its label under it; rows of one picture each stand side by side."""
     from unclip_jax.data.images import grid
 
-    scale = max(1, -(-LEAST_CELL // images.shape[2]))
-    room = max(num, GRID_PIXELS // (images.shape[1] * images.shape[2] * scale**2) // num * num)
-    labels = [prompt for prompt in prompts for _ in range(num)]
-    ncols = num if num > 1 else min(8, len(prompts))
-    return grid(images[:room], ncols, labels=labels[:room], scale=scale, pad=4)
+    ncols = len(rows[0]) if len(rows[0]) > 1 else min(8, len(rows))
+    height, width, _ = rows[0][0].image.shape
+    scale = max(1, -(-LEAST_CELL // width))
+    room = max(len(rows[0]), GRID_PIXELS // (height * width * scale**2) // len(rows[0]) * len(rows[0]))
+    shown = [picture for row in rows for picture in row][:room]
+    images, labels = np.stack([picture.image for picture in shown]), [picture.label for picture in shown]
+    return grid(images, ncols, labels=labels, scale=scale, pad=4)
 
 
-def _fill(folder: Path, images, prompts, num: int, facts: Mapping) -> list[str]:
-    """Writes grid, pictures and index into an empty folder; their names, the index last."""
-    facts = {"unclip_jax": unclip_jax.__version__, **facts}
-    write_image(folder / GRID, labelled_grid(images, prompts, num), {**facts, "prompts": list(prompts)})
+def web_page(rows: Sequence[Sequence[Picture]], facts: Mapping) -> str:
+    """One HTML page that needs no other file and runs nothing: pictures as data, every text escaped."""
+    parts = [PAGE_HEAD]
+    for row in rows:
+        parts.append("<section>\n")
+        for picture in row:
+            data = base64.b64encode(_png(picture.image)).decode()
+            told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
+            parts.append(
+                f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
+                f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
+            )
+        parts.append("</section>\n")
+    return "".join([*parts, "</body></html>\n"])
+
+
+def _fill(folder: Path, named_rows, facts: Mapping, page: bool, animated: bool) -> list[str]:
+    """Writes everything into an empty folder; the names, the index last."""
+    rows = [list(row) for _, row in named_rows]
     pictures = []
-    for k, image in enumerate(images):
-        p, i = divmod(k, num)
-        name = file_name(prompts[p], p, i)
-        write_image(folder / name, image, {"prompt": prompts[p], "prompt_index": p, "index": i, **facts})
-        pictures.append({"file": name, "prompt": prompts[p], "prompt_index": p, "index": i})
-    index = {**facts, "num": num, "pictures": pictures}
+    for r, (words, row) in enumerate(named_rows):
+        for i, picture in enumerate(row):
+            name = file_name(words, r, i)
+            write_image(folder / name, picture.image, {**picture.about, **facts})
+            pictures.append({"file": name, **picture.about})
+    about = [{"label": picture.label, **picture.about} for row in rows for picture in row]
+    write_image(folder / GRID, labelled_grid(rows), {**facts, "pictures": about})
+    extra = [PAGE] * page + list(ANIMATIONS) * animated
+    if page:
+        write_text(folder / PAGE, web_page(rows, facts))
+    if animated:
+        _animate(folder, [picture.image for row in rows for picture in row])
+    index = {**facts, "pictures": pictures, "also": extra}
     write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-    return [GRID, *(picture["file"] for picture in pictures), INDEX]
+    return [GRID, *(picture["file"] for picture in pictures), *extra, INDEX]
+
+
+def _animate(folder: Path, images: Sequence[np.ndarray]) -> None:
+    """Frames there and back, without end; small pictures enlarged by whole pixels."""
+    from PIL import Image
+
+    scale = max(1, -(-LEAST_CELL // images[0].shape[1]))
+    frames = [Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)) for image in images]
+    times = [HOLD_MS, *[FRAME_MS] * (len(frames) - 2), HOLD_MS][: len(frames)]
+    frames, times = frames + frames[-2:0:-1], times + times[-2:0:-1]
+    webp, gif = (folder / name for name in ANIMATIONS)
+    frames[0].save(webp, save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True)
+    frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def _png(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _text(value) -> str:
+    """A value as HTML text; what is not printable, such as marks that turn the direction of writing, as its code."""
+    value = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return html.escape("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in value))
 
 
 def _earlier(out: Path) -> list[str]:
-    """The pictures that an earlier call wrote into `out`: plain PNG names in its index."""
+    """What an earlier call wrote into `out` by its index: plain PNG names, and its page and animations."""
     try:
-        pictures = json.loads((out / INDEX).read_text(encoding="utf-8"))["pictures"]
-        names = [picture["file"] for picture in pictures]
-        return [name for name in names if re.fullmatch(r"\d+-[a-z0-9-]+\.png", name)]
+        index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        names = [picture["file"] for picture in index["pictures"]]
+        own = [name for name in names if re.fullmatch(r"\d+-[a-z0-9-]+\.png", name)]
+        return own + [name for name in (PAGE, *ANIMATIONS) if name in index.get("also", ())]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -88,6 +88,23 @@ def test_a_network_that_knows_the_picture_draws_it(sampler, guidance):
     np.testing.assert_allclose(rows, np.concatenate([truth, truth]), atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_noise_of_the_inversion_draws_its_picture(guidance):
+    """With the same guidance and levels; a network that knows half of the picture, and is told the other half by xt."""
+    task = with_net(answer=lambda xt, time: 0.3 + 0.5 * xt * (1 - (time / 25.0).reshape(-1, 1, 1, 1)))
+    cond, over = batch(task, 2, SIDE), {"guidance": guidance, "steps": 12, "least": 0.2}
+    noise = task.invert({}, {**cond, "image": 0.5 * cond["image"]}, iterations=30, **over)
+    drawn = task.sample({}, {**cond, "noise": noise}, jax.random.split(jax.random.key(0), 2), name="ddim", **over)
+    np.testing.assert_allclose(drawn, 0.5 * cond["image"], atol=0.01)
+
+
+def test_levels_begin_at_the_least_noise_where_there_are_steps_enough():
+    task = with_net()
+    noise = lambda **over: np.sqrt(1 - task._levels(over).alphas_cumprod)  # noqa: E731
+    assert noise(steps=5)[0] < 0.2 and 0.2 <= noise(steps=5, least=0.2)[0] < 0.3
+    assert len(noise(steps=20, least=0.2)) == 20 and len(noise(steps=5, least=0.99)) == 5
+
+
 def test_pictures_are_seen_by_clip_first_and_then_brought_to_size():
     task = with_net()
     rng = np.random.default_rng(0)

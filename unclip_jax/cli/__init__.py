@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import unclip_jax
-from unclip_jax.cli import data, evaluate, inpaint, sample, train, weights
+from unclip_jax.cli import blend, data, edit, evaluate, inpaint, probe, sample, train, vary, weights
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
@@ -19,7 +19,11 @@ COMMANDS = (
     train.add,
     sample.add_sample,
     sample.add_demo,
+    vary.add,
+    blend.add,
+    edit.add,
     inpaint.add,
+    probe.add,
     evaluate.add,
     weights.add_export,
     weights.add_convert,

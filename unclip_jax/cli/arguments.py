@@ -1,12 +1,19 @@
 """What the commands share: the parser, its kinds of numbers, and the flags that choose a stack and how it samples."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import os
 import unicodedata
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unclip_jax.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PICTURES = 10_000
 MAX_PROMPT_FILE = 16 << 20  # bytes
@@ -52,6 +59,13 @@ def add_model(sub: Parser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
+def add_output(sub: Parser, default: str | None = None) -> None:
+    """Where pictures go, and how."""
+    about = "folder for the pictures" + (f" (default {default})" if default else "")
+    sub.add_argument("--out", required=default is None, default=default, metavar="DIR", help=about)
+    sub.add_argument("--html", action="store_true", help="write index.html too: all pictures and how they were made")
+
+
 def add_settings(sub: Parser) -> None:
     """The flags of `pipeline.Settings`."""
     group = sub.add_argument_group("sampling (the default is what each stage's config says)")
@@ -81,7 +95,8 @@ def load(args):
     """The stack, and the settings that were given; checked as far as can be before the weights are read."""
     import dataclasses
 
-    from unclip_jax.pipeline import Settings, UnCLIP
+    from unclip_jax.pipeline import UnCLIP
+    from unclip_jax.settings import Settings
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -89,6 +104,53 @@ def load(args):
     pipe = UnCLIP.load(args.model, low_memory=args.low_memory)
     pipe.settings(**settings)
     return pipe, settings
+
+
+def read_picture(path: str | os.PathLike) -> np.ndarray:
+    """The picture of a file as u8[h, w, 3]; see `data.images.open_image` for what becomes of depth, alpha and colours.
+
+    Of an animation the first frame, with a warning. Raises UserError for whatever cannot be used.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from unclip_jax.data.images import FORMATS, open_image
+
+    if not str(path) or "\0" in str(path):
+        raise UserError(f"picture {str(path)!r} must be the path of a file")
+    with warnings.catch_warnings():  # what is too large is an error of our own
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = open_image(Path(path).expanduser())
+        with Image.open(Path(path).expanduser(), formats=FORMATS) as image:
+            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    if frames > 1:
+        warnings.warn(f"{path} has {frames} frames, and the first is taken", stacklevel=2)
+    return np.asarray(picture)
+
+
+def name_of(path: str) -> str:
+    """A file's own name as text, for labels; the folders above it are nobody's business."""
+    return Path(path).name.encode("utf-8", "replace").decode()
+
+
+def at_most(pictures: int) -> None:
+    """Raises UserError for more pictures than one call draws."""
+    if pictures > MAX_PICTURES:
+        raise UserError(f"{pictures} are more than {MAX_PICTURES} pictures", "draw them in several calls")
+
+
+def facts_of(args, used) -> dict:
+    """What holds for every picture of a command: seed, model and the settings of each stage."""
+    return {"seed": args.seed, "model": Path(args.model).name, "settings": used}
+
+
+def told(out: Path, rows) -> str:
+    """The line that a command ends with."""
+    from unclip_jax import gallery
+
+    images = [picture.image for _, row in rows for picture in row]
+    height, width = images[0].shape[:2]
+    return f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}"
 
 
 def prompts_of(args) -> list[str]:
@@ -101,13 +163,17 @@ def prompts_of(args) -> list[str]:
         prompts = args.prompt
     if not prompts:
         raise UserError("no prompt was given", 'write unclip sample "a red circle" --out DIR')
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UserError(f"prompt {prompt!r} must not be empty", "say what to draw")
-        bad = [c for c in prompt if unicodedata.category(c) in ("Cc", "Cs")]
-        if bad:
-            raise UserError(f"prompt {prompt[:60]!r} holds the control character {bad[0]!r}", "remove it")
-    return [prompt.strip() for prompt in prompts]
+    return [checked_text(prompt) for prompt in prompts]
+
+
+def checked_text(text: str, what: str = "prompt") -> str:
+    """The text without space around it; UserError if nothing is left, or it holds a control character."""
+    if not text.strip():
+        raise UserError(f"{what} {text!r} must not be empty", "say what to draw" if what == "prompt" else None)
+    bad = [c for c in text if unicodedata.category(c) in ("Cc", "Cs")]
+    if bad:
+        raise UserError(f"{what} {text[:60]!r} holds the control character {bad[0]!r}", "remove it")
+    return text.strip()
 
 
 def _read_prompts(path: str) -> list[str]:
@@ -158,6 +224,11 @@ def pair(text: str) -> tuple[float, float]:
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} must be two numbers with a comma between them, such as 0.2,0.8")
     return share(parts[0]), share(parts[1])
+
+
+def frames(text: str) -> int:
+    """Of a way from one picture to another, both counted."""
+    return _number(text, int, 2, 1000, "a whole number in 2 … 1000")
 
 
 def listed(text: str) -> list[str]:

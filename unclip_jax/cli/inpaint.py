@@ -1,18 +1,22 @@
 """`unclip inpaint`: paint a hole of a picture anew, around it, or all of it from a start."""
 
 import argparse
-from pathlib import Path
 
 from unclip_jax.cli.arguments import (
-    MAX_PICTURES,
     add_model,
+    add_output,
     add_settings,
+    at_most,
     command,
     count,
     done,
+    facts_of,
     load,
+    name_of,
     prompts_of,
+    read_picture,
     share,
+    told,
 )
 from unclip_jax.errors import UserError
 
@@ -29,8 +33,8 @@ def add(commands) -> None:
     sub.add_argument("--outpaint", type=borders, metavar="L,T,R,B", help="paint so many more pixels at the sides")
     sub.add_argument("--strength", type=share, metavar="S", help="begin from IMAGE with so much noise, 0 … 1 (1: none)")
     sub.add_argument("--resample", type=count, metavar="N", help="passes of RePaint over each stretch of steps")
-    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
-    sub.add_argument("--num", type=count, default=4, help="pictures (default 4)")
+    sub.add_argument("--num", type=count, default=4, help="pictures (4)")
+    add_output(sub)
     add_model(sub)
     add_settings(sub)
     done(sub)
@@ -39,9 +43,9 @@ def add(commands) -> None:
 def run(args) -> None:
     """Draws the pictures into a folder, the input beside them in the grid."""
     from unclip_jax import gallery
+    from unclip_jax.gallery import Picture
 
-    if args.num > MAX_PICTURES:
-        raise UserError(f"--num {args.num} is more than {MAX_PICTURES} pictures", "draw them in several calls")
+    at_most(args.num)
     out = gallery.check_folder(args.out, args.overwrite)
     prompts = None if args.prompt is None else prompts_of(argparse.Namespace(prompt=[args.prompt], prompts=None))
     if prompts is None and args.strength is None:
@@ -53,11 +57,13 @@ def run(args) -> None:
         [image], None if hole is None else [hole], prompts, args.seed,
         num=args.num, batch_size=args.batch_size, **own, **settings,
     )  # fmt: skip
-    facts = {"seed": args.seed, "model": Path(args.model).name, "image": Path(args.image).name, **own}
-    facts["settings"] = pipe.settings(**settings)
-    gallery.write(out, images, prompts or [f"as {Path(args.image).name}"], facts)
-    height, width = images.shape[1:3]
-    print(f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}")
+    name, what = name_of(args.image), prompts[0] if prompts else "as it is"
+    row = [Picture(pipe.squares([image], pipe.size)[0], name, {"image": name, "role": "input"})]
+    for i, drawn in enumerate(images):
+        row.append(Picture(drawn, what, {"image": name, "role": "painted", "prompt": what, "index": i}))
+    rows = [(name, row)]
+    gallery.write(out, rows, {**facts_of(args, pipe.settings(**settings)), **own}, page=args.html)
+    print(told(out, rows))
 
 
 def canvas(args):
@@ -90,15 +96,6 @@ def canvas(args):
     if hole.all() and args.strength is None:
         raise UserError("all of the picture is to be painted", 'leave some of it, or use unclip sample')
     return image, hole
-
-
-def read_picture(path: str):
-    """A picture file as u8[h, w, 3]."""
-    import numpy as np
-
-    from unclip_jax.data.images import open_image
-
-    return np.asarray(open_image(path))
 
 
 def read_mask(path: str, shape: tuple[int, int]):

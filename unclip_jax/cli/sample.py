@@ -1,9 +1,20 @@
 """`unclip sample`, and `unclip demo` with prompts of its own."""
 
 import argparse
-from pathlib import Path
 
-from unclip_jax.cli.arguments import MAX_PICTURES, add_model, add_settings, command, count, done, load, prompts_of
+from unclip_jax.cli.arguments import (
+    MAX_PICTURES,
+    add_model,
+    add_output,
+    add_settings,
+    command,
+    count,
+    done,
+    facts_of,
+    load,
+    prompts_of,
+    told,
+)
 from unclip_jax.errors import UserError
 
 DEMO = (
@@ -25,8 +36,8 @@ def add_sample(commands) -> None:
     sub = command(commands, sample, "sample", "Draw pictures of prompts.")
     sub.add_argument("prompt", nargs="*", help="one or more texts, each in quotes")
     sub.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
-    sub.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures")
     sub.add_argument("--num", type=count, default=4, help="pictures of each prompt (default 4)")
+    add_output(sub)
     add_model(sub)
     add_settings(sub)
     done(sub)
@@ -35,10 +46,8 @@ def add_sample(commands) -> None:
 def add_demo(commands) -> None:
     """Declares the command and its flags."""
     sub = command(commands, demo, "demo", f"Draw 4 pictures of each of {len(DEMO)} prompts.")
-    sub.add_argument(
-        "--out", default="out/demo", metavar="DIR", help="folder for the pictures (default out/demo)"
-    )
     sub.add_argument("--num", type=count, default=4, help=argparse.SUPPRESS)
+    add_output(sub, "out/demo")
     add_model(sub)
     add_settings(sub)
     sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True)
@@ -55,13 +64,14 @@ def sample(args) -> None:
                         "draw them in several calls")  # fmt: skip
     out = gallery.check_folder(args.out, args.overwrite)
     pipe, settings = load(args)
-    facts = {"seed": args.seed, "model": Path(args.model).name, "settings": pipe.settings(**settings)}
     images = pipe.generate(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
-    gallery.write(out, images, prompts, facts)
-    height, width = images.shape[1:3]
-    print(
-        f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}"
-    )
+    rows = []
+    for p, prompt in enumerate(prompts):
+        own = images[p * args.num : (p + 1) * args.num]
+        about = [{"prompt": prompt, "prompt_index": p, "index": i} for i in range(args.num)]
+        rows.append((prompt, [gallery.Picture(image, prompt, a) for image, a in zip(own, about, strict=True)]))
+    gallery.write(out, rows, facts_of(args, pipe.settings(**settings)), page=args.html)
+    print(told(out, rows))
 
 
 def demo(args) -> None:

@@ -27,6 +27,7 @@ def draw(
     threshold: float | None = None,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
+    eta: float | None = None,
     image: jax.Array | None = None,
     keep: jax.Array | None = None,
     strength: float = 1.0,
@@ -44,6 +45,7 @@ def draw(
       guidance, rescale: of `guide_batched`.
       interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
         is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.
+      eta: of DDIM, 0 … 1; None is the sampler's own.
       image, strength: f32[B, …] to begin from, with so much of the steps left to go; see `inpaint.partway`.
       keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, by DDPM's steps or
         DDIM's where the sampler named is a deterministic one.
@@ -61,6 +63,8 @@ def draw(
     if keep is not None:
         walk = dict(jump=jump, resample=resample, eta=1.0 if name in ("ddpm", "analytic") else 0.0)
         return repaint(short, denoise, noise, keys, known=image, keep=keep, **walk, **view)
+    if eta is not None:
+        more["eta"] = eta
     if name == "analytic" and x0_variance is not None:
         more["x0_variance"] = x0_variance[np.searchsorted(sched.timesteps, short.timesteps)]
     return SAMPLERS[name](short, denoise, noise, keys, **view, **more)

@@ -41,6 +41,17 @@ def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
 
+def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
+    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
+    return _picture_keys(np.uint32(seed), *np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num)))
+
+
+@jax.jit
+def _picture_keys(seed, p, i):
+    root = jax.random.key(seed)
+    return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
+
+
 def viewer(
     sched: Schedule, denoise: Denoise, *, target: str, clip_x0: float | None = 1.0, threshold: float | None = None
 ) -> Callable[[jax.Array, jax.Array], tuple]:

@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.data.images import resize
 from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
-from unclip_jax.diffusion.schedule import Schedule, make_schedule
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import widen
@@ -150,30 +152,58 @@ class DecoderTask:
     def sample(self, params, cond, keys, **over):
         """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
 
-        Caption Transformer and projections are run once, not in every step. `caption=False` in `over` draws from z_img
-        alone, with every caption dropped (variations). With {known f32[B, S, S, 3], keep f32[B, S, S, 1]} in `cond` the
-        known picture stays where keep is 1; with `known`, and `strength` in `over`, drawing begins from it.
+        Caption Transformer and projections are run once, not in every step. In `cond` may be "noise" f32[B, S, S, 3],
+        drawn from instead of the keys' own; and known f32[B, S, S, 3], keep f32[B, S, S, 1]: the known picture stays
+        where keep is 1. In `over`, beside what `draw` takes: `caption=False` draws from z_img alone, with every caption
+        dropped (variations); `least` leaves out what has less noise (a standard deviation), for drawing from the noise
+        of `invert`; with `known`, `strength` begins from it.
         """
         settings = {**self.sampler, **over}
+        denoise, sched = self._ready(params, cond, settings)
+        variance = params.get("x0_variance")
+        image = draw(
+            sched,
+            denoise,
+            cond["noise"] if "noise" in cond else initial_noise(keys, (self.image_size, self.image_size, 3)),
+            keys,
+            target=self.target,
+            x0_variance=None if variance is None else variance[-sched.num_steps :],
+            image=cond.get("known"),
+            keep=cond.get("keep"),
+            **settings,
+        )
+        return jnp.clip(image, -1, 1)
+
+    def invert(self, params, cond, *, iterations: int = 1, **over):
+        """cond of `sample` with "image" f32[B, S, S, 3] → the noise f32[B, S, S, 3] that DDIM draws these from (x_T).
+
+        Draw with the same `over` to get the image back. Where the network's error is larger than the noise, the noise
+        of the inversion becomes mostly that error, and too large; so begin at `least`. `iterations`: see `ddim_invert`.
+        """
+        settings = {**self.sampler, **over}
+        denoise, sched = self._ready(params, cond, settings)
+        if settings["guidance"] != 1:
+            denoise = guide_batched(denoise, settings["guidance"])
+        levels = respace(sched, settings["steps"])
+        return ddim_invert(levels, denoise, cond["image"], target=self.target, iterations=iterations)
+
+    def _ready(self, params, cond, settings):
+        """The denoiser, conditional rows first, then as many without where guided; and the noise levels to draw with.
+
+        Takes "caption" and "least" out of `settings`.
+        """
         b, halves = cond["z_img"].shape[0], 1 if settings["guidance"] == 1 else 2
-        known, keep_known = cond.get("known"), cond.get("keep")
         seen = ["z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption]
         seen += [name for name in ("known", "keep") if name in cond]
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep & settings.pop("caption", True))
-        image = draw(
-            self.schedule,
-            self._denoise(params, shared, self._shown(cond)),
-            initial_noise(keys, (self.image_size, self.image_size, 3)),
-            keys,
-            target=self.target,
-            x0_variance=params.get("x0_variance"),
-            image=known,
-            keep=keep_known,
-            **settings,
-        )
-        return jnp.clip(image, -1, 1)
+        sched, least = self.schedule, settings.pop("least", 0)
+        if least:
+            noise = np.sqrt(1 - sched.alphas_cumprod)
+            first = min(np.searchsorted(noise, least), sched.num_steps - settings["steps"])
+            sched = Schedule(sched.alphas_cumprod[first:], sched.timesteps[first:])
+        return self._denoise(params, shared, self._shown(cond)), sched
 
     def evaluate(self, params, batch, rng):
         return mean_loss(self, params, batch, rng)

@@ -1,0 +1,195 @@
+"""edits: latents give their pictures back, paths end where they should, odds are CLIP's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny_stack
+from tests.test_pipeline import part_of_stack, photo
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
+from unclip_jax.data.images import to_float
+from unclip_jax.diffusion.slerp import slerp
+from unclip_jax.edits import LEAST, Latents
+from unclip_jax.errors import UserError
+from unclip_jax.pipeline import UnCLIP
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+FEW = {"steps": 4, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return UnCLIP.load(tiny_stack.path()).without_upsamplers()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [photo(33), photo(40)]
+
+
+@pytest.fixture(scope="module")
+def latents(pipe, images):
+    return pipe.latents(images, **FEW)
+
+
+@pytest.fixture(scope="module")
+def seen(pipe):
+    """What each stage was given and what it gave: a stand-in for `_run` that computes the embeddings alone."""
+
+    def make(monkeypatch):
+        calls, true = [], UnCLIP._run
+
+        def run(self, stage, rows, options, batch_size, progress, method="sample"):
+            calls.append((stage, method, dict(rows[0]), dict(options)))
+            if stage == "clip":
+                return true(self, stage, rows, options, batch_size, progress)
+            if method == "invert":
+                return rows[0]["image"] * np.float32(2)
+            total = len(rows[0]["tokens"])
+            if stage == "prior":
+                return np.arange(total * 8, dtype=np.float32).reshape(total, 8) + 1
+            return np.zeros((total, 16, 16, 3), np.float32)
+
+        monkeypatch.setattr(UnCLIP, "_run", run)
+        return calls
+
+    return make
+
+
+def test_eta_zero_gives_what_ddim_draws_from_the_latents(pipe, images, latents):
+    """By hand through the decoder's task; whatever the seed."""
+    assert latents.noise.shape == (2, 16, 16, 3)
+    task, options = pipe.tasks["decoder"], pipe.exact_settings({"steps": 4})["decoder"]
+    tokens, mask = pipe.tokenizer.encode(["", ""])
+    square = to_float(pipe.squares(images, 16))
+
+    @jax.jit
+    def by_hand(params, image, noise):
+        cond = task.encode({"clip": params["clip"]}, {"tokens": tokens, "mask": mask, "image": image})
+        keys = jax.random.split(jax.random.key(9), 2)
+        return cond["z_img"], task.sample(params["decoder"], {**cond, "noise": noise}, keys, **options)
+
+    z_img, expected = map(np.asarray, by_hand(pipe.params, square, latents.noise))
+    np.testing.assert_allclose(latents.z_img, z_img, rtol=1e-4, atol=1e-4)
+    drawn = to_float(pipe.variations(images, seed=1, eta=0.0, **FEW))
+    np.testing.assert_allclose(drawn, expected, atol=0.02)
+
+
+def test_variations_hand_the_noise_on_and_drop_the_caption(pipe, images, seen, monkeypatch):
+    calls = seen(monkeypatch)
+    pipe.variations(images, num=2, eta=0.3, steps=5)
+    inverts = [c for c in calls if c[1] == "invert"]
+    assert [c[3] for c in inverts] == [
+        {"steps": 5, "guidance": 1.0, "caption": False, "least": LEAST}
+    ]
+    stage, _, rows, options = calls[-1]
+    assert stage == "decoder" and options == {
+        "name": "ddim", "steps": 5, "guidance": 1.0, "caption": False, "least": LEAST, "eta": 0.3
+    }  # fmt: skip
+    small = to_float(pipe.squares(images, 16))
+    np.testing.assert_array_equal(rows["noise"], (2 * small).repeat(2, 0))
+    calls.clear()
+    pipe.variations(images, steps=5)
+    assert "invert" not in [c[1] for c in calls] and "noise" not in calls[-1][2]
+    assert calls[-1][3] == {"name": "ddpm", "steps": 5, "guidance": 2.0, "caption": False}
+
+
+def test_a_blend_of_pictures_ends_at_their_latents(pipe, images, seen, monkeypatch):
+    calls = seen(monkeypatch)
+    z, x = pipe.latents(images)
+    pipe.interpolate(images + [images[0]], frames=4)
+    rows = calls[-1][2]
+    assert len(rows["noise"]) == 7
+    for name, ends in (("z_img", z), ("noise", x)):
+        np.testing.assert_allclose(rows[name][[0, 3, 6]], ends[[0, 1, 0]], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(rows[name][1], slerp(ends[:1], ends[1:], 1 / 3)[0], rtol=1e-5, atol=1e-5)
+    pipe.interpolate(images, frames=3, noise="fixed")
+    noise = calls[-1][2]["noise"]
+    assert (noise == noise[:1]).all() and noise.std() == pytest.approx(1, abs=0.1)
+
+
+def test_a_blend_of_prompts_and_pictures(pipe, images, seen, monkeypatch):
+    calls = seen(monkeypatch)
+    pipe.interpolate(["a red circle", images[1], "a blue ring"], frames=2)
+    rows = calls[-1][2]
+    np.testing.assert_array_equal(rows["z_img"][[0, 2]], np.arange(16, dtype=np.float32).reshape(2, 8) + 1)
+    np.testing.assert_allclose(rows["noise"][1], 2 * to_float(pipe.squares(images[1:], 16))[0], rtol=1e-5)
+    pipe.interpolate(["a red circle", "a blue ring"], frames=3)
+    noise = calls[-1][2]["noise"]
+    assert (noise == noise[:1]).all()  # held, where there is no picture to come back to
+
+
+def test_a_text_diff_turns_towards_the_difference_and_holds_the_noise(pipe, images, seen, monkeypatch):
+    calls = seen(monkeypatch)
+    z, x = pipe.latents(images)
+    pipe.text_diff(images, "red", "green", (0, 0.25, 1))
+    rows = calls[-1][2]
+    np.testing.assert_allclose(rows["z_img"][::3], z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(rows["noise"], x.repeat(3, 0))
+    tokens, mask = pipe.tokenizer.encode(["green", "red"])
+    model = pipe.tasks["clip"].model
+    embed = jax.jit(lambda p: model.apply({"params": p}, tokens, mask, method="embed_text")[0])
+    z_txt = np.asarray(embed(pipe.params["clip"]), np.float64)
+    z_d = z_txt[0] - z_txt[1]
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(unit(rows["z_img"][2::3]), np.stack([unit(z_d)] * 2), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(rows["z_img"], axis=1), np.linalg.norm(z, axis=1).repeat(3), rtol=1e-5)
+    full = np.arccos((unit(z) * unit(z_d)).sum(-1))
+    np.testing.assert_allclose(np.arccos((unit(rows["z_img"][1::3]) * unit(z)).sum(-1)), 0.25 * full, atol=1e-3)
+
+
+def test_odds_are_the_softmax_of_clips_own_logits(pipe, images):
+    labels = ["red circle", "blue ring", "star"]
+    odds = pipe.probe(images, labels, "this is {}, drawn")
+    tokens, mask = pipe.tokenizer.encode([f"this is {label}, drawn" for label in labels])
+    task = pipe.tasks["clip"]
+    square = to_float(pipe.squares(images, 16))
+    image, text, scale = jax.jit(lambda p: task.model.apply({"params": p}, square, tokens, mask))(pipe.params["clip"])
+    unit = lambda a: a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(odds, jax.nn.softmax(scale * unit(image) @ unit(text).T), atol=1e-5)
+
+
+BAD = {
+    "eta": (lambda p, i: p.variations(i, eta=1.5), "eta=1.5"),
+    "eta NaN": (lambda p, i: p.variations(i, eta=float("nan")), "eta=nan"),
+    "eta of another sampler": (lambda p, i: p.variations(i, eta=0.5, sampler="heun"), "'heun' has no eta"),
+    "steps": (lambda p, i: p.latents(i, steps=21), "21 steps are more than the 20"),
+    "one input": (lambda p, i: p.interpolate(i[:1]), "at least two"),
+    "one text": (lambda p, i: p.interpolate("ab"), "at least two"),
+    "frames": (lambda p, i: p.interpolate(i, frames=1), "frames=1"),
+    "noise": (lambda p, i: p.interpolate(i, noise="slurp"), "did you mean 'slerp'"),
+    "no picture": (lambda p, i: p.text_diff([], "red", "green"), "at least one"),
+    "theta": (lambda p, i: p.text_diff(i, "red", "green", [0, 2]), "0 … 1"),
+    "no theta": (lambda p, i: p.text_diff(i, "red", "green", []), "at least one"),
+    "labels": (lambda p, i: p.probe(i, ["red"]), "at least two"),
+    "template": (lambda p, i: p.probe(i, ["red", "green"], "a picture"), "one {}"),
+    "template index": (lambda p, i: p.probe(i, ["red", "green"], "{} {0.x}"), "one {}"),
+    "picture": (lambda p, i: p.latents([i[0], i[0][..., :2]]), "image 1 is uint8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_told_before_anything_runs(case, pipe, images, monkeypatch):
+    call, words = BAD[case]
+    monkeypatch.setattr(UnCLIP, "_run", None)
+    with pytest.raises(UserError, match=words.replace("{", "\\{").replace("}", "\\}")):
+        call(pipe, images)
+
+
+def test_texts_that_mean_the_same_make_no_difference(pipe, images):
+    with pytest.raises(UserError, match="mean the same"):
+        pipe.text_diff(images, "red", "red")
+
+
+def test_a_stack_without_a_prior_blends_pictures_only(images, tmp_path, seen, monkeypatch):
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", without="prior")).without_upsamplers()
+    seen(monkeypatch)
+    assert other.interpolate(images, frames=2).shape == (2, 16, 16, 3)
+    with pytest.raises(UserError, match="no prior"):
+        other.interpolate(["a red circle", images[0]])
+
+
+def test_latents_are_named(latents):
+    assert isinstance(latents, Latents) and latents.noise.dtype == latents.z_img.dtype == np.float32

@@ -1,0 +1,80 @@
+"""`unclip blend`."""
+
+import os
+
+from unclip_jax.cli.arguments import (
+    add_model,
+    add_output,
+    add_settings,
+    at_most,
+    checked_text,
+    command,
+    done,
+    facts_of,
+    frames,
+    load,
+    name_of,
+    read_picture,
+    told,
+)
+from unclip_jax.errors import UserError
+
+TEXT = "prompt:"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def add(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, run, "blend", "Draw the way from one picture or prompt to another.")
+    sub.add_argument(
+        "input", nargs="+", help=f"two or more: a file's picture, all else is a prompt; {TEXT}WORDS always is"
+    )
+    sub.add_argument("--frames", type=frames, default=9, help="from one input to the next, both counted (9)")
+    sub.add_argument(
+        "--noise",
+        choices=("slerp", "fixed"),
+        help="turn the noise too, so that the ends are the pictures (default where there is one), or hold it",
+    )
+    add_output(sub)
+    add_model(sub)
+    add_settings(sub)
+    done(sub)
+
+
+def run(args) -> None:
+    """Draws the frames, a grid and animations into a folder."""
+    from unclip_jax import gallery
+    from unclip_jax.gallery import Picture
+
+    if len(args.input) < 2:
+        raise UserError("blend needs at least two pictures or prompts", "put each prompt in quotes")
+    total = (len(args.input) - 1) * (args.frames - 1) + 1
+    at_most(total)
+    out = gallery.check_folder(args.out, args.overwrite)
+    inputs = [_read(given) for given in args.input]
+    pipe, settings = load(args)
+    drawn = pipe.interpolate(
+        inputs, args.frames, args.seed, noise=args.noise, batch_size=args.batch_size, **settings
+    )
+    names = [given if isinstance(given, str) else name_of(path) for given, path in zip(inputs, args.input, strict=True)]
+    noise = args.noise or ("fixed" if all(isinstance(given, str) for given in inputs) else "slerp")
+    row = []
+    for i, image in enumerate(drawn):
+        leg, step = divmod(i, args.frames - 1)
+        share = step / (args.frames - 1)
+        label = f"{share:.2f} to {names[leg + 1]}" if step else names[leg]
+        row.append(Picture(image, label, {"inputs": names, "noise": noise, "frame": i, "of": total}))
+    rows = [(" to ".join(names), row)]
+    gallery.write(out, rows, facts_of(args, pipe.exact_settings(settings)), page=args.html, animated=True)
+    print(told(out, rows))
+
+
+def _read(given: str):
+    """A picture u8[h, w, 3], or the words of a prompt."""
+    if given.startswith(TEXT):
+        return checked_text(given.removeprefix(TEXT))
+    if "\0" not in given and os.path.exists(os.path.expanduser(given)):
+        return read_picture(given)
+    if given.lower().endswith(SUFFIXES):
+        raise UserError(f"picture {given!r} does not exist", f"or, if it is a prompt, write {TEXT}{given}")
+    return checked_text(given)

@@ -1,0 +1,63 @@
+"""`unclip probe`."""
+
+from unclip_jax.cli.arguments import (
+    add_model,
+    add_output,
+    add_settings,
+    at_most,
+    checked_text,
+    command,
+    count,
+    done,
+    facts_of,
+    listed,
+    load,
+    name_of,
+    read_picture,
+    told,
+)
+from unclip_jax.errors import UserError
+
+
+def add(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, run, "probe", "Tell what CLIP takes pictures for, beside what the decoder draws of them.")
+    sub.add_argument("image", nargs="+", help="picture files; the middle square is looked at")
+    sub.add_argument("--labels", required=True, type=listed, metavar="A,B,…", help="two or more to choose from")
+    sub.add_argument("--template", default="a picture of {}", help="the text for a label ('a picture of {}')")
+    sub.add_argument("--num", type=count, default=4, help="variations of each picture from white noise (4)")
+    add_output(sub)
+    add_model(sub)
+    add_settings(sub)
+    done(sub)
+
+
+def run(args) -> None:
+    """Prints the odds, and draws the pictures' variations into a folder."""
+    from unclip_jax import gallery
+    from unclip_jax.gallery import Picture
+
+    at_most(len(args.image) * args.num)
+    labels = [checked_text(label, "label") for label in args.labels]
+    if len(labels) < 2:
+        raise UserError(f"--labels {args.labels[0]!r} is one label, and two are needed to choose from")
+    if args.template.count("{}") != 1:
+        raise UserError(f"--template {args.template!r} must hold one {{}} for the label", "write 'a picture of {}'")
+    checked_text(args.template, "--template")
+    out = gallery.check_folder(args.out, args.overwrite)
+    images = [read_picture(path) for path in args.image]
+    pipe, settings = load(args)
+    odds = pipe.probe(images, labels, args.template, batch_size=args.batch_size)
+    drawn = pipe.variations(images, args.seed, num=args.num, batch_size=args.batch_size, **settings)
+    rows = []
+    for p, (path, image) in enumerate(zip(args.image, pipe.squares(images, pipe.size), strict=True)):
+        name, own = name_of(path), dict(zip(labels, map(float, odds[p].round(4)), strict=True))
+        ranked = sorted(own.items(), key=lambda item: -item[1])
+        print(f"{name}: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in ranked))
+        about = {"image": name, "odds": own, "template": args.template}
+        row = [Picture(image, f"{name}: {ranked[0][0]} {100 * ranked[0][1]:.0f} %", {**about, "role": "input"})]
+        for i, variation in enumerate(drawn[p * args.num : (p + 1) * args.num]):
+            row.append(Picture(variation, "variation", {**about, "role": "variation", "index": i}))
+        rows.append((name, row))
+    gallery.write(out, rows, facts_of(args, pipe.settings(**settings)), page=args.html)
+    print(told(out, rows))

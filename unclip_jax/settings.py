@@ -1,0 +1,94 @@
+"""What a caller may change about sampling, by stage, and the checks of numbers that all calls share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.diffusion.draw import check_settings
+from unclip_jax.diffusion.sample import SAMPLERS
+from unclip_jax.errors import UserError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a caller may change about sampling; None keeps what the stage's config says.
+
+    Names that begin with `prior_` are of the prior, with `upsample_` of every upsampler, and others of the decoder.
+
+    Args:
+      steps: 1 … the number the stage was trained with.
+      sampler: by name: "ddpm", "analytic", "ddim", "dpm", "heun".
+      guidance, rescale, interval: guidance 1 is none, 0 ignores the prompt; see `diffusion.draw`.
+      threshold: quantile of dynamic thresholding; see `diffusion.sample.viewer`.
+      tile, overlap: side of the tiles that upsamplers work on, and what they share, in pixels; see `diffusion.tile`.
+      candidates: the best of so many embeddings, by dot product with the caption's, is kept.
+    """
+
+    prior_steps: int | None = None
+    prior_sampler: str | None = None
+    prior_guidance: float | None = None
+    prior_rescale: float | None = None
+    prior_interval: tuple[float, float] | None = None
+    prior_threshold: float | None = None
+    candidates: int | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    rescale: float | None = None
+    interval: tuple[float, float] | None = None
+    threshold: float | None = None
+    upsample_steps: int | None = None
+    upsample_sampler: str | None = None
+    upsample_threshold: float | None = None
+    tile: int | None = None
+    overlap: int | None = None
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value is None:
+                continue
+            kind = name.split("_")[-1]
+            if kind in ("steps", "candidates") and not whole(value, 1):
+                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+            if kind == "guidance" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
+            if kind == "sampler" and value not in SAMPLERS:
+                raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
+            if kind in ("threshold", "rescale", "interval"):
+                check_settings(name.removesuffix(kind), **{kind: value})
+
+    def of(self, role: str) -> dict[str, Any]:
+        """The keyword arguments they mean for one role's `Task.sample`."""
+        prefix = {"prior": "prior_", "decoder": "", "upsampler": "upsample_"}[role]
+        kinds = {"name": "sampler"} | {k: k for k in ("steps", "guidance", "rescale", "interval", "threshold")}
+        values = {key: getattr(self, prefix + kind, None) for key, kind in kinds.items()}
+        values["candidates"] = self.candidates if role == "prior" else None
+        if role == "upsampler":
+            values |= {"tile": self.tile, "overlap": self.overlap}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def check_numbers(seed=0, num=1, batch_size=1, **more) -> None:
+    """Raises UserError for what no call takes; `more` are name=(value, least)."""
+    if not whole(seed, 0, 2**32 - 1):
+        raise UserError(f"seed={seed!r} must be a whole number in 0 … 4294967295")
+    for name, (value, least) in {"num": (num, 1), "batch_size": (batch_size, 1), **more}.items():
+        if not whole(value, least):
+            raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def whole(value, least: int, most: float = math.inf) -> bool:
+    """Whether it is a whole number in least … most."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def check_prompts(prompts) -> None:
+    """Raises UserError unless `prompts` is a list of at least one text."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("prompts must be a list of texts", "write generate(['a red circle'])")
+    if not len(prompts):
+        raise UserError("prompts must hold at least one text")
