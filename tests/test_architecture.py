@@ -9,7 +9,7 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
     3  tasks
     2  models
     1  diffusion  nn
-    0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
+    0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer  pca
 """
 
 import ast
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
-    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer",
+    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca",
     1: "diffusion nn",
     2: "models",
     3: "tasks",
