@@ -9,7 +9,8 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
     3  tasks
     2  models
     1  diffusion  nn
-    0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer  pca
+    0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
+       pca
 """
 
 import ast

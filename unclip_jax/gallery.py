@@ -93,7 +93,9 @@ def write_text(path: Path, text: str) -> None:
             os.unlink(partial)
 
 
-def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping) -> list[Path]:
+def write(
+    out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping, ncols: int | None = None
+) -> list[Path]:
     """Writes the folder of `images` u8[len(prompts) * num, H, W, 3], prompt by prompt; returns the new files.
 
     In a folder that is there, the pictures of an earlier call (those its pictures.json names) are replaced,
@@ -101,6 +103,7 @@ def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping)
 
     Args:
       facts: JSON values that hold for every picture: seed, model, settings.
+      ncols: of the grid; None as of `labelled_grid`.
     """
     num = len(images) // len(prompts)
     try:
@@ -109,7 +112,7 @@ def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping)
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
     try:
-        names = _fill(fresh, images, prompts, num, facts)
+        names = _fill(fresh, images, prompts, num, facts, ncols)
         fresh.chmod(0o755)
         if not out.exists():
             fresh.rename(out)
@@ -125,21 +128,21 @@ def write(out: Path, images: np.ndarray, prompts: Sequence[str], facts: Mapping)
     return [out / name for name in names]
 
 
-def labelled_grid(images: np.ndarray, prompts: Sequence[str], num: int) -> np.ndarray:
-    """One contact sheet, each picture with its prompt under it; a prompt's pictures side by side."""
+def labelled_grid(images: np.ndarray, prompts: Sequence[str], num: int, ncols: int | None = None) -> np.ndarray:
+    """One contact sheet, each picture with its prompt under it; `ncols` a row, or a prompt's pictures side by side."""
     from unclip_jax.data.images import grid
 
     scale = max(1, -(-LEAST_CELL // images.shape[2]))
     room = max(num, GRID_PIXELS // (images.shape[1] * images.shape[2] * scale**2) // num * num)
     labels = [prompt for prompt in prompts for _ in range(num)]
-    ncols = num if num > 1 else min(8, len(prompts))
+    ncols = ncols or (num if num > 1 else min(8, len(prompts)))
     return grid(images[:room], ncols, labels=labels[:room], scale=scale, pad=4)
 
 
-def _fill(folder: Path, images, prompts, num: int, facts: Mapping) -> list[str]:
+def _fill(folder: Path, images, prompts, num: int, facts: Mapping, ncols: int | None) -> list[str]:
     """Writes grid, pictures and index into an empty folder; their names, the index last."""
     facts = {"unclip_jax": unclip_jax.__version__, **facts}
-    write_image(folder / GRID, labelled_grid(images, prompts, num), {**facts, "prompts": list(prompts)})
+    write_image(folder / GRID, labelled_grid(images, prompts, num, ncols), {**facts, "prompts": list(prompts)})
     pictures = []
     for k, image in enumerate(images):
         p, i = divmod(k, num)

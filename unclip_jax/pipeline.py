@@ -18,10 +18,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax import pca as components
+from unclip_jax.data import loader
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
+from unclip_jax.data.source import Source
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.stack import OnDemand, open_stack
+from unclip_jax.pca import PCA
+from unclip_jax.stack import PRIORS, OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
 
@@ -33,13 +37,19 @@ class Settings:
     Steps are 1 … the number the stage was trained with; a guidance of 1 is none, 0 ignores the prompt.
 
     Args:
-      prior_steps, prior_guidance, candidates: of the prior; the best of `candidates` by dot product is kept.
+      prior: "diffusion" or "ar", the autoregressive one; None is the first of these that the stack has.
+      prior_guidance, candidates: of either prior; the best of `candidates` by dot product is kept.
+      prior_steps: of the diffusion prior.
+      prior_temperature, prior_top_p: of the autoregressive prior; a temperature of 0 takes the likeliest code.
       steps, guidance, sampler: of the decoder; the sampler by name ("ddpm", "ddim", "dpm", "heun").
       upsample_steps: of every upsampler.
     """
 
+    prior: str | None = None
     prior_steps: int | None = None
     prior_guidance: float | None = None
+    prior_temperature: float | None = None
+    prior_top_p: float | None = None
     candidates: int | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -55,18 +65,33 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
+        for name, least, most in (("prior_temperature", 0, 100), ("prior_top_p", 1e-6, 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
+                raise UserError(f"{name}={value!r} must be a number in {least:g} … {most}")
+        if self.prior is not None and self.prior not in PRIORS:
+            raise UserError(f"prior={self.prior!r} is unknown", suggest(self.prior, PRIORS))
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise UserError(f"sampler={self.sampler!r} is unknown", suggest(self.sampler, SAMPLERS))
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""
-        names = {
-            "prior": {"steps": "prior_steps", "guidance": "prior_guidance", "candidates": "candidates"},
-            "decoder": {"steps": "steps", "guidance": "guidance", "name": "sampler"},
-            "upsampler": {"steps": "upsample_steps"},
-        }[role]
-        values = {key: getattr(self, name) for key, name in names.items()}
+        values = {key: getattr(self, name) for key, name in SETTINGS[role].items()}
         return {key: value for key, value in values.items() if value is not None}
+
+
+# {role: {keyword of its Task.sample: name in Settings}}
+SETTINGS = {
+    "prior": {"steps": "prior_steps", "guidance": "prior_guidance", "candidates": "candidates"},
+    "prior_ar": {
+        "temperature": "prior_temperature",
+        "top_p": "prior_top_p",
+        "guidance": "prior_guidance",
+        "candidates": "candidates",
+    },
+    "decoder": {"steps": "steps", "guidance": "guidance", "name": "sampler"},
+    "upsampler": {"steps": "upsample_steps"},
+}
 
 
 class Drawn(NamedTuple):
@@ -84,7 +109,7 @@ class UnCLIP:
 
     Args:
       tokenizer: the one that every stage was trained with.
-      tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run.
+      tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run.
     """
 
     tokenizer: Tokenizer
@@ -131,10 +156,11 @@ class UnCLIP:
         )
 
     def settings(self, **changed) -> dict[str, dict]:
-        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in.
+        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in; of one prior.
 
         Raises:
-          UserError: a setting is unknown, out of its range, or asks for more steps than were trained.
+          UserError: a setting is unknown, out of its range, asks for more steps than were trained, or is of a prior
+            that the stack does not have or draw with.
         """
         names = [field.name for field in dataclasses.fields(Settings)]
         for name in changed:
@@ -142,15 +168,31 @@ class UnCLIP:
                 raise UserError(f"{name} is no setting of sampling", suggest(name, names))
         changes = Settings(**changed)
         used = {}
-        for name in [n for n in self.tasks if n != "clip"]:
+        prior = self._prior(changes)
+        for name in [n for n in self.tasks if n != "clip" and (n == prior or n not in PRIORS.values())]:
             config, own = self.configs[name], changes.of(_role(name))
-            trained = config.diffusion.num_steps
-            if own.get("steps", 1) > trained:
+            if "steps" in own and own["steps"] > config.diffusion.num_steps:
+                trained = config.diffusion.num_steps
                 raise UserError(
                     f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
                 )
             used[name] = {**config.sampler.to_dict(), **own}
         return used
+
+    def _prior(self, changes: Settings) -> str | None:
+        """The stage of the prior to draw with; None where the stack has none and none is asked for."""
+        there = [kind for kind, stage in PRIORS.items() if stage in self.tasks]
+        kind = changes.prior or (there[0] if there else None)
+        if kind is None:
+            return None
+        if kind not in there:
+            has = f"only prior='{there[0]}'" if there else "no prior at all"
+            raise UserError(f"this stack has no prior={kind!r}, {has}", "export one into it: unclip export --help")
+        own = SETTINGS[PRIORS[kind]].values()
+        for name in {n for stage in PRIORS.values() for n in SETTINGS[stage].values()}.difference(own):
+            if getattr(changes, name) is not None:
+                raise UserError(f"{name} is no setting of prior={kind!r}", "leave it out, or choose the other prior")
+        return PRIORS[kind]
 
     def generate(
         self,
@@ -180,12 +222,13 @@ class UnCLIP:
           UserError: a bad argument, or a stage gave NaN.
         """
         _check_call(prompts, seed, num, batch_size)
-        if "prior" not in self.tasks:
+        used = self.settings(**settings)
+        if not set(PRIORS.values()) & used.keys():
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
         keys = picture_keys(seed, len(prompts), num)
-        return self._draw(cond, keys, self.settings(**settings), batch_size, return_stages, progress)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def variations(
         self,
@@ -211,17 +254,86 @@ class UnCLIP:
           UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
         """
         _check_call([""] * len(images), seed, num, batch_size)
+        cond = {name: value.repeat(num, 0) for name, value in self._shown(images).items()}
+        keys = picture_keys(seed, len(images), num)
+        return self._draw(cond, keys, self._without_caption(settings), batch_size, return_stages, progress)
+
+    def reconstruct(
+        self,
+        images: Sequence[np.ndarray],
+        dims: Sequence[int],
+        seed: int = 0,
+        *,
+        pca: PCA | None = None,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ) -> np.ndarray | Drawn:
+        """Draws each image from the first k principal components of its CLIP embedding, for each k of `dims`.
+
+        Ramesh et al. 2022, figure 7: what the components hold, by decreasing variance. All pictures of an image are
+        drawn with the same noise, and without a caption -> u8[len(images) * len(dims), H, W, 3], image by image.
+
+        Args:
+          images: as of `variations`.
+          dims: each of them within the components that there are.
+          pca: the components; None: those kept with the stack's autoregressive prior. See `components_of`.
+          seed, batch_size, return_stages, progress, **settings: as of `generate`.
+        """
+        _check_call([""] * len(images), seed, 1, batch_size)
+        pca = self.kept_components() if pca is None else pca
+        if not len(dims) or not all(_whole(k, 1, pca.std.shape[0]) for k in dims):
+            what = f"dims={list(dims)!r} must be whole numbers in 1 … {pca.std.shape[0]}, the components that there are"
+            raise UserError(what, "name fewer, or measure all components on data")
+        used = self._without_caption(settings)
+        cond = self._shown(images)
+        size = min(batch_size, len(images))
+        z = self._run("clip", (cond,), {}, len(images), size, None if progress else True)["z_img"]
+        parts = [pca.keep(int(k)) for k in dims]
+        z = np.stack([np.asarray(part.back(part.project(z)), np.float32) for part in parts], axis=1)
+        cond = {name: cond[name].repeat(len(dims), 0) for name in ("tokens", "mask")}
+        keys = picture_keys(seed, len(images), 1)[np.arange(len(images)).repeat(len(dims))]
+        cond["z_img"] = z.reshape(-1, z.shape[-1])
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
+
+    def kept_components(self) -> PCA:
+        """The principal components of z_img that the stack's autoregressive prior works with."""
+        if "prior_ar" not in self.tasks:
+            what = "this stack has no autoregressive prior, whose principal components could be used"
+            raise UserError(what, "measure them on data: --data shapes, or UnCLIP.components_of")
+        return self.tasks["prior_ar"].pca(self.params["prior_ar"])
+
+    def components_of(self, source: Source, num: int = 4096, batch_size: int = 64) -> PCA:
+        """All principal components of z_img, measured on `num` pictures of a data source (`data.make`)."""
+        task, side = self.tasks["clip"], self._side()
+        measure = jax.jit(lambda params, x: components.batch_moments(task.sample(params, {"image": x}, None)))
+        params, seen, size = self.params["clip"], None, min(num, batch_size)
+        stream = loader.batches(source, None, size)
+        for _ in range(-(-num // size)):
+            image = next(stream)["image"]
+            if image.shape[1] != side:
+                raise UserError(f"the source's pictures have {image.shape[1]} pixels, and this CLIP takes {side}")
+            seen = components.merge(seen, size, *jax.device_get(measure(params, image)))
+        return components.fit(seen)
+
+    def _side(self) -> int:
+        """Pixels of the pictures that CLIP sees."""
         vision = self.tasks["clip"].model.vision
         if vision is None:
             raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
-        squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
+        return vision["image_size"]
+
+    def _shown(self, images: Sequence[np.ndarray]) -> dict:
+        """What CLIP is given of pictures: their middle squares, and the empty caption."""
+        squares = [_square(image, k, self._side()) for k, image in enumerate(images)]
         tokens, mask = self.tokenizer.encode([""] * len(images))
-        cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
-        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
+        return {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
+
+    def _without_caption(self, settings: Mapping) -> dict[str, dict]:
+        """`settings`, the decoder seeing z_img alone."""
         used = self.settings(**settings)
-        used["decoder"] = {**used["decoder"], "caption": False}
-        keys = picture_keys(seed, len(images), num)
-        return self._draw(cond, keys, used, batch_size, return_stages, progress)
+        return {**used, "decoder": {**used["decoder"], "caption": False}}
 
     def _draw(self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool):
         """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
@@ -235,7 +347,7 @@ class UnCLIP:
         cond = {**cond, **self._run("clip", (cond,), {}, total, size, bar)}
         cond.pop("image", None)
         if "z_img" not in cond:
-            cond["z_img"] = run(1, "prior", cond)
+            cond["z_img"] = run(1, next(name for name in PRIORS.values() if name in used), cond)
         base = images = run(2, "decoder", cond)
         for number, stage in enumerate(self.upsamplers, start=3):
             images = run(number, stage, {"low": images})
@@ -260,7 +372,8 @@ class UnCLIP:
         return out
 
     def _ask(self, params, rows):
-        asked = [self.tasks[name].encode({"clip": params}, rows) for name in ("prior", "decoder") if name in self.tasks]
+        stages = [name for name in (*PRIORS.values(), "decoder") if name in self.tasks]
+        asked = [self.tasks[name].encode({"clip": params}, rows) for name in stages]
         return {name: value for each in asked for name, value in each.items() if name not in rows}
 
     def _program(self, stage: str, options: Mapping):

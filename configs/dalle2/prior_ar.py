@@ -3,18 +3,18 @@
     unclip train --config configs/dalle2/prior_ar.py --workdir runs/dalle2/prior_ar \\
         --config.data.path=pictures --config.clip=runs/dalle2/clip
 
-| Variant | caption encoder | latent decoder | codes | batch | iterations | parameters |
-|---|---|---|---|---|---|---|
-| paper | 2048 wide, 24 layers, 32 heads | 1664 wide, 24 layers, 26 heads | 319 of 1,024 values | 4096 | 1M | 2,119,287,040 (paper: "1B") |
+| Variant | caption encoder: width, layers, heads | latent decoder | codes, buckets | parameters |
+|---|---|---|---|---|
+| paper | 2048, 24, 32 | 1664, 24, 26 | 319, 1,024 | 2,119,287,040 (paper: "1B") |
 
-The count is for vit_h16 of `clip.py`. The paper's "1B" is not the sum of its table: the 24 blocks of the caption encoder
-are 1.21B and those of the latent decoder 0.80B. The rest here is CLIP's 49,408 token embeddings, 0.10B, and tables and
-projections, 0.01B.
+The count is for vit_h16 of `clip.py`. The paper's "1B" cannot be the sum of its table: the 24 blocks of the caption
+encoder are 1.21B and those of the latent decoder 0.80B. The rest here is CLIP's 49,408 token embeddings, 0.10B, and
+tables and projections, 0.01B. Batch 4096, 1M iterations.
 
-Unlike the paper: 77 caption tokens, the CLIP's, not 256, so the latent decoder's sequence is 77 + 1 + 319, not 384. The paper
-does not say into how many buckets the dot product goes, nor how the two networks meet: here as many as a code has, and
-the encoder's outputs are the prefix. Nor does it guide or keep the best of several for this prior in particular; here the best
-of 2 as for the diffusion prior. Pictures come at 256 px and are resized where the CLIP takes others.
+Unlike the paper: 77 caption tokens, the CLIP's, not 256, so the latent decoder's sequence is 77 + 1 + 319, not 384. The
+paper does not say into how many buckets the dot product goes, nor how the two networks meet: here as many as a code
+has, and the encoder's outputs are the prefix. It keeps the best of 2 for the diffusion prior; here for this one too.
+Pictures come at 256 px and are resized where the CLIP takes others.
 """
 
 from configs import common

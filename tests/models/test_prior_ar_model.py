@@ -1,4 +1,4 @@
-"""The autoregressive prior: decoding by cache against the whole sequence, causality, and what a dropped caption hides."""
+"""The autoregressive prior: decoding by cache against the whole sequence, causality, what a dropped caption hides."""
 
 import jax
 import jax.numpy as jnp

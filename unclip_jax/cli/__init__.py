@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import unclip_jax
-from unclip_jax.cli import data, evaluate, sample, train, weights
+from unclip_jax.cli import data, evaluate, reconstruct, sample, train, weights
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
@@ -19,6 +19,7 @@ COMMANDS = (
     train.add,
     sample.add_sample,
     sample.add_demo,
+    reconstruct.add,
     evaluate.add,
     weights.add_export,
     weights.add_convert,

@@ -55,8 +55,11 @@ def add_model(sub: Parser) -> None:
 def add_settings(sub: Parser) -> None:
     """The flags of `pipeline.Settings`."""
     group = sub.add_argument_group("sampling (the default is what each stage's config says)")
-    group.add_argument("--prior-steps", type=count, metavar="N", help="steps of the prior")
+    group.add_argument("--prior", metavar="KIND", help="diffusion (the default where there is one) or ar")
+    group.add_argument("--prior-steps", type=count, metavar="N", help="steps of the diffusion prior")
     group.add_argument("--prior-guidance", type=scale, metavar="S", help="guidance of the prior; 1 is none")
+    group.add_argument("--prior-temperature", type=warmth, metavar="T", help="of the autoregressive prior")
+    group.add_argument("--prior-top-p", type=share, metavar="P", help="of the autoregressive prior; 1 is all")
     group.add_argument("--candidates", type=count, metavar="N", help="embeddings to choose the best from")
     group.add_argument("--steps", type=count, metavar="N", help="steps of the decoder")
     group.add_argument("--guidance", type=scale, metavar="S", help="guidance of the decoder; 1 is none")
@@ -132,6 +135,21 @@ def seed(text: str) -> int:
 def scale(text: str) -> float:
     """A guidance."""
     return _number(text, float, 0, 1e6, "a number of at least 0 (1 is no guidance)")
+
+
+def warmth(text: str) -> float:
+    """A temperature."""
+    return _number(text, float, 0, 100, "a number in 0 … 100 (1 is as learned)")
+
+
+def share(text: str) -> float:
+    """A part of the whole that is not nothing."""
+    return _number(text, float, 1e-6, 1, "a number in 0 … 1, above 0")
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of at least 1 with commas between them."""
+    return [count(part) for part in listed(text)]
 
 
 def listed(text: str) -> list[str]:

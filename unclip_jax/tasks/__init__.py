@@ -135,8 +135,9 @@ def _check_numbers(task: Task) -> None:
     if settings is None:
         return
     if hasattr(task, "schedule"):
-        if settings.get("name") not in SAMPLERS:
-            raise UserError(f"sampler.name={settings.get('name')!r} is unknown", suggest(settings.get("name"), SAMPLERS))
+        name = settings.get("name")
+        if name not in SAMPLERS:
+            raise UserError(f"sampler.name={name!r} is unknown", suggest(name, SAMPLERS))
         respace(task.schedule, settings.get("steps", 0))
     guidance = settings.get("guidance", 1)
     if not (math.isfinite(guidance) and guidance >= 0):

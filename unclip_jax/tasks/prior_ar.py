@@ -1,4 +1,4 @@
-"""The autoregressive prior's training and sampling (unCLIP, section 2.2): z_img as codes, predicted one after another."""
+"""The autoregressive prior's training and sampling (unCLIP, section 2.2): z_img as codes, drawn one after another."""
 
 import dataclasses
 import math
@@ -24,9 +24,9 @@ PREPARE_BATCHES = 64
 class PriorARTask:
     """Cross-entropy of the codes of z_img: its principal components (`pca.PCA`) in buckets, largest variance first.
 
-    Parameters are {"net": …, "mean": f32[D], "components": f32[D, K], "std": f32[K], "dots": f32[N - 1]}; all but the net
-    are measured by `prepare` and get no gradient. `dots` parts the dot products z_txt · z_img of the data into N
-    buckets that hold as many each.
+    Parameters are {"net": …, "mean": f32[D], "components": f32[D, K], "std": f32[K], "dots": f32[N - 1]}; all but
+    the net are measured by `prepare` and get no gradient. `dots` parts the dot products z_txt · z_img of the data
+    into N buckets that hold as many each.
 
     Attributes:
       clip: the frozen CLIP whose embeddings are modelled.
