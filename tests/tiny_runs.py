@@ -127,7 +127,7 @@ def memorise(stage: str, **changes):
     own = {
         "clip": {"optim.lr": 5e-3},
         "prior_diffusion": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
-        "prior_ar": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.candidates": 1},
+        "prior_ar": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.candidates": 1, "num_steps": 120},
         "decoder": {"optim.lr": 1e-2, "objective.text_drop": 0.0, "objective.clip_drop": 0.0},
         "upsampler": {"optim.lr": 1e-2},
     }

@@ -204,7 +204,8 @@ def test_what_is_measured_gets_no_gradient_and_captions_may_enter_as_states():
     params = tiny_stack.weights(config, clip)
     assert "states_in" in params["net"] and "word_embed" not in params["net"]
     rng = np.random.default_rng(0)
-    shape = {"z_img": (2, 8), "z_txt": (2, 8), "states": (2, clip.text["max_len"], 16), "mask": (2, clip.text["max_len"])}
+    length = clip.text["max_len"]
+    shape = {"z_img": (2, 8), "z_txt": (2, 8), "states": (2, length, 16), "mask": (2, length)}
     batch = {name: rng.standard_normal(size).astype(np.float32) for name, size in shape.items()}
     batch["mask"] = batch["mask"] > 0
     slopes = jax.jit(jax.grad(lambda p: task.loss(p, batch, jax.random.key(0))[0]))(params)
