@@ -27,6 +27,10 @@ PRIOR = {
     "laptop": dict(width=192, layers=4, heads=6, batch_size=128, num_steps=8000, steps=25),
     "tiny": dict(width=48, layers=2, heads=2, batch_size=32, num_steps=100, steps=8),
 }
+PRIOR_AR = {
+    "laptop": dict(dims=64, buckets=128, width=192, layers=4, heads=6, batch_size=128, num_steps=8000),
+    "tiny": dict(dims=8, buckets=32, width=48, layers=2, heads=2, batch_size=32, num_steps=100),
+}
 DECODER = {
     "laptop": dict(
         unet=dict(channels=32, multipliers=(1, 2, 4), blocks=1, attention=(16, 8), head_channels=32, groups=8, patch=2),
@@ -84,6 +88,22 @@ def prior(v: dict, data: dict):
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.06, b2=0.96, eps=1e-6),
+        eval=dict(batches=2, preview=32),
+    )
+
+
+def prior_ar(v: dict, data: dict):
+    """The autoregressive prior, unguided; captions and vocabulary are the CLIP's."""
+    return common.base(
+        "prior_ar",
+        batch_size=v["batch_size"],
+        num_steps=v["num_steps"],
+        model=dict(caption="tokens", **{k: v[k] for k in ("dims", "buckets", "width", "layers", "heads")}),
+        objective=dict(text_drop=0.1),
+        sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=2),
+        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        data=data,
+        optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.04, b2=0.98),
         eval=dict(batches=2, preview=32),
     )
 

@@ -5,11 +5,12 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
     7  cli
     6  train  evaluate  plan  ui  interop  export  embed  demo
     5  pipeline
-    4  stack  logs  edits  painting
+    4  stack  logs  edits  painting  reconstruction
     3  tasks  settings
     2  models
     1  diffusion  nn
     0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
+       pca
 """
 
 import ast
@@ -23,11 +24,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
-    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer",
+    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
-    4: "stack logs edits painting",
+    4: "stack logs edits painting reconstruction",
     5: "pipeline",
     6: "train evaluate plan ui interop export embed demo",
     7: "cli",

@@ -174,6 +174,29 @@ def test_a_failed_write_leaves_nothing(run, stack, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_autoregressive_prior_draws_on_request(run, stack, tmp_path):
+    assert run(*sample(stack, "--out", "ar", "--prior", "ar", "--prior-temperature", 0.5))[0] == 0
+    settings = json.loads((tmp_path / "ar" / "pictures.json").read_text())["settings"]
+    assert settings["prior_ar"]["temperature"] == 0.5 and "prior" not in settings
+
+
+@pytest.mark.parametrize("out", ["sheet.png", "folder"])
+def test_reconstruct_writes_a_row_for_each_picture(out, run, stack, tmp_path):
+    for k, name in enumerate(("a.png", "b.png")):
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    argv = ["reconstruct", "a.png", "b.png", "--model", stack, "--dims", "2,5", "--out", out]
+    code, said, err = run(*argv)
+    assert (code, err) == (0, []) and "2 pictures from 2, 5 of 6 components" in said
+    sheet = Image.open(tmp_path / out / "grid.png" if out == "folder" else tmp_path / out)
+    assert sheet.width == 3 * (160 + 8) and sheet.height >= 2 * (160 + 8)
+    if out == "folder":
+        entries = json.loads((tmp_path / out / "pictures.json").read_text())["pictures"]
+        labels = [entry["prompt"] for entry in entries]
+        assert labels == ["a.png", "a.png, 2 dims", "a.png, 5 dims", "b.png", "b.png, 2 dims", "b.png, 5 dims"]
+    assert run(*argv[:-4], "--dims", "2,7", "--out", "none")[0] == 2 and not (tmp_path / "none").exists()
+
+
 def test_demo_draws_several_of_each_of_its_prompts(run, stack, tmp_path, monkeypatch):
     from unclip_jax.cli.sample import DEMO
     from unclip_jax.data.shapes import parse
@@ -222,6 +245,10 @@ BAD = {
     "interval": (["sample", "x", "--out", "o", "--interval", "0.5"], "'0.5' must be two numbers with a comma"),
     "interval turned": (["sample", "x", "--out", "o", "--interval", "0.5,0.1"], "interval=(0.5, 0.1) must be two"),
     "rescale": (["sample", "x", "--out", "o", "--rescale", "7"], "'7' must be a number in 0 … 1"),
+    "prior": (["sample", "x", "--out", "o", "--prior", "arr"], "did you mean 'ar'"),
+    "temperature": (["sample", "x", "--out", "o", "--prior-temperature=-1"], "--prior-temperature"),
+    "top p": (["sample", "x", "--out", "o", "--prior-top-p", "1.5"], "--prior-top-p"),
+    "setting of the other prior": (["sample", "x", "--out", "o", "--prior", "ar", "--prior-steps", "3"], "prior='ar'"),
     "seed < 0": (["sample", "x", "--out", "o", "--seed", "-1"], "--seed"),
     "seed >= 2**32": (["sample", "x", "--out", "o", "--seed", "4294967296"], "--seed"),
     "out is a file": (["sample", "x", "--out", "good.txt"], "is a file"),
@@ -253,6 +280,14 @@ BAD = {
         "--config.key=value",
     ),
     "train flag": (["train", "--config", "c.py", "--workdir", "w", "--wokdir=x"], "did you mean '--workdir'"),
+    "no picture": (["reconstruct", "--out", "o"], "IMAGE"),
+    "picture missing": (["reconstruct", "none.png", "--out", "o.png"], "none.png cannot be read"),
+    "picture of text": (["reconstruct", "good.txt", "--out", "o.png"], "good.txt is not a picture"),
+    "reconstruction exists": (["reconstruct", "old.png", "--out", "old.png"], "exists"),
+    "dims 0": (["reconstruct", "old.png", "--dims", "0", "--out", "o"], "--dims"),
+    "dims no number": (["reconstruct", "old.png", "--dims", "2,x", "--out", "o"], "--dims"),
+    "path without data": (["reconstruct", "old.png", "--data-path", ".", "--out", "o"], "--data-path"),
+    "no prior": (["export", "o", "--clip", "a", "--decoder", "b"], "needs a prior"),
     "no decoder": (["export", "o", "--clip", "a", "--prior", "b"], "--decoder"),
     "workdir missing": (["export", "o", "--clip", "a", "--prior", "b", "--decoder", "c"], "a does not exist"),
     "dtype": (

@@ -20,8 +20,10 @@ from unclip_jax.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if "def get_config" in p.read_text(encoding="utf-8"))
 STAGES = {"clip", "prior_diffusion", "decoder", "upsampler"}
+AR = ("shapes", "icons", "folder", "dalle2")  # Karlo has no autoregressive prior
 SMALL = ("shapes", "icons", "folder")
 LARGE = ("dalle2", "karlo")
+WITHOUT_PICTURES = ("clip", "prior_diffusion", "prior_ar")  # they draw embeddings
 
 
 def variants(path: Path) -> list[str]:
@@ -63,6 +65,7 @@ def count(tree) -> int:
 def test_there_are_all_stages_of_all_systems():
     found = {system: {p.stem for p in FILES if p.parent.name == system} for system in (*SMALL, *LARGE)}
     assert all(STAGES <= stages for stages in found.values()), found
+    assert all("prior_ar" in found[system] for system in AR)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -147,7 +150,7 @@ def test_trains_and_samples_as_traced(spec):
     loss, drawn = jax.eval_shape(both, frozen, params, batch)
     assert loss.shape == () and loss.dtype == jnp.float32
     size = c.objective.get("image_size", side) if c.task == "decoder" else side
-    assert drawn.shape == ((b, clip.embed_dim) if c.task in ("clip", "prior_diffusion") else (b, size, size, 3))
+    assert drawn.shape == ((b, clip.embed_dim) if c.task in WITHOUT_PICTURES else (b, size, size, 3))
 
 
 @pytest.mark.parametrize("system", [*SMALL, *LARGE])
@@ -209,6 +212,16 @@ def test_prior_has_the_papers_blocks():
     assert count(net["transformer"]) == 24 * (12 * 2048**2 + 13 * 2048)
     assert round(count(net) / 1e9) == 1
     assert count(net) - 49408 * 2048 == pytest.approx(count(net["transformer"]), rel=0.02)
+
+
+def test_prior_ar_has_the_papers_blocks_and_codes():
+    """The paper says 1B; the blocks of the two networks that its table names have 2.01B."""
+    params = built("configs/dalle2/prior_ar.py:paper")[1]
+    net = params["net"]
+    assert count(net["encoder"]["transformer"]) == 24 * (12 * 2048**2 + 13 * 2048)
+    assert count(net["transformer"]) == 24 * (12 * 1664**2 + 13 * 1664)
+    assert params["components"].shape == (1024, 319) and net["out"]["kernel"].shape == (1664, 1024)
+    assert count(net) - 49408 * 2048 == pytest.approx(2.01e9, rel=0.01)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.split("/")[1] in LARGE])

@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     made, words = tiny_stack.configs(), tiny_stack.tokenizer()
     clip = tasks.make(made["clip"]).model
     params = {name: tiny_stack.weights(stage, clip) for name, stage in made.items()}
-    for name in ("prior", "decoder"):
+    for name in ("prior", "prior_ar", "decoder"):
         made[name].clip = str(root / "clip")
         made[name].clip_identity = tasks.clip_identity(params["clip"])
     for name, stage in made.items():
@@ -47,6 +47,20 @@ def test_the_stack_holds_the_averaged_weights(runs, stack):
         params = checkpoint.load_params(runs[name])[0]
         jax.tree.map(np.testing.assert_array_equal, stage.params, params)
         assert stage.step == 7
+
+
+@pytest.mark.parametrize("priors", [("prior_ar",), ("prior", "prior_ar")])
+def test_a_stack_may_hold_either_prior_or_both(priors, runs, tmp_path):
+    given = {name: runs[name] if name in priors else None for name in ("prior", "prior_ar")}
+    out = collect(tmp_path / "s", clip=runs["clip"], decoder=runs["decoder"], **given)
+    assert set(load_stack(out).stages) == {"clip", "decoder", *priors}
+    used = UnCLIP.load(out).settings()
+    assert set(used) == {"decoder", priors[0]}  # diffusion where there is one
+
+
+def test_a_stack_needs_a_prior(runs, tmp_path):
+    with pytest.raises(UserError, match="needs a prior .*--prior-ar"):
+        collect(tmp_path / "s", runs["clip"], None, runs["decoder"])
 
 
 def test_the_stack_loads_as_a_pipeline(stack):

@@ -11,6 +11,7 @@ from PIL import Image
 from tests import tiny_stack
 from unclip_jax import pipeline
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
+from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import Settings, UnCLIP
 from unclip_jax.weights import load_stack, save_stack
@@ -243,14 +244,96 @@ def test_pictures_that_are_none_cannot_be_varied(pipe, images, words):
         pipe.variations(images)
 
 
-def part_of_stack(out, without):
+def test_either_prior_draws_from_prompts(pipe, drawn):
+    """The autoregressive one by hand, its settings passed on; the rest of the way is the same."""
+    found = pipe.generate(PROMPTS[:1], seed=7, prior="ar", prior_temperature=0.5, candidates=1, return_stages=True)
+    assert np.array_equal(found.z_txt[0], drawn.z_txt[0]) and not close(found.images, drawn.images[:1])
+    used = pipe.settings(prior="ar", prior_temperature=0.5, candidates=1)
+    assert used["prior_ar"] == {"temperature": 0.5, "top_p": 1.0, "guidance": 2.0, "candidates": 1}
+    assert "prior" not in used and "prior_ar" not in pipe.settings() and pipe.settings() == pipe.settings(
+        prior="diffusion"
+    )
+    cond = jax.jit(pipe.tasks["prior_ar"].encode)(
+        {"clip": pipe.params["clip"]}, dict(zip(("tokens", "mask"), pipe.tokenizer.encode(PROMPTS[:1]), strict=True))
+    )
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), 0), 1)[None]
+    sample = jax.jit(lambda *args: pipe.tasks["prior_ar"].sample(*args, temperature=0.5, candidates=1))
+    np.testing.assert_allclose(found.z_img, sample(pipe.params["prior_ar"], cond, key), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prior": "art"}, "prior='art' is unknown.*did you mean 'ar'"),
+        ({"prior": "ar", "prior_steps": 3}, "prior_steps is no setting of prior='ar'"),
+        ({"prior_top_p": 0.5}, "prior_top_p is no setting of prior='diffusion'"),
+        ({"prior": "ar", "prior_top_p": 0.0}, "prior_top_p=0.0 must be"),
+        ({"prior": "ar", "prior_temperature": float("nan")}, "prior_temperature=nan"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_prior_are_for_that_prior(pipe, change, words):
+    with pytest.raises(UserError, match=words):
+        pipe.settings(**change)
+
+
+@pytest.mark.parametrize(("without", "prior"), [("prior_ar", "ar"), ("prior", "diffusion")])
+def test_a_prior_that_a_stack_lacks_is_named(without, prior, tmp_path):
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", without))
+    with pytest.raises(UserError, match=f"no prior='{prior}', only prior="):
+        other.settings(prior=prior)
+    assert len({"prior", "prior_ar"} & other.settings().keys()) == 1
+
+
+class Noise(Source):
+    """Pictures of noise, brighter and brighter."""
+
+    name, size = "noise", 16
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        image = np.random.default_rng(i).integers(0, 100 + 6 * i, (16, 16, 3), np.uint8)
+        return {"image": image, "caption": ""}
+
+
+def test_pictures_are_reconstructed_from_the_first_components(pipe):
+    """Of z_img by numpy; from all of them the pictures are variations'; one noise for all of an image's."""
+    images = [photo(33), photo()]
+    pca = pipe.components_of(Noise(), num=24, batch_size=8)
+    pictures = np.stack([Noise()[i]["image"] for i in range(24)])
+    z = np.asarray(jax.jit(pipe.tasks["clip"].sample)(pipe.params["clip"], {"image": to_float(pictures)}, None))
+    _, values, vectors = np.linalg.svd(z.astype(np.float64) - z.mean(0), full_matrices=False)
+    np.testing.assert_allclose(pca.std, values / np.sqrt(24), rtol=1e-3, atol=1e-3)
+    whole = pipe.variations(images, seed=7, return_stages=True)
+    found = pipe.reconstruct(images, [3, 8, 3], seed=7, pca=pca, return_stages=True)
+    assert found.images.shape == (6, 32, 32, 3)
+    assert close(found.images[1::3], whole.images) and np.array_equal(found.images[::3], found.images[2::3])
+    first = z.mean(0) + (whole.z_img - z.mean(0)) @ vectors[:3].T @ vectors[:3]
+    np.testing.assert_allclose(found.z_img[::3], first, rtol=1e-2, atol=2e-2)
+    assert not close(found.images[::3], whole.images)
+
+
+def test_components_come_from_the_prior_or_from_data(pipe, tmp_path):
+    kept = pipe.params["prior_ar"]["components"]
+    assert pipe.kept_components().components is kept and kept.shape == (8, 6)
+    for dims in ([], [0], [7], [2.5]):
+        with pytest.raises(UserError, match="in 1 … 6, the components that there are"):
+            pipe.reconstruct([photo()], dims)
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", "prior_ar"))
+    with pytest.raises(UserError, match="no autoregressive prior.*--data"):
+        other.reconstruct([photo()], [2])
+
+
+def part_of_stack(out, *without):
     stack = load_stack(tiny_stack.path())
-    stages = {name: tuple(stage) for name, stage in stack.stages.items() if name != without}
+    stages = {name: tuple(stage) for name, stage in stack.stages.items() if name not in without}
     return save_stack(out, stages, stack.tokenizer_json)
 
 
 def test_a_stack_without_a_prior_draws_variations_only(pipe, tmp_path):
-    other = UnCLIP.load(part_of_stack(tmp_path / "part", without="prior"))
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", "prior", "prior_ar"))
     images = [photo()]
     assert close(other.variations(images, seed=3), pipe.variations(images, seed=3))
     with pytest.raises(UserError, match="no prior, so it cannot draw from prompts"):
@@ -274,7 +357,7 @@ def test_a_clip_of_captions_only_draws_from_prompts_only(pipe, drawn, tmp_path):
 
 def test_a_stack_lacking_a_stage_is_refused(tmp_path):
     with pytest.raises(UserError, match="no stages of the task 'decoder'"):
-        UnCLIP.load(part_of_stack(tmp_path / "part", without="decoder"))
+        UnCLIP.load(part_of_stack(tmp_path / "part", "decoder"))
 
 
 def test_two_priors_are_refused(tmp_path):

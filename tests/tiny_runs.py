@@ -13,7 +13,7 @@ from unclip_jax import checkpoint, sharding, tasks, train
 from unclip_jax import config as configs
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("clip", "prior_diffusion", "decoder", "upsampler")
+STAGES = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler")
 RUN = {
     "batch_size": 8,
     "num_steps": 8,
@@ -35,6 +35,7 @@ NETWORK = {
         **{f"model.{tower}.{name}": n for tower in ("vision", "text") for name, n in tiny_stack.BLOCKS.items()},
     },
     "prior_diffusion": {f"model.{name}": n for name, n in tiny_stack.BLOCKS.items()} | {"sampler.steps": 4},
+    "prior_ar": {f"model.{name}": n for name, n in tiny_stack.BLOCKS.items()} | {"model.dims": 5, "model.buckets": 16},
     "decoder": {
         **{f"model.unet.{name}": n for name, n in UNET.items()},
         "model.unet.attention": (1,),  # no such level: only the middle attends
@@ -126,6 +127,7 @@ def memorise(stage: str, **changes):
     own = {
         "clip": {"optim.lr": 5e-3},
         "prior_diffusion": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
+        "prior_ar": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.candidates": 1, "num_steps": 120},
         "decoder": {"optim.lr": 1e-2, "objective.text_drop": 0.0, "objective.clip_drop": 0.0},
         "upsampler": {"optim.lr": 1e-2},
     }

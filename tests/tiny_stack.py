@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 
 
 def configs() -> dict[str, ConfigDict]:
-    """The configs of the four stages, by the names they have in a stack."""
+    """The configs of all stages, by the names they have in a stack."""
     words = {"path": "", "vocab_size": tokenizer().vocab_size, "max_len": tokenizer().max_len}
     diffusion = {"name": "cosine", "num_steps": TRAINED_STEPS}
     clip = {
@@ -42,6 +42,13 @@ def configs() -> dict[str, ConfigDict]:
             "model": {"caption": "tokens", **BLOCKS},
             "objective": {"text_drop": 0.1, "clip_x0": 5.0},
             "sampler": {"name": "ddpm", "steps": 4, "guidance": 2.0, "candidates": 2},
+            "data": {"size": 16},
+        },
+        "prior_ar": {
+            "task": "prior_ar",
+            "model": {"caption": "tokens", "dims": 6, "buckets": 16, "dot_buckets": 4, **BLOCKS},
+            "objective": {"text_drop": 0.1},
+            "sampler": {"temperature": 1.0, "top_p": 1.0, "guidance": 2.0, "candidates": 2},
             "data": {"size": 16},
         },
         "decoder": {

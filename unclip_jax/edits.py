@@ -18,7 +18,7 @@ from unclip_jax.data.images import center_crop_resize, to_float
 from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.settings import check_numbers
+from unclip_jax.settings import check_numbers, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
 LEAST = 0.1  # noise below which x_T would hold the decoder's errors more than the picture
@@ -244,12 +244,12 @@ class Edits:
 
     def _imagine(self, prompts, keys, used: Mapping, batch_size: int, progress: bool) -> np.ndarray:
         """The prior's z_img of prompts."""
-        if "prior" not in self.tasks:
+        if not (prior := prior_of(used)):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         rows = {"tokens": tokens, "mask": mask}
         rows |= self._run("clip", (rows,), {}, batch_size, progress)
-        return self._run("prior", (rows, fold(keys, 1)), used["prior"], batch_size, progress)
+        return self._run(prior, (rows, fold(keys, 1)), used[prior], batch_size, progress)
 
     def _with_noise(self, cond: Mapping, latents: Latents) -> dict:
         return {"tokens": cond["tokens"], "mask": cond["mask"], "z_img": latents.z_img, "noise": latents.noise}

@@ -15,25 +15,26 @@ import jax.numpy as jnp
 from unclip_jax import data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.stack import ROLES
 from unclip_jax.tokenizer import Tokenizer
-
-TASKS = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
 
 
 def collect(
     out: str | os.PathLike,
     clip: str | os.PathLike,
-    prior: str | os.PathLike,
+    prior: str | os.PathLike | None,
     decoder: str | os.PathLike,
     upsamplers: Sequence[str | os.PathLike] = (),
     dtype: str = "bfloat16",
     overwrite: bool = False,
     analytic: Sequence[str] = (),
+    prior_ar: str | os.PathLike | None = None,
 ) -> Path:
     """Writes the stack directory `out` from the newest averaged weights of each stage; returns its path.
 
     Args:
-      clip, prior, decoder, upsamplers: workdirs of training runs, or stacks to take the stage from.
+      clip, prior, decoder, upsamplers, prior_ar: workdirs of training runs, or stacks to take the stage from; of the
+        diffusion prior and the autoregressive one, at least one.
       dtype: of the stored weights, "bfloat16" or "float32".
       overwrite: replace a stack that is there.
       analytic: stages to measure the variances of that the sampler "analytic" needs, on the data they were trained on.
@@ -43,14 +44,17 @@ def collect(
     """
     if Path(out).expanduser().exists() and not overwrite:
         raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite")
-    runs = {"clip": clip, "prior": prior, "decoder": decoder}
+    if prior is None and prior_ar is None:
+        raise UserError("a stack needs a prior to draw from prompts", "give --prior, --prior-ar, or both")
+    runs = {"clip": clip, "prior": prior, "prior_ar": prior_ar, "decoder": decoder}
+    runs = {name: path for name, path in runs.items() if path is not None}
     runs |= {f"upsampler_{k + 1}" if k else "upsampler": path for k, path in enumerate(upsamplers)}
     for name in analytic:
         if name == "clip" or name not in runs:
             raise UserError(f"analytic={name!r} is no stage with a sampler", suggest(name, list(runs)[1:]))
     stages = {}
     for name, path in runs.items():
-        stage = tasks.load_stage(path, TASKS[name.split("_")[0]])
+        stage = tasks.load_stage(path, ROLES[name if name in ROLES else "upsampler"])
         if name == "clip":
             identity, vocabulary = tasks.load_clip(path).identity, stage.tokenizer_json
             facts = {**stage.extra, "clip_identity": identity}

@@ -20,7 +20,7 @@ SCHEDULES: dict[str, Callable] = {
     "linear": lambda progress: 1 - progress,
 }
 # Told by name because layers stacked for a scan turn their biases and scales into matrices.
-UNDECAYED = frozenset({"bias", "scale", "mean", "std", "logit_scale"})
+UNDECAYED = frozenset({"bias", "scale", "mean", "std", "components", "dots", "logit_scale"})
 
 
 def make(

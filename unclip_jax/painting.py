@@ -10,7 +10,7 @@ from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError
-from unclip_jax.settings import check_numbers, check_prompts
+from unclip_jax.settings import PRIORS, check_numbers, check_prompts
 
 RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
@@ -78,7 +78,7 @@ class Painting:
         """What CLIP is asked: the prompts, or the pictures where there are none."""
         if prompts is None:
             return {name: rows for name, rows in self._look(images).items() if name != "small"}
-        if "prior" not in self.tasks:
+        if not set(PRIORS.values()) & self.tasks.keys():
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
         tokens, mask = self.tokenizer.encode(list(prompts))
         return {"tokens": tokens, "mask": mask}

@@ -21,7 +21,8 @@ from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.painting import Painting
-from unclip_jax.settings import Settings, check_numbers, check_prompts
+from unclip_jax.reconstruction import Reconstruction
+from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
@@ -37,12 +38,13 @@ class Drawn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnCLIP(Edits, Painting):
-    """A trained stack that draws pictures from prompts, and from pictures (`Edits`, `Painting`). Made by `UnCLIP.load`.
+class UnCLIP(Edits, Painting, Reconstruction):
+    """A trained stack that draws pictures from prompts, and from pictures (`Edits`, `Painting`,
+    `Reconstruction`). Made by `UnCLIP.load`.
 
     Args:
       tokenizer: the one that every stage was trained with.
-      tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run.
+      tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run.
     """
 
     tokenizer: Tokenizer
@@ -89,10 +91,11 @@ class UnCLIP(Edits, Painting):
         )
 
     def settings(self, **changed) -> dict[str, dict]:
-        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in.
+        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in; of one prior.
 
         Raises:
-          UserError: a setting is unknown, out of its range, or asks for more steps than were trained.
+          UserError: a setting is unknown, out of its range, asks for more steps than were trained, or is of a prior
+            that the stack does not have or draw with.
         """
         names = [field.name for field in dataclasses.fields(Settings)]
         for name in changed:
@@ -100,10 +103,11 @@ class UnCLIP(Edits, Painting):
                 raise UserError(f"{name} is no setting of sampling", suggest(name, names))
         changes = Settings(**changed)
         used = {}
-        for name in [n for n in self.tasks if n != "clip"]:
+        prior = self._prior(changes)
+        for name in [n for n in self.tasks if n != "clip" and (n == prior or n not in PRIORS.values())]:
             config, own = self.configs[name], changes.of(_role(name))
-            trained = config.diffusion.num_steps
-            if own.get("steps", 1) > trained:
+            if "steps" in own and own["steps"] > config.diffusion.num_steps:
+                trained = config.diffusion.num_steps
                 raise UserError(
                     f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
                 )
@@ -112,10 +116,25 @@ class UnCLIP(Edits, Painting):
                 self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
             elif used[name].get("overlap") is not None:
                 raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile")
-            if used[name]["name"] == "analytic" and "x0_variance" not in self.params[name]:
+            if used[name].get("name") == "analytic" and "x0_variance" not in self.params[name]:
                 what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")
         return used
+
+    def _prior(self, changes: Settings) -> str | None:
+        """The stage of the prior to draw with; None where the stack has none and none is asked for."""
+        there = [kind for kind, stage in PRIORS.items() if stage in self.tasks]
+        kind = changes.prior or (there[0] if there else None)
+        if kind is None:
+            return None
+        if kind not in there:
+            has = f"only prior='{there[0]}'" if there else "no prior at all"
+            raise UserError(f"this stack has no prior={kind!r}, {has}", "export one into it: unclip export --help")
+        own = SETTINGS[PRIORS[kind]].values()
+        for name in {n for stage in PRIORS.values() for n in SETTINGS[stage].values()}.difference(own):
+            if getattr(changes, name) is not None:
+                raise UserError(f"{name} is no setting of prior={kind!r}", "leave it out, or choose the other prior")
+        return PRIORS[kind]
 
     def generate(
         self,
@@ -146,12 +165,13 @@ class UnCLIP(Edits, Painting):
         """
         check_prompts(prompts)
         check_numbers(seed, num, batch_size)
-        if "prior" not in self.tasks:
+        used = self.settings(**settings)
+        if not set(PRIORS.values()) & used.keys():
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
         keys = picture_keys(seed, len(prompts), num)
-        return self._draw(cond, keys, self.settings(**settings), batch_size, return_stages, progress)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def _draw(
         self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool, known=None
@@ -167,7 +187,7 @@ class UnCLIP(Edits, Painting):
         cond = {**cond, **self._run("clip", (cond,), {}, batch_size, progress)}
         cond.pop("image", None)
         if "z_img" not in cond:
-            cond["z_img"] = run(1, "prior", cond)
+            cond["z_img"] = run(1, prior_of(used), cond)
         told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
         base = images = run(2, "decoder", {**cond, **told("decoder")})
         for number, stage in enumerate(self.upsamplers, start=3):
@@ -196,7 +216,8 @@ class UnCLIP(Edits, Painting):
         return out
 
     def _ask(self, params, rows):
-        asked = [self.tasks[name].encode({"clip": params}, rows) for name in ("prior", "decoder") if name in self.tasks]
+        stages = [name for name in (*PRIORS.values(), "decoder") if name in self.tasks]
+        asked = [self.tasks[name].encode({"clip": params}, rows) for name in stages]
         return {name: value for each in asked for name, value in each.items() if name not in rows}
 
     def _program(self, stage: str, options: Mapping, method: str = "sample"):

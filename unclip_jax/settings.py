@@ -12,6 +12,9 @@ from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
 
+PRIORS = {"diffusion": "prior", "ar": "prior_ar"}  # by what a caller calls them; the first there is drawn with
+RANGES = {"temperature": (0, 100), "p": (1e-6, 1)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -20,6 +23,8 @@ class Settings:
     Names that begin with `prior_` are of the prior, with `upsample_` of every upsampler, and others of the decoder.
 
     Args:
+      prior: "diffusion" or "ar", the autoregressive one; None is the first of these that the stack has.
+      prior_temperature, prior_top_p: of the autoregressive prior; a temperature of 0 takes the likeliest code.
       steps: 1 … the number the stage was trained with.
       sampler: by name: "ddpm", "analytic", "ddim", "dpm", "heun".
       guidance, rescale, interval: guidance 1 is none, 0 ignores the prompt; see `diffusion.draw`.
@@ -28,12 +33,15 @@ class Settings:
       candidates: the best of so many embeddings, by dot product with the caption's, is kept.
     """
 
+    prior: str | None = None
     prior_steps: int | None = None
     prior_sampler: str | None = None
     prior_guidance: float | None = None
     prior_rescale: float | None = None
     prior_interval: tuple[float, float] | None = None
     prior_threshold: float | None = None
+    prior_temperature: float | None = None
+    prior_top_p: float | None = None
     candidates: int | None = None
     steps: int | None = None
     sampler: str | None = None
@@ -58,18 +66,36 @@ class Settings:
                 raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
             if kind == "sampler" and value not in SAMPLERS:
                 raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
+            if kind in RANGES and not (isinstance(value, (int, float)) and RANGES[kind][0] <= value <= RANGES[kind][1]):
+                raise UserError(f"{name}={value!r} must be a number in {RANGES[kind][0]:g} … {RANGES[kind][1]}")
+            if name == "prior" and value not in PRIORS:
+                raise UserError(f"prior={value!r} is unknown", suggest(value, PRIORS))
             if kind in ("threshold", "rescale", "interval"):
                 check_settings(name.removesuffix(kind), **{kind: value})
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""
-        prefix = {"prior": "prior_", "decoder": "", "upsampler": "upsample_"}[role]
-        kinds = {"name": "sampler"} | {k: k for k in ("steps", "guidance", "rescale", "interval", "threshold")}
-        values = {key: getattr(self, prefix + kind, None) for key, kind in kinds.items()}
-        values["candidates"] = self.candidates if role == "prior" else None
-        if role == "upsampler":
-            values |= {"tile": self.tile, "overlap": self.overlap}
+        values = {key: getattr(self, name) for key, name in SETTINGS[role].items()}
         return {key: value for key, value in values.items() if value is not None}
+
+
+def _named(prefix: str, *kinds: str) -> dict[str, str]:
+    return {"name" if kind == "sampler" else kind: prefix + kind for kind in kinds}
+
+
+KINDS = ("steps", "sampler", "guidance", "rescale", "interval", "threshold")
+# {role: {keyword of its Task.sample: name in Settings}}
+SETTINGS = {
+    "prior": {**_named("prior_", *KINDS), "candidates": "candidates"},
+    "prior_ar": {**_named("prior_", "guidance", "temperature", "top_p"), "candidates": "candidates"},
+    "decoder": _named("", *KINDS),
+    "upsampler": {**_named("upsample_", "steps", "sampler", "threshold"), "tile": "tile", "overlap": "overlap"},
+}
+
+
+def prior_of(used) -> str | None:
+    """The stage of the prior among the settings of the stages that draw; None where there is none."""
+    return next((name for name in PRIORS.values() if name in used), None)
 
 
 def check_numbers(seed=0, num=1, batch_size=1, **more) -> None:

@@ -10,14 +10,15 @@ from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
+from unclip_jax.settings import PRIORS
 from unclip_jax.weights import DTYPES, STATISTICS, Stage, describe_stack, load_stack
 
 BUNDLED = Path(__file__).parent / "bundled"
-ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
+ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
 
 
 class Opened(NamedTuple):
-    """A stack by stage: "clip", "prior" where there is one, "decoder" and any upsamplers, in the order they run."""
+    """A stack by stage: "clip", "prior" and "prior_ar" if any, "decoder" and upsamplers, in the order they run."""
 
     tokenizer_json: str
     tasks: Mapping[str, Any]
@@ -92,15 +93,15 @@ def _locate(path: str | Path) -> Path:
 
 
 def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
-    """{"clip": …, "prior": …, "decoder": …, "upsampler": …, "upsampler_2": …} -> their names in the stack."""
+    """{"clip": …, "prior": …, "prior_ar": …, "decoder": …, "upsampler": …, …} -> their names in the stack."""
     by_task: dict[str, list[str]] = {}
     for name in sorted(configs):
         by_task.setdefault(str(configs[name].get("task")), []).append(name)
     chain = {}
-    for role in ("clip", "prior", "decoder"):
+    for role in ("clip", *PRIORS.values(), "decoder"):
         found = by_task.pop(ROLES[role], [])
-        if not found and role == "prior":
-            continue  # as Karlo's stack for variations
+        if not found and role in PRIORS.values():
+            continue  # either, or none as in Karlo's stack for variations
         if len(found) != 1:
             raise UserError(
                 f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
@@ -117,7 +118,7 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
 def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
     """Embeddings mean something to the CLIP alone that they were learned from."""
     width, identity = stages["clip"].config.model.embed_dim, stages["clip"].extra.get("clip_identity")
-    for name, statistic in (("prior", "mean"), ("decoder", "null_image")):
+    for name, statistic in (("prior", "mean"), ("prior_ar", "mean"), ("decoder", "null_image")):
         if name not in stages:
             continue
         own = stages[name].config.get("clip_identity")
@@ -129,7 +130,7 @@ def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
 
 
 def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
-    """Each stage's Task; the prior and the decoder know the CLIP they were trained on."""
+    """Each stage's Task; the priors and the decoder know the CLIP they were trained on."""
     made = {"clip": task_registry.make(configs["clip"])}
     for name in configs:
         if name != "clip":

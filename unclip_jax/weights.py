@@ -27,7 +27,7 @@ from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_h
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
-STATISTICS = frozenset({"mean", "std", "logit_scale", "x0_variance"})
+STATISTICS = frozenset({"mean", "std", "components", "dots", "logit_scale", "x0_variance"})
 _STAGE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -62,7 +62,7 @@ def save_stack(
       stages: {name: (params, config, step, extra)}, `extra` a dict of JSON values; names like
         "prior_diffusion". Pairs of the two may come one by one, so that one stage at a time is in memory.
       tokenizer_json: `Tokenizer.to_json()`.
-      dtype: "bfloat16" or "float32" for floating arrays; "mean", "std" and "logit_scale" stay f32.
+      dtype: "bfloat16" or "float32" for floating arrays; those named in STATISTICS stay f32.
       overwrite: replace a stack that is there; anything else at `out` is never replaced.
 
     Raises:

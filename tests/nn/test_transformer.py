@@ -71,6 +71,27 @@ def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut):
         np.testing.assert_allclose(np.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("cut", [1, 4])
+def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut):
+    """The buffer starts with the prefix and, after it, numbers that nothing may see."""
+    with jax.enable_x64():
+        x = tokens(7, dtype=np.float64)
+        module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
+        p = draw(module, x, dtype=np.float64)
+        whole, kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
+        buffer = tuple(np.concatenate([a[:, :, :cut], np.full_like(a[:, :, cut:], 9)], 2) for a in kv)
+
+        def step(buffer, at):
+            seen = (jnp.arange(7) <= at)[None, None, None]
+            token = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1)
+            out, buffer = module.apply({"params": p}, token, seen, buffer, return_kv=True, at=at)
+            return buffer, out[:, 0]
+
+        filled, tail = jax.jit(lambda b: jax.lax.scan(step, b, jnp.arange(cut, 7)))(buffer)
+        np.testing.assert_allclose(tail.swapaxes(0, 1), whole[:, cut:], rtol=0, atol=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, kv)
+
+
 def test_without_a_causal_mask_the_prefix_does_not_do():
     """So that the test above could fail."""
     x, module = tokens(7), Transformer(WIDTH, LAYERS, HEADS)

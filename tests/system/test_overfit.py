@@ -56,6 +56,24 @@ def test_prior_draws_each_captions_own_embedding(tmp_path):
     assert told["mse"][-50:].mean() < 0.2 * told["mse"][:3].mean()
 
 
+def test_prior_ar_draws_each_captions_own_codes(tmp_path):
+    run, batch, params, told = fit("prior_ar", tmp_path)
+
+    @jax.jit
+    def draw(params, batch):
+        batch = run.task.encode(run.frozen, batch)
+        z = run.task.sample(params, batch, jax.random.split(jax.random.key(7), 8))
+        return run.task.codes(params, z), run.task.codes(params, batch["z_img"]), batch["z_img"]
+
+    drawn, true, z = (np.asarray(a) for a in draw(params, batch))
+    np.testing.assert_allclose(params["mean"], z.mean(0), atol=1e-4)  # of the data, untouched by training
+    spread = np.linalg.svd(z.astype(np.float64) - z.mean(0, dtype=np.float64), compute_uv=False) / np.sqrt(8)
+    np.testing.assert_allclose(params["std"], spread[:5], rtol=1e-3, atol=1e-3)
+    # Not all: some dot products of the top half were never seen with a caption, and tell of another picture.
+    assert len(np.unique(true, axis=0)) == 8 and (drawn == true).mean() > 0.75
+    assert told["loss"][0] == pytest.approx(np.log(16), rel=0.1) and told["loss"][-1] < 0.02
+
+
 BSR = {"degrade": "bsr", "factor": 2}
 
 

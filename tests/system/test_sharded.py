@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 # Inner widths of transformer blocks and of residual blocks over the axis "tensor", where the mesh has one.
 MLP, CONV = (r"blocks/fc1/kernel$", (None, None, "tensor")), (r"conv1/kernel$", (None, None, None, "tensor"))
-TENSOR = {"clip": [MLP], "prior_diffusion": [MLP], "decoder": [MLP, CONV], "upsampler": [CONV]}
+TENSOR = {"clip": [MLP], "prior_diffusion": [MLP], "prior_ar": [MLP], "decoder": [MLP, CONV], "upsampler": [CONV]}
 STEPS = 2
 
 

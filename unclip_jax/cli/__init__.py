@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import unclip_jax
-from unclip_jax.cli import blend, data, edit, evaluate, inpaint, probe, sample, train, vary, weights
+from unclip_jax.cli import blend, data, edit, evaluate, inpaint, probe, reconstruct, sample, train, vary, weights
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
@@ -23,6 +23,7 @@ COMMANDS = (
     blend.add,
     edit.add,
     inpaint.add,
+    reconstruct.add,
     probe.add,
     evaluate.add,
     weights.add_export,

@@ -69,6 +69,7 @@ def add_output(sub: Parser, default: str | None = None) -> None:
 def add_settings(sub: Parser) -> None:
     """The flags of `pipeline.Settings`."""
     group = sub.add_argument_group("sampling (the default is what each stage's config says)")
+    group.add_argument("--prior", metavar="KIND", help="diffusion (the default where there is one) or ar")
     for prefix, stage in (("prior-", "the prior"), ("", "the decoder"), ("upsample-", "each upsampler")):
         group.add_argument(f"--{prefix}steps", type=count, metavar="N", help=f"steps of {stage}")
         group.add_argument(
@@ -86,6 +87,8 @@ def add_settings(sub: Parser) -> None:
         group.add_argument(
             f"--{prefix}interval", type=pair, metavar="LOW,HIGH", help="guide at these noise levels only, within 0,1"
         )
+    group.add_argument("--prior-temperature", type=warmth, metavar="T", help="of the autoregressive prior")
+    group.add_argument("--prior-top-p", type=part, metavar="P", help="of the autoregressive prior; 1 is all")
     group.add_argument("--tile", type=count, metavar="N", help="upsample in tiles of N pixels, for little memory")
     group.add_argument("--overlap", type=count, metavar="N", help="of neighbouring tiles, in pixels (a quarter of one)")
     group.add_argument("--candidates", type=count, metavar="N", help="embeddings to choose the best from")
@@ -229,6 +232,21 @@ def pair(text: str) -> tuple[float, float]:
 def frames(text: str) -> int:
     """Of a way from one picture to another, both counted."""
     return _number(text, int, 2, 1000, "a whole number in 2 … 1000")
+
+
+def warmth(text: str) -> float:
+    """A temperature."""
+    return _number(text, float, 0, 100, "a number in 0 … 100 (1 is as learned)")
+
+
+def part(text: str) -> float:
+    """A share that is not nothing."""
+    return _number(text, float, 1e-6, 1, "a number in 0 … 1, above 0")
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of at least 1 with commas between them."""
+    return [count(one) for one in listed(text)]
 
 
 def listed(text: str) -> list[str]:

@@ -7,8 +7,10 @@ from unclip_jax.errors import UserError
 def add_export(commands) -> None:
     """Declares the command and its flags."""
     sub = command(commands, export, "export", "Collect trained stages into one directory to sample from.")
-    for name in ("clip", "prior", "decoder"):
-        sub.add_argument(f"--{name}", required=True, metavar="DIR", help="workdir of its run, or a stack")
+    for name in ("clip", "prior", "prior-ar", "decoder"):
+        needed = not name.startswith("prior")
+        about = "workdir of its run, or a stack" + ("" if needed else "; one of the two priors, or both")
+        sub.add_argument(f"--{name}", required=needed, metavar="DIR", help=about)
     sub.add_argument("--upsampler", action="append", default=[], metavar="DIR", help="alike; may be given again")
     sub.add_argument("out", metavar="OUT", help="the directory to make")
     sub.add_argument(
@@ -41,7 +43,7 @@ def export(args) -> None:
     from unclip_jax.export import collect
 
     stages = (args.clip, args.prior, args.decoder, args.upsampler)
-    out = collect(args.out, *stages, args.dtype, args.overwrite, args.analytic)
+    out = collect(args.out, *stages, args.dtype, args.overwrite, args.analytic, args.prior_ar)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
     print(f'draw with: unclip sample "a red circle" --model {args.out} --out out/sample')

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import causal_mask
+from unclip_jax.nn.attention import caption_mask
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
@@ -59,11 +59,7 @@ class Prior(nn.Module):
         self.out = nn.Dense(self.embed_dim)
 
     def _mask(self, mask: jax.Array, queries: int) -> jax.Array:
-        """bool[B, 1, queries, L+4]: causal, padding unseen but by itself, so that no row is empty."""
-        total = self.max_len + 1 + SUFFIX
-        seen = jnp.concatenate([mask, jnp.ones((mask.shape[0], 1 + SUFFIX), bool)], axis=1)[:, None, None]
-        itself = jnp.eye(total, dtype=bool)[-queries:][None, None]
-        return causal_mask(queries, total) & (seen | itself)
+        return caption_mask(mask, queries, self.max_len + 1 + SUFFIX)
 
     def _prefix(self, caption, mask, z_txt, keep):
         """The first L+1 tokens [B, L+1, W] and the mask of real ones; without the caption where `keep` is False."""

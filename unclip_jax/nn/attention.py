@@ -28,3 +28,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 def causal_mask(queries: int, keys: int) -> jax.Array:
     """bool[1, 1, queries, keys]: the last `queries` of a sequence of `keys`, each seeing itself and all before it."""
     return jnp.tril(jnp.ones((queries, keys), bool), keys - queries)[None, None]
+
+
+def caption_mask(mask: jax.Array, queries: int, total: int) -> jax.Array:
+    """bool[B, 1, queries, total]: the last `queries` of a sequence that begins with a caption, mask bool[B, L].
+
+    Causal; padding is unseen but by itself, so that no row is empty.
+    """
+    seen = jnp.pad(mask, ((0, 0), (0, total - mask.shape[1])), constant_values=True)[:, None, None]
+    itself = jnp.eye(total, dtype=bool)[-queries:][None, None]
+    return causal_mask(queries, total) & (seen | itself)

@@ -2,7 +2,8 @@
 
 Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers].
 Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
-exact wherever the prefix cannot see what follows it, as under a causal mask.
+exact wherever the prefix cannot see what follows it, as under a causal mask. Where a sequence is drawn token by token
+they live in a buffer of its full length, into which each token's are written in its place (`at`).
 """
 
 from collections.abc import Callable
@@ -44,8 +45,13 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: KV | None, mask: jax.Array | None) -> tuple[jax.Array, KV]:
-        """x [B, N, W], kv a pair [B, P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v))."""
+    def __call__(
+        self, x: jax.Array, kv: KV | None, mask: jax.Array | None, at: jax.Array | None
+    ) -> tuple[jax.Array, KV]:
+        """x [B, N, W], kv a pair [B, P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
+
+        With `at`: mask bool [B|1, 1, N, P] → (x, kv with x's own written into it).
+        """
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
         small = nn.initializers.normal(self.out_std)
@@ -53,7 +59,10 @@ class Block(nn.Module):
         names = ("query", "key", "value")
         q, k, v = (nn.DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
         own = (k, v)
-        if kv is not None:
+        if at is not None:
+            write = jax.lax.dynamic_update_slice_in_dim
+            k, v = own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
+        elif kv is not None:
             k, v = (jnp.concatenate([past.astype(now.dtype), now], axis=1) for past, now in zip(kv, own, strict=True))
         h = attention(q, k, v, mask)
         x = x + nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=small, dtype=self.dtype, name="out")(h)
@@ -83,17 +92,23 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, kv: KV | None = None, return_kv: bool = False
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        kv: KV | None = None,
+        return_kv: bool = False,
+        at: jax.Array | None = None,
     ) -> Any:
         """Runs the blocks.
 
         Args:
           x: [B, N, W].
-          mask: bool, broadcastable to [B, heads, N, P + N]; None lets all see all.
+          mask: bool, broadcastable to [B, heads, N, P + N], or to [B, heads, N, P] with `at`; None lets all see all.
           kv: keys and values of a prefix, each [layers, B, P, heads, W / heads], as `return_kv` gave them.
+          at: i32[], the place in `kv` that x's own keys and values overwrite; None: they follow after it.
 
         Returns:
-          [B, N, W]; with `return_kv` a pair of that and x's own keys and values.
+          [B, N, W]; with `return_kv` a pair of that and x's own keys and values, or with `at` all of `kv` with them.
         """
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
@@ -102,12 +117,12 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.layers,
         )
         out_std = (2 * self.layers * self.width) ** -0.5
         blocks = scanned(
             self.width, self.heads, self.mlp_ratio, self.activation, out_std, jnp.dtype(self.dtype), name="blocks"
         )
-        x, own = blocks(x.astype(self.dtype), kv, mask)
+        x, own = blocks(x.astype(self.dtype), kv, mask, at)
         return (x, own) if return_kv else x

@@ -3,6 +3,7 @@
     stage             network   learns
     clip              CLIP      which caption belongs to which image
     prior_diffusion   Prior     caption, z_txt → z_img
+    prior_ar          PriorAR   the same, as a sequence of codes
     decoder           Decoder   z_img, caption → image
     upsampler         UNet      small image → large image
 """
@@ -22,6 +23,7 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 from unclip_jax.tasks.decoder import DecoderTask
 from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip, load_stage
+from unclip_jax.tasks.prior_ar import PriorARTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
@@ -64,10 +66,11 @@ class Task(Protocol):
 TASKS = {
     "clip": ClipTask,
     "prior_diffusion": PriorTask,
+    "prior_ar": PriorARTask,
     "decoder": DecoderTask,
     "upsampler": UpsamplerTask,
 }
-WITH_CLIP = ("prior_diffusion", "decoder")  # learn against a frozen CLIP
+WITH_CLIP = ("prior_diffusion", "prior_ar", "decoder")  # learn against a frozen CLIP
 SHARES = ("text_drop", "clip_drop", "blur_share")
 
 
@@ -158,10 +161,16 @@ def _check_numbers(task: Task) -> None:
     if settings is None:
         return
     known = inspect.signature(check_settings).parameters
-    check_settings("sampler.", **{"name": "", **{key: value for key, value in settings.items() if key in known}})
-    respace(task.schedule, settings.get("steps", 0))
+    check_settings("sampler.", **{key: value for key, value in settings.items() if key in known})
+    if hasattr(task, "schedule"):
+        check_settings("sampler.", name=settings.get("name", ""))
+        respace(task.schedule, settings.get("steps", 0))
     guidance = settings.get("guidance", 1)
     if not (math.isfinite(guidance) and guidance >= 0):
         raise UserError(f"sampler.guidance={guidance} must be a finite number >= 0 (1 is none)")
     if settings.get("candidates", 1) < 1:
         raise UserError(f"sampler.candidates={settings['candidates']} must be at least 1")
+    if not 0 <= settings.get("temperature", 1) < math.inf:
+        raise UserError(f"sampler.temperature={settings['temperature']} must be a finite number >= 0 (1 is as learned)")
+    if not 0 < settings.get("top_p", 1) <= 1:
+        raise UserError(f"sampler.top_p={settings['top_p']} must be in 0 … 1, above 0 (1 is all)")

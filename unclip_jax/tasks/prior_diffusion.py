@@ -111,8 +111,7 @@ class PriorTask:
         settings = {**self.sampler, **over}
         candidates = settings.pop("candidates")
         b, d = cond["z_txt"].shape
-        keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(candidates)))(keys)
-        keys = keys.reshape(b * candidates)
+        keys = candidate_keys(keys, candidates)
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if settings["guidance"] == 1 else 2
@@ -143,29 +142,45 @@ class PriorTask:
             x0_variance=params.get("x0_variance"),
             **settings,
         )
-        z = (z * params["std"][None] + params["mean"][None]).reshape(b, candidates, d)
-        best = jnp.einsum("bcd,bd->bc", z, cond["z_txt"]).argmax(1)
-        return jnp.take_along_axis(z, best[:, None, None], axis=1)[:, 0]
+        return best(z * params["std"][None] + params["mean"][None], cond["z_txt"])
 
     def evaluate(self, params, batch, rng):
         """Cosine of drawn and true embeddings, beside those of the text embedding and of the data's mean."""
         b = batch["z_img"].shape[0]
         z = self.sample(params, batch, jax.random.split(rng, b))
         loss, _ = self.loss(params, batch, rng)
-        cosine = lambda a: jnp.sum(unit(a) * unit(batch["z_img"]))  # noqa: E731
-        return {
-            "cosine": (cosine(z), b),
-            "cosine_of_text_embedding": (cosine(batch["z_txt"]), b),
-            "cosine_of_mean": (cosine(jnp.broadcast_to(params["mean"][None], z.shape)), b),
-            "cosine_of_others": (cosine(jnp.roll(batch["z_img"], 1, axis=0)), b),
-            "loss": (loss * b, b),
-        }
+        return {**cosines(z, batch, params["mean"]), "loss": (loss * b, b)}
 
     def preview(self, params, batch, rng):
         """Cosines of drawn (rows) with true embeddings (columns), whitened; a bright diagonal is what is wanted."""
         z = self.sample(params, batch, jax.random.split(rng, batch["z_img"].shape[0]))
         drawn, true = ((a - params["mean"][None]) / params["std"][None] for a in (z, batch["z_img"]))
         return matrix_picture(unit(drawn) @ unit(true).T)
+
+
+def candidate_keys(keys: jax.Array, candidates: int) -> jax.Array:
+    """key[B] → key[B * candidates], caption by caption; a candidate's key does not depend on how many there are."""
+    own = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(candidates)))(keys)
+    return own.reshape(-1)
+
+
+def best(z: jax.Array, z_txt: jax.Array) -> jax.Array:
+    """Of each caption's candidates f32[B * C, D] the one whose dot product with z_txt f32[B, D] is largest."""
+    z = z.reshape(z_txt.shape[0], -1, z_txt.shape[1])
+    first = jnp.einsum("bcd,bd->bc", z, z_txt).argmax(1)
+    return jnp.take_along_axis(z, first[:, None, None], axis=1)[:, 0]
+
+
+def cosines(z: jax.Array, batch, mean: jax.Array) -> dict[str, tuple[jax.Array, int]]:
+    """{metric: (sum, count)}: cosine of drawn z and true embeddings, beside those of what costs nothing."""
+    b = z.shape[0]
+    cosine = lambda a: jnp.sum(unit(a) * unit(batch["z_img"]))  # noqa: E731
+    return {
+        "cosine": (cosine(z), b),
+        "cosine_of_text_embedding": (cosine(batch["z_txt"]), b),
+        "cosine_of_mean": (cosine(jnp.broadcast_to(mean[None], z.shape)), b),
+        "cosine_of_others": (cosine(jnp.roll(batch["z_img"], 1, axis=0)), b),
+    }
 
 
 def _moments(z):

@@ -1,0 +1,105 @@
+"""The autoregressive prior: decoding by cache against the whole sequence, causality, what a dropped caption hides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.random_params import draw, run
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
+from unclip_jax.models.prior_ar import PriorAR
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+B, D, L, K, STATES, BUCKETS, DOTS = 2, 5, 4, 6, 7, 9, 3
+MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+TOKENS = np.array([[1, 6, 2, 0], [1, 2, 0, 0]])
+KEEP = np.ones(B, bool)
+CODES = np.random.default_rng(3).integers(0, BUCKETS, (B, K))
+DOT = np.array([0, 2])
+Z_TXT = np.random.default_rng(1).standard_normal((B, D))
+CAPTION_STATES = np.random.default_rng(2).standard_normal((B, L, STATES))
+ENCODER = {"width": 8, "layers": 1, "heads": 2}
+KINDS = {"tokens": (11, None), "states": (0, None), "encoder": (11, ENCODER)}
+
+
+def make(kind="tokens", dtype="float64"):
+    vocab_size, text = KINDS[kind]
+    net = PriorAR(D, L, K, BUCKETS, 8, 2, 2, DOTS, vocab_size, text, dtype=jnp.dtype(dtype))
+    caption = TOKENS if vocab_size else CAPTION_STATES
+    return net, caption, draw(net, CODES, DOT, caption, MASK, Z_TXT, KEEP, dtype=np.float64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_give_what_the_whole_sequence_gives(kind):
+    """Each code's logits, decoded token by token into the cache in one scan, captions kept and dropped."""
+    with jax.enable_x64():
+        net, caption, p = make(kind)
+        keep = np.array([False, True])
+        whole = run(net, p, CODES, DOT, caption, MASK, Z_TXT, keep)
+        assert whole.shape == (B, K, BUCKETS) and whole.dtype == np.float64
+
+        @jax.jit
+        def decode(p, codes):
+            kv, mask = net.apply({"params": p}, caption, MASK, Z_TXT, keep, method="prefix")
+            assert kv[0].shape == (2, B, L + 1 + K, 2, 4)
+
+            def step(kv, inputs):
+                logits, kv = net.apply({"params": p}, *inputs, kv, mask, method="step")
+                return kv, logits
+
+            first = jnp.where(keep, net.first(DOT), net.first(None, B))
+            tokens = jnp.concatenate([first[None], codes.T[:-1]])
+            return jax.lax.scan(step, kv, (tokens, jnp.arange(K)))[1].swapaxes(0, 1)
+
+        np.testing.assert_allclose(decode(p, CODES), whole, rtol=0, atol=1e-12)
+
+
+def test_a_code_is_predicted_from_those_before_it_only():
+    with jax.enable_x64():
+        net, caption, p = make()
+        base = run(net, p, CODES, DOT, caption, MASK, Z_TXT, KEEP)
+        for place in range(K):
+            other = CODES.copy()
+            other[:, place] = (other[:, place] + 1) % BUCKETS
+            changed = (run(net, p, other, DOT, caption, MASK, Z_TXT, KEEP) != base).all((0, 2))
+            np.testing.assert_array_equal(changed, np.arange(K) > place)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_has_no_influence(kind):
+    with jax.enable_x64():
+        net, caption, p = make(kind)
+        other = np.where(MASK if caption is TOKENS else MASK[..., None], caption, 9)
+        a, b = (run(net, p, CODES, DOT, c, MASK, Z_TXT, KEEP) for c in (caption, other))
+        np.testing.assert_array_equal(a, b)
+        assert (run(net, p, CODES, DOT, other, np.ones_like(MASK), Z_TXT, KEEP) != a).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_caption_is_not_seen_nor_its_dot_product(kind):
+    with jax.enable_x64():
+        net, caption, p = make(kind)
+        keep = np.array([False, True])
+        a = run(net, p, CODES, DOT, caption, MASK, Z_TXT, keep)
+        b = run(net, p, CODES, (DOT + 1) % DOTS, (caption + 3) % 11, ~MASK, -Z_TXT, keep)
+        np.testing.assert_array_equal(a[0], b[0])
+        assert (a[1] != b[1]).all()
+
+
+def test_everything_else_is_seen():
+    with jax.enable_x64():
+        net, caption, p = make()
+        args = (CODES, DOT, caption, MASK, Z_TXT, KEEP)
+        base = run(net, p, *args)
+        for i, other in enumerate(((CODES + 1) % BUCKETS, (DOT + 1) % DOTS, caption + 1, MASK[::-1], -Z_TXT, ~KEEP)):
+            last = run(net, p, *args[:i], other, *args[i + 1 :])[:, -1]
+            assert (last != base[:, -1]).all(), i
+
+
+def test_bfloat16_returns_f32():
+    net = PriorAR(D, L, K, BUCKETS, 8, 1, 2, DOTS, 11, ENCODER, remat=True, dtype="bfloat16")
+    args = (CODES, DOT, TOKENS, MASK, jnp.zeros((B, D)), KEEP)
+    out, variables = jax.eval_shape(lambda: net.init_with_output(jax.random.key(0), *args))
+    assert out.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
