@@ -70,12 +70,15 @@ class Settings:
 
 
 class Drawn(NamedTuple):
-    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice."""
+    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice.
+
+    The two embeddings are None where the stack has no CLIP.
+    """
 
     images: np.ndarray
     base: np.ndarray
-    z_img: np.ndarray
-    z_txt: np.ndarray
+    z_img: np.ndarray | None
+    z_txt: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ class UnCLIP:
 
     Args:
       tokenizer: the one that every stage was trained with.
-      tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run.
+      tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run. GLIDE
+        has neither CLIP nor prior, Karlo's stack for variations has no prior.
     """
 
     tokenizer: Tokenizer
@@ -180,7 +184,7 @@ class UnCLIP:
           UserError: a bad argument, or a stage gave NaN.
         """
         _check_call(prompts, seed, num, batch_size)
-        if "prior" not in self.tasks:
+        if "prior" not in self.tasks and "clip" in self.tasks:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
@@ -211,9 +215,10 @@ class UnCLIP:
           UserError: a bad argument, a CLIP without image tower, or a stage gave NaN.
         """
         _check_call([""] * len(images), seed, num, batch_size)
-        vision = self.tasks["clip"].model.vision
+        vision = self.tasks["clip"].model.vision if "clip" in self.tasks else None
         if vision is None:
-            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
+            what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
+            raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
         squares = [_square(image, k, vision["image_size"]) for k, image in enumerate(images)]
         tokens, mask = self.tokenizer.encode([""] * len(images))
         cond = {"image": to_float(np.stack(squares)), "tokens": tokens, "mask": mask}
@@ -232,17 +237,19 @@ class UnCLIP:
         def run(number, stage, rows):
             return self._run(stage, (rows, _fold(keys, number)), used[stage], total, size, bar)
 
-        cond = {**cond, **self._run("clip", (cond,), {}, total, size, bar)}
+        caption = {name: cond[name] for name in ("tokens", "mask")}
+        if "clip" in self.tasks:
+            cond = {**cond, **self._run("clip", (cond,), {}, total, size, bar)}
         cond.pop("image", None)
-        if "z_img" not in cond:
+        if "prior" in self.tasks and "z_img" not in cond:
             cond["z_img"] = run(1, "prior", cond)
         base = images = run(2, "decoder", cond)
         for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images})
+            images = run(number, stage, {"low": images, **caption})
         pictures = to_uint8(images)
         if not return_stages:
             return pictures
-        return Drawn(pictures, to_uint8(base), cond["z_img"], cond["z_txt"])
+        return Drawn(pictures, to_uint8(base), cond.get("z_img"), cond.get("z_txt"))
 
     def _run(self, stage: str, rows, options: Mapping, total: int, size: int, bar: bool | None):
         """One stage over all rows, `size` at a time, the last chunk filled up with copies of the last row."""

@@ -17,7 +17,7 @@ ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsa
 
 
 class Opened(NamedTuple):
-    """A stack by stage: "clip", "prior" where there is one, "decoder" and any upsamplers, in the order they run."""
+    """A stack by stage: "clip" and "prior" where there are such, "decoder", any upsamplers, in the order they run."""
 
     tokenizer_json: str
     tasks: Mapping[str, Any]
@@ -96,11 +96,12 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
     by_task: dict[str, list[str]] = {}
     for name in sorted(configs):
         by_task.setdefault(str(configs[name].get("task")), []).append(name)
+    needed = {"clip": any(map(task_registry.needs_clip, configs.values())), "prior": False, "decoder": True}
     chain = {}
-    for role in ("clip", "prior", "decoder"):
+    for role in needed:
         found = by_task.pop(ROLES[role], [])
-        if not found and role == "prior":
-            continue  # as Karlo's stack for variations
+        if not found and not needed[role]:
+            continue  # no prior, as in Karlo's stack for variations; no CLIP, as in GLIDE's
         if len(found) != 1:
             raise UserError(
                 f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
@@ -116,9 +117,11 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
 
 def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
     """Embeddings mean something to the CLIP alone that they were learned from."""
+    if "clip" not in stages:
+        return
     width, identity = stages["clip"].config.model.embed_dim, stages["clip"].extra.get("clip_identity")
     for name, statistic in (("prior", "mean"), ("decoder", "null_image")):
-        if name not in stages:
+        if name not in stages or not task_registry.needs_clip(stages[name].config):
             continue
         own = stages[name].config.get("clip_identity")
         if stages[name].params.get(statistic) != (width,) or (own and identity and own != identity):
@@ -129,11 +132,11 @@ def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
 
 
 def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
-    """Each stage's Task; the prior and the decoder know the CLIP they were trained on."""
-    made = {"clip": task_registry.make(configs["clip"])}
-    for name in configs:
-        if name != "clip":
-            made[name] = task_registry.make(configs[name], clip=made["clip"].model)
+    """Each stage's Task; the prior and the decoder know the CLIP they were trained on, which comes first."""
+    made, clip = {}, None
+    for name, config in configs.items():
+        made[name] = task_registry.make(config, clip=clip)
+        clip = made[name].model if name == "clip" else clip
     return made
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unclip_jax import weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import hf_clip, karlo, open_clip
+from unclip_jax.interop import glide, hf_clip, karlo, open_clip
 from unclip_jax.interop.files import Source, locate
 from unclip_jax.interop.stages import Converted
 
@@ -15,6 +15,7 @@ READERS: dict[str, Callable[[Source, str | None], Converted]] = {
     "hf-clip": hf_clip.read,
     "open-clip": open_clip.read,
     "karlo": karlo.read_stack,
+    "glide": glide.read_stack,
 }
 # (stack, directory to make, dtype, overwrite) → its path.
 WRITERS: dict[str, Callable[..., Path]] = {

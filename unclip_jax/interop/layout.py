@@ -18,12 +18,13 @@ SHOWN = 10  # names in an error message
 class Turn(NamedTuple):
     """How one array changes its axes.
 
-    here: (their array, shape here) → our array; None where the name holds nothing we keep. there: our array → theirs;
-    None where it cannot be written (a part of a fused array).
+    here: (their array, shape here) → our array. there: our array → theirs, and so the shape that theirs must have.
+    parts: of how many equal ones along the first axis there ours is one, as in a fused query, key and value; read only.
     """
 
     here: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    there: Callable[[np.ndarray], np.ndarray] | None
+    there: Callable[[np.ndarray], np.ndarray]
+    parts: int = 1
 
 
 class Entry(NamedTuple):
@@ -43,13 +44,27 @@ CONV = Turn(lambda a, shape: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2
 # The same numbers in the same order: vectors, embeddings; a bias by heads here is flat there.
 SAME = Turn(lambda a, shape: a.reshape(shape), lambda a: a)
 FLAT = Turn(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
+# DENSE as a convolution over a sequence: [O, I, 1] there.
+DENSE_CONV = Turn(lambda a, shape: DENSE.here(a[..., 0], shape), lambda a: DENSE.there(a)[..., None])
+DENSE_OUT_CONV = Turn(lambda a, shape: DENSE_OUT.here(a[..., 0], shape), lambda a: DENSE_OUT.there(a)[..., None])
 # One leading axis of 1 there.
 ROW = Turn(lambda a, shape: a.reshape(shape), lambda a: a[None])
 
 
 def part(turn: Turn, index: int, count: int) -> Turn:
-    """Part `index` of `count` equal ones along the first axis there, as in a fused query, key and value; read only."""
-    return Turn(lambda a, shape: turn.here(np.split(a, count)[index], shape), None)
+    """Part `index` of `count` that lie one after the other: all queries, all keys, all values."""
+    return Turn(lambda a, shape: turn.here(np.split(a, count)[index], shape), turn.there, count)
+
+
+def interleaved(turn: Turn, index: int, count: int) -> Turn:
+    """Part `index` of `count` that take turns head by head: query, key and value of head 0, then those of head 1."""
+
+    def here(a, shape):
+        heads, width = shape[-2:]
+        own = a.reshape(heads, count, width, *a.shape[1:])[:, index]
+        return turn.here(own.reshape(heads * width, *a.shape[1:]), shape)
+
+    return Turn(here, turn.there, count)
 
 
 def read(
@@ -90,7 +105,7 @@ def views(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str,
     """What `write` gives, as views of `arrays` in any order of memory: nothing is copied."""
     out = {}
     for path, name, turn in table:
-        if turn.there is None:
+        if turn.parts > 1:
             raise AssertionError(f"{path} cannot be written as {name}")
         layers = enumerate(arrays[path]) if "{}" in name else [(0, arrays[path])]
         for k, array in layers:
@@ -103,6 +118,35 @@ def prefixed(prefix_here: str, prefix_there: str, table: Iterable[Entry]) -> lis
     return [Entry(prefix_here + path, prefix_there + name, turn) for path, name, turn in table]
 
 
+def layer(path: str, name: str, kernel: Turn = DENSE, bias: Turn = FLAT) -> list[Entry]:
+    """Kernel and bias of a layer; a name that ends with "_" goes on without a dot."""
+    name = name if name.endswith("_") else f"{name}."
+    return [Entry(f"{path}/kernel", f"{name}weight", kernel), Entry(f"{path}/bias", f"{name}bias", bias)]
+
+
+def norm(path: str, name: str) -> list[Entry]:
+    """Scale and bias of a norm."""
+    return [Entry(f"{path}/scale", f"{name}.weight", SAME), Entry(f"{path}/bias", f"{name}.bias", SAME)]
+
+
+def blocks(path: str, name: str, theirs: Mapping[str, str], fused: Callable | None = None) -> list[Entry]:
+    """The scanned blocks of a `Transformer`.
+
+    Args:
+      path, name: of the blocks here, and there with "{}" for the number.
+      theirs: {layer of ours: its name there in the block}.
+      fused: `part` or `interleaved`, where "query", "key" and "value" are one array there.
+    """
+    table = norm(f"{path}/norm1/norm", f"{name}.{theirs['norm1']}")
+    table += norm(f"{path}/norm2/norm", f"{name}.{theirs['norm2']}")
+    for k, ours in enumerate(("query", "key", "value")):
+        turns = [fused(turn, k, 3) if fused else turn for turn in (DENSE, FLAT)]
+        table += layer(f"{path}/{ours}", f"{name}.{theirs[ours]}", *turns)
+    for ours, turn in (("out", DENSE_OUT), ("fc1", DENSE), ("fc2", DENSE)):
+        table += layer(f"{path}/{ours}", f"{name}.{theirs[ours]}", turn)
+    return table
+
+
 def _names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
     return [entry.name.format(k) for k in range(shape[0])] if "{}" in entry.name else [entry.name]
 
@@ -110,24 +154,25 @@ def _names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
 def _here(entry: Entry, shape: tuple[int, ...], take) -> np.ndarray:
     stacked = "{}" in entry.name
     one = shape[1:] if stacked else shape
-    whole = None
+    whole, expected = None, _shape_there(entry.turn, one)
     for k, name in enumerate(_names(entry, shape)):
         theirs = take(name)
-        try:
-            ours = entry.turn.here(theirs, one)
-        except ValueError:
-            ours = None
-        if ours is None or ours.shape != one:
-            raise UserError(
-                f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}",
-                "give the config that belongs to these weights",
-            )
+        if theirs.shape != expected:
+            what = f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}; expected {expected}"
+            raise UserError(what, "give the config that belongs to these weights")
+        ours = entry.turn.here(theirs, one)
         if not stacked:
             return ours
         if whole is None or np.result_type(whole, ours) != whole.dtype:
             whole = np.empty(shape, ours.dtype) if whole is None else whole.astype(np.result_type(whole, ours))
         whole[k] = ours  # one by one: a list of all and their stack would be twice the memory
     return whole
+
+
+def _shape_there(turn: Turn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What their array must be for one of ours; a turn only views its array, so none is made."""
+    there = turn.there(np.empty(shape, np.int8)).shape
+    return there if turn.parts == 1 else (turn.parts * there[0], *there[1:])
 
 
 def _refuse(names: set[str], what: str, fix: str) -> None:

@@ -2,7 +2,7 @@
 
 The small image is enlarged and concatenated to the noised one. In training it is blurred a little, so that the network
 does not lean on details that a drawn image lacks; networks without attention train on crops and draw at any size. No
-caption enters.
+caption enters; GLIDE's, whose network is a `Decoder` without CLIP, takes one.
 """
 
 import dataclasses
@@ -17,25 +17,28 @@ from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import SAMPLERS, initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.errors import UserError
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.tasks.decoder import mean_loss, split_variance
+from unclip_jax.tasks.decoder import make_network, mean_loss, split_variance
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
-    """Unconditional-on-text ADM UNet over [noised image, enlarged small image].
+    """ADM UNet over [noised image, enlarged small image], which a caption conditions only where it is a `Decoder`.
 
     Attributes:
+      model: a `Decoder` where the config's model has the block `unet`.
       image_size: side of the large images in pixels; training images may be smaller crops.
       factor: large side / small side (the paper: 4).
       last_steps: so many steps of least noise are drawn by a second network of the same form (Karlo: 1). Parameters
         are then {"net": …, "last": …}, for sampling only.
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
-      sampler: defaults of `sample`: name, steps.
+      enlarge: how the small image is brought to the large one's size, "bicubic" or "linear" (GLIDE).
+      sampler: defaults of `sample`: name, steps; temperature, a factor on the first noise (GLIDE: 0.997).
     """
 
-    model: UNet
+    model: UNet | Decoder
     schedule: Schedule
     image_size: int
     sampler: dict[str, Any]
@@ -46,18 +49,31 @@ class UpsamplerTask:
     blur: float = 0.6
     blur_share: float = 0.5
     last_steps: int = 0
+    enlarge: str = "bicubic"
 
     @classmethod
     def from_config(cls, config, clip=None):
-        channels = 6 if config.objective.vlb_weight else 3
-        net = UNet(**{**config.model.to_dict(), "out_channels": channels})
+        """Captions, where they enter, are those of `config.tokenizer`; the output's width is the objective's."""
+        if "unet" in config.model:
+            net = make_network(config, None)
+        else:
+            net = UNet(**{**config.model.to_dict(), "out_channels": 6 if config.objective.vlb_weight else 3})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
         return cls(net, schedule, config.data.size, sampler, **config.objective)
 
     def init(self, rng):
-        image = jnp.zeros((1, self.image_size, self.image_size, 6))
-        net = self.model.init(rng, image, jnp.zeros((1,), jnp.int32))["params"]
+        image, time = jnp.zeros((1, self.image_size, self.image_size, 6)), jnp.zeros((1,), jnp.int32)
+        cond = ()
+        if self.captioned:
+            tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
+            cond = (None, None, tokens, tokens == 0, None)
+        net = self.model.init(rng, image, time, *cond)["params"]
         return {"net": net, "last": net} if self.last_steps else net
+
+    @property
+    def captioned(self) -> bool:
+        """Whether a caption enters."""
+        return isinstance(self.model, Decoder)
 
     def prepare(self, frozen, params, batches):
         return params
@@ -69,12 +85,18 @@ class UpsamplerTask:
             raise ValueError(f"images of {side} pixels must be divisible by factor={self.factor}")
         return {**batch, "low": resize(batch["image"], side // self.factor)}
 
-    def _denoise(self, params, low, size, train=False, rngs=None):
-        enlarged = resize(low, size)
+    def _denoise(self, params, batch, size, **options):
+        """The denoiser for a batch {low, and tokens and mask of a caption}; `options` are the module's."""
+        enlarged = resize(batch["low"], size, self.enlarge)
+        cond = ()
+        if self.captioned:
+            args = (None, None, batch["tokens"], batch["mask"], None)
+            cond = (self.model.apply({"params": params}, *args, method="condition"),)
+            options["method"] = "denoise"
 
         def denoise(xt, time):
             x = jnp.concatenate([xt, enlarged], axis=-1)
-            return split_variance(self.model.apply({"params": params}, x, time, train=train, rngs=rngs))
+            return split_variance(self.model.apply({"params": params}, x, time, *cond, **options))
 
         return denoise
 
@@ -89,7 +111,7 @@ class UpsamplerTask:
         low = jnp.where(blurred, gaussian_blur(low, self.blur), low)
         loss, metrics = diffusion_loss(
             self.schedule,
-            self._denoise(params, low, x0.shape[1], True, {"dropout": dropout}),
+            self._denoise(params, {**batch, "low": low}, x0.shape[1], train=True, rngs={"dropout": dropout}),
             x0,
             jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
             jax.random.normal(noise_rng, x0.shape),
@@ -100,20 +122,19 @@ class UpsamplerTask:
         return loss.mean(), metrics
 
     def sample(self, params, cond, keys, **over):
-        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1]."""
+        """cond {low: f32[B, h, h, 3], and tokens and mask of a caption} → f32[B, factor h, factor h, 3] in [-1, 1]."""
         settings = {**self.sampler, **over}
-        low = cond["low"]
-        size = low.shape[1] * self.factor
+        size = cond["low"].shape[1] * self.factor
         schedule = respace(self.schedule, settings["steps"])
         if self.last_steps:
-            first, last = (self._denoise(params[name], low, size) for name in ("net", "last"))
+            first, last = (self._denoise(params[name], cond, size) for name in ("net", "last"))
             denoise = hand_over(first, last, schedule.timesteps[:self.last_steps][-1])
         else:
-            denoise = self._denoise(params, low, size)
+            denoise = self._denoise(params, cond, size)
         image = SAMPLERS[settings["name"]](
             schedule,
             denoise,
-            initial_noise(keys, (size, size, 3)),
+            initial_noise(keys, (size, size, 3)) * settings.get("temperature", 1.0),
             keys,
             target=self.target,
         )
