@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
-from unclip_jax.weights import DTYPES, STATISTICS, Stage, describe_stack, load_stack
+from unclip_jax.weights import Stage, describe_stack, load_stack
 
 BUNDLED = Path(__file__).parent / "bundled"
 ROLES = {"clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "upsampler": "upsampler"}
@@ -40,9 +39,7 @@ class OnDemand(Mapping):
     def __getitem__(self, stage: str) -> dict:
         name = self._names[stage]
         with jax.default_device(_host()):
-            params = load_stack(self._path, [name]).stages[name].params
-            if self._dtype is not None:
-                params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, self._dtype), params)
+            params = load_stack(self._path, [name], self._dtype).stages[name].params
         return jax.device_put(params, jax.local_devices()[0])
 
     def __iter__(self) -> Iterator[str]:
@@ -138,9 +135,3 @@ def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
         made[name] = task_registry.make(config, clip=clip)
         clip = made[name].model if name == "clip" else clip
     return made
-
-
-def _cast(path, x: jax.Array, dtype: str) -> jax.Array:
-    """`x` as dtype, but for whole numbers and the few statistics that scale everything else."""
-    statistic = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
-    return x if statistic or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(DTYPES[dtype])

@@ -90,15 +90,26 @@ def read(
     if {entry.path for entry in table} != set(shapes):
         wrong = sorted({entry.path for entry in table} ^ set(shapes))
         raise AssertionError(f"table and network differ in {wrong[:SHOWN]}")
-    wanted = {name for entry in table for name in _names(entry, shapes[entry.path])}
-    _refuse(wanted - names, "lacks", "it may be of another size or version than its config says")
-    _refuse(names - wanted - set(ignored), "has unknown", "give the config that belongs to these weights")
-    return {entry.path: _here(entry, shapes[entry.path], take) for entry in table}
+    wanted = expected(table, shapes)
+    _refuse(set(wanted) - names, "lacks", "it may be of another size or version than its config says")
+    _refuse(names - set(wanted) - set(ignored), "has unknown", "give the config that belongs to these weights")
+    return {entry.path: _here(entry, shapes[entry.path], take, wanted) for entry in table}
+
+
+def expected(table: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all that a network's file must hold, for arrays of these shapes here."""
+    out = {}
+    for path, name, turn in table:
+        # A turn only views its array, so none is made.
+        shape = turn.there(np.empty(_one(name, shapes[path]), np.int8)).shape
+        shape = shape if turn.parts == 1 else (turn.parts * shape[0], *shape[1:])
+        out |= dict.fromkeys(_names(name, shapes[path]), shape)
+    return out
 
 
 def write(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Their arrays by name, turned from ours; `read` gives `arrays` back, bit for bit."""
-    return {name: np.ascontiguousarray(array) for name, array in views(table, arrays).items()}
+    return {name: np.array(array, order="C") for name, array in views(table, arrays).items()}
 
 
 def views(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -147,32 +158,29 @@ def blocks(path: str, name: str, theirs: Mapping[str, str], fused: Callable | No
     return table
 
 
-def _names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
-    return [entry.name.format(k) for k in range(shape[0])] if "{}" in entry.name else [entry.name]
+def _names(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [name.format(k) for k in range(shape[0])] if "{}" in name else [name]
 
 
-def _here(entry: Entry, shape: tuple[int, ...], take) -> np.ndarray:
-    stacked = "{}" in entry.name
-    one = shape[1:] if stacked else shape
-    whole, expected = None, _shape_there(entry.turn, one)
-    for k, name in enumerate(_names(entry, shape)):
+def _one(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape here of what one name holds."""
+    return shape[1:] if "{}" in name else shape
+
+
+def _here(entry: Entry, shape: tuple[int, ...], take, wanted: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    one, whole = _one(entry.name, shape), None
+    for k, name in enumerate(_names(entry.name, shape)):
         theirs = take(name)
-        if theirs.shape != expected:
-            what = f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}; expected {expected}"
+        if theirs.shape != wanted[name]:
+            what = f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}: {wanted[name]} does"
             raise UserError(what, "give the config that belongs to these weights")
         ours = entry.turn.here(theirs, one)
-        if not stacked:
+        if one is shape:
             return ours
         if whole is None or np.result_type(whole, ours) != whole.dtype:
             whole = np.empty(shape, ours.dtype) if whole is None else whole.astype(np.result_type(whole, ours))
         whole[k] = ours  # one by one: a list of all and their stack would be twice the memory
     return whole
-
-
-def _shape_there(turn: Turn, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What their array must be for one of ours; a turn only views its array, so none is made."""
-    there = turn.there(np.empty(shape, np.int8)).shape
-    return there if turn.parts == 1 else (turn.parts * there[0], *there[1:])
 
 
 def _refuse(names: set[str], what: str, fix: str) -> None:

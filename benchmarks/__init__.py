@@ -1,0 +1,1 @@
+"""Measurements of what was trained, each a script that prints a table."""
