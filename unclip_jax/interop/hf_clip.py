@@ -265,10 +265,6 @@ def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
 
 
 def _config(folder: Path) -> dict:
-    if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
-        raise UserError(f"{folder} is in OpenCLIP's format", "give --from open-clip")
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is a whole pipeline of diffusers, not one CLIP", "give --from karlo")
     config = read_json(folder / "config.json", "the config of a CLIPModel")
     kind = config.get("model_type")
     if kind != "clip":
