@@ -193,9 +193,10 @@ class Edits:
 
     def _look(self, images) -> dict:
         """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption."""
-        vision = self.tasks["clip"].model.vision
+        vision = self.tasks["clip"].model.vision if "clip" in self.tasks else None
         if vision is None:
-            raise UserError("this stack's CLIP has no image tower, so it cannot look at pictures", "draw from prompts")
+            what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
+            raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
         sides = {"image": vision["image_size"], "small": self.tasks["decoder"].image_size}
         seen = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
         tokens, mask = self.tokenizer.encode([""] * len(images))

@@ -29,12 +29,15 @@ from unclip_jax.weights import DTYPES
 
 
 class Drawn(NamedTuple):
-    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice."""
+    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice.
+
+    The two embeddings are None where the stack has no CLIP.
+    """
 
     images: np.ndarray
     base: np.ndarray
-    z_img: np.ndarray
-    z_txt: np.ndarray
+    z_img: np.ndarray | None
+    z_txt: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class UnCLIP(Edits, Painting, Reconstruction):
 
     Args:
       tokenizer: the one that every stage was trained with.
-      tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run.
+      tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run. GLIDE
+        has neither CLIP nor prior, Karlo's stack for variations has no prior.
     """
 
     tokenizer: Tokenizer
@@ -166,7 +170,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         check_prompts(prompts)
         check_numbers(seed, num, batch_size)
         used = self.settings(**settings)
-        if not set(PRIORS.values()) & used.keys():
+        if "clip" in self.tasks and not prior_of(used):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
@@ -184,18 +188,20 @@ class UnCLIP(Edits, Painting, Reconstruction):
         def run(number, stage, rows):
             return self._run(stage, (rows, fold(keys, number)), used[stage], batch_size, progress)
 
-        cond = {**cond, **self._run("clip", (cond,), {}, batch_size, progress)}
+        caption = {name: cond[name] for name in ("tokens", "mask")}
+        if "clip" in self.tasks:
+            cond = {**cond, **self._run("clip", (cond,), {}, batch_size, progress)}
         cond.pop("image", None)
-        if "z_img" not in cond:
+        if prior_of(used) and "z_img" not in cond:
             cond["z_img"] = run(1, prior_of(used), cond)
         told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
         base = images = run(2, "decoder", {**cond, **told("decoder")})
         for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images, **told(stage)})
+            images = run(number, stage, {"low": images, **caption, **told(stage)})
         pictures = to_uint8(images)
         if not return_stages:
             return pictures
-        return Drawn(pictures, to_uint8(base), cond["z_img"], cond["z_txt"])
+        return Drawn(pictures, to_uint8(base), cond.get("z_img"), cond.get("z_txt"))
 
     def _run(self, stage: str, rows, options: Mapping, batch_size: int, progress: bool, method: str = "sample"):
         """One stage over all rows, some at a time, the last chunk filled up with copies of the last row."""

@@ -5,20 +5,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.settings import PRIORS
-from unclip_jax.weights import DTYPES, STATISTICS, Stage, describe_stack, load_stack
+from unclip_jax.weights import Stage, describe_stack, load_stack
 
 BUNDLED = Path(__file__).parent / "bundled"
 ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
 
 
 class Opened(NamedTuple):
-    """A stack by stage: "clip", "prior" and "prior_ar" if any, "decoder" and upsamplers, in the order they run."""
+    """A stack by stage: "clip", "prior", "prior_ar" where there are such, "decoder", upsamplers, as they run."""
 
     tokenizer_json: str
     tasks: Mapping[str, Any]
@@ -41,9 +40,7 @@ class OnDemand(Mapping):
     def __getitem__(self, stage: str) -> dict:
         name = self._names[stage]
         with jax.default_device(_host()):
-            params = load_stack(self._path, [name]).stages[name].params
-            if self._dtype is not None:
-                params = jax.tree_util.tree_map_with_path(lambda path, x: _cast(path, x, self._dtype), params)
+            params = load_stack(self._path, [name], self._dtype).stages[name].params
         return jax.device_put(params, jax.local_devices()[0])
 
     def __iter__(self) -> Iterator[str]:
@@ -97,11 +94,13 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
     by_task: dict[str, list[str]] = {}
     for name in sorted(configs):
         by_task.setdefault(str(configs[name].get("task")), []).append(name)
+    clip = any(map(task_registry.needs_clip, configs.values()))
+    needed = {"clip": clip, **dict.fromkeys(PRIORS.values(), False), "decoder": True}
     chain = {}
-    for role in ("clip", *PRIORS.values(), "decoder"):
+    for role in needed:
         found = by_task.pop(ROLES[role], [])
-        if not found and role in PRIORS.values():
-            continue  # either, or none as in Karlo's stack for variations
+        if not found and not needed[role]:
+            continue  # a prior is enough, or none as in Karlo's stack for variations; no CLIP, as in GLIDE's
         if len(found) != 1:
             raise UserError(
                 f"stack {path} has {len(found) or 'no'} stages of the task '{ROLES[role]}', and 1 is needed",
@@ -117,9 +116,11 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
 
 def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
     """Embeddings mean something to the CLIP alone that they were learned from."""
+    if "clip" not in stages:
+        return
     width, identity = stages["clip"].config.model.embed_dim, stages["clip"].extra.get("clip_identity")
     for name, statistic in (("prior", "mean"), ("prior_ar", "mean"), ("decoder", "null_image")):
-        if name not in stages:
+        if name not in stages or not task_registry.needs_clip(stages[name].config):
             continue
         own = stages[name].config.get("clip_identity")
         if stages[name].params.get(statistic) != (width,) or (own and identity and own != identity):
@@ -130,15 +131,9 @@ def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
 
 
 def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:
-    """Each stage's Task; the priors and the decoder know the CLIP they were trained on."""
-    made = {"clip": task_registry.make(configs["clip"])}
-    for name in configs:
-        if name != "clip":
-            made[name] = task_registry.make(configs[name], clip=made["clip"].model)
+    """Each stage's Task; the priors and the decoder know the CLIP they were trained on, which comes first."""
+    made, clip = {}, None
+    for name, config in configs.items():
+        made[name] = task_registry.make(config, clip=clip)
+        clip = made[name].model if name == "clip" else clip
     return made
-
-
-def _cast(path, x: jax.Array, dtype: str) -> jax.Array:
-    """`x` as dtype, but for whole numbers and the few statistics that scale everything else."""
-    statistic = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
-    return x if statistic or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(DTYPES[dtype])

@@ -3,7 +3,7 @@
 Two kinds share one class: a byte-level BPE of our own, trained on the captions of a data set, since CLIP's
 49,408 pieces are far too many for a world of shapes; and CLIP's, which the paper uses, read from a Hugging
 Face folder. A text becomes `BOS pieces EOS pad…`; the mask is True through EOS, so that no model needs to
-know the pad number (OpenAI's code pads with 0, transformers with EOS).
+know the pad number (OpenAI's code pads with 0, transformers with EOS). GLIDE's has neither mark (`interop.glide`).
 """
 
 import json
@@ -35,10 +35,10 @@ class Tokenizer:
     Args:
       bpe: the pieces and how to cut words, without any padding, truncation or special tokens of its own.
       max_len: L, at least 3.
-      pad, bos, eos: the numbers of the three marks.
+      pad, bos, eos: the numbers of the three marks; no `bos` or `eos` where texts have none (GLIDE).
     """
 
-    def __init__(self, bpe: tokenizers.Tokenizer, max_len: int, *, pad: int, bos: int, eos: int):
+    def __init__(self, bpe: tokenizers.Tokenizer, max_len: int, *, pad: int, bos: int | None, eos: int | None):
         if max_len < 3:
             raise UserError(f"max_len={max_len} must be at least 3 (begin, one piece, end)")
         bpe.no_padding()
@@ -80,11 +80,12 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], warn: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Texts to `(tokens i32[B, L], mask bool[B, L])`; an empty text is BOS EOS, the null caption.
 
-        A text longer than L - 2 pieces loses its end, never its EOS; `warn` says what was lost.
+        A text longer than L less these marks loses its end, never its EOS; `warn` says what was lost.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
-        room = self.max_len - 2
+        first, last = ([] if mark is None else [mark] for mark in (self.bos, self.eos))
+        room = self.max_len - len(first) - len(last)
         tokens = np.full((len(texts), self.max_len), self.pad, np.int32)
         mask = np.zeros((len(texts), self.max_len), bool)
         for row, text in enumerate(texts):
@@ -94,16 +95,19 @@ class Tokenizer:
                 warnings.warn(
                     f"text has {len(ids)} tokens, {room} fit; left out: {lost[:200]!r}", stacklevel=2
                 )
-            ids = [self.bos, *ids[:room], self.eos]
+            ids = [*first, *ids[:room], *last]
             tokens[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
         return tokens, mask
 
     def decode(self, tokens) -> list[str]:
-        """`i32[B, L]` to B texts, each read up to its first EOS; capitals and runs of spaces stay lost."""
-        texts = []
+        """`i32[B, L]` to B texts, each read up to its first EOS, or padding where there is no such mark.
+
+        Capitals and runs of spaces stay lost.
+        """
+        texts, end = [], self.pad if self.eos is None else self.eos
         for row in np.asarray(tokens).tolist():
-            row = row[: row.index(self.eos)] if self.eos in row else row
+            row = row[: row.index(end)] if end in row else row
             texts.append(self._text([i for i in row if i != self.bos]).strip())
         return texts
 

@@ -262,8 +262,8 @@ def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> 
 
 def _check_values(config: ConfigDict) -> None:
     """Raises UserError for what can be told wrong without building anything."""
-    tasks.check(config.task, bool(config.clip))
-    if config.clip and config.task not in tasks.WITH_CLIP:
+    tasks.check(config, bool(config.clip))
+    if config.clip and not tasks.needs_clip(config):
         raise UserError(f"clip={config.clip!r} is of no use to the task '{config.task}'", "leave it out")
     for block, function in (("mesh", sharding.make_mesh), ("optim", optim.make), ("loader", loader.batches)):
         known = list(inspect.signature(function).parameters)

@@ -88,8 +88,14 @@ def save_stack(
     return out
 
 
-def load_stack(path: str | os.PathLike, stages: Iterable[str] | None = None) -> Stack:
-    """Reads a stack directory, or only the named `stages` of it; arrays keep their stored dtype.
+def load_stack(
+    path: str | os.PathLike, stages: Iterable[str] | None = None, dtype: str | None = None
+) -> Stack:
+    """Reads a stack directory, or only the named `stages` of it.
+
+    Args:
+      dtype: "float32" or "bfloat16" of the floating arrays, each converted as it is read, but for `STATISTICS`; None
+        keeps their stored dtype.
 
     Raises:
       UserError: no stack there, a missing stage or file, a wrong checksum, a malformed file, or a newer
@@ -101,7 +107,7 @@ def load_stack(path: str | os.PathLike, stages: Iterable[str] | None = None) -> 
     for name in wanted:
         if name not in index["stages"]:
             raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
-    loaded = {name: _read_stage(path, name, index["stages"][name]) for name in wanted}
+    loaded = {name: _read_stage(path, name, index["stages"][name], dtype) for name in wanted}
     return Stack(loaded, _text(path / "tokenizer.json"), path)
 
 
@@ -214,7 +220,7 @@ def _describe_stage(path: Path, name: str, entry: dict) -> Stage:
     return Stage(shapes, config, entry["step"], entry.get("extra", {}))
 
 
-def _read_stage(path: Path, name: str, entry: dict) -> Stage:
+def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
     described = _describe_stage(path, name, entry)
     file = path / f"{name}.safetensors"
     if _sha256(file) != entry["sha256"]:
@@ -226,8 +232,10 @@ def _read_stage(path: Path, name: str, entry: dict) -> Stage:
             inner = params
             for block in blocks:
                 inner = inner.setdefault(block, {})
-            # Waited for, or the host's copies of many arrays would be held at once.
-            inner[last] = jax.block_until_ready(jnp.asarray(read_array(file, place)))
+            array = jnp.asarray(read_array(file, place))
+            if dtype is not None and last not in STATISTICS and jnp.issubdtype(array.dtype, jnp.floating):
+                array = array.astype(DTYPES[dtype])
+            inner[last] = jax.block_until_ready(array)  # or the host's copies of many would be held at once
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
     return described._replace(params=params)

@@ -186,6 +186,11 @@ def test_bad_arguments_and_directories_are_refused_in_one_line(run, tmp_path):
         (("--to", "hf-clip", "theirs", "made"), "theirs"),
         (("--to", "hf-clip", stack, "made", "--tokenizer", "theirs"), "--tokenizer is for --from"),
         (("--from", "hf-clip", "theirs", "made", "--dtype", "float16"), "float16"),
+        (("--from", "karlo", "theirs", "made"), "theirs is in another format than karlo. Fix: give --from hf-clip"),
+        (("--from", "hf-clip", "theirs", "made", "--sha256", "ab" * 32), "a SHA-256 is of one file"),
+        (("--from", "open-clip", "theirs/model.safetensors", "made", "--sha256", "ab" * 32), "not abababab"),
+        (("--from", "open-clip", "theirs/model.safetensors", "made", "--sha256", "abc"), "64 hexadecimal digits"),
+        (("--to", "hf-clip", stack, "made", "--sha256", "ab" * 32), "--sha256 is for --from"),
     ):
         code, out, err = run(*argv)
         assert (code, out, len(err)) == (2, "", 1), (argv, err)

@@ -1,5 +1,6 @@
 """Weights of others: read as they are, and everything that is not what it should be refused in one line."""
 
+import hashlib
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from unclip_jax.errors import UserError
-from unclip_jax.interop.files import locate, open_weights, read_json
+from unclip_jax.interop.files import check_sha256, locate, open_weights, read_json
 from unclip_jax.storage import read_header, write_arrays
 
 ARRAYS = {
@@ -273,6 +274,14 @@ def test_json_is_read_up_to_a_size(tmp_path):
     file.write_text('{"a": 1}')
     assert "at most 4" in refused(read_json, file, most=4)
     assert "is missing; expected a config" in refused(read_json, tmp_path / "none.json")
+
+
+def test_a_checksum_that_fits_lets_the_file_pass(tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    check_sha256(file, digest.upper())
+    assert digest in refused(check_sha256, file, "0" * 64)
 
 
 def test_the_hub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):

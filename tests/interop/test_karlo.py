@@ -180,7 +180,7 @@ def test_an_absent_key_has_diffusers_default(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "is missing"), ("{", "is not JSON"), ("[]", "must hold a JSON object")],
+    [(None, "is missing"), ("{", "is not readable JSON"), ("[]", "must hold a JSON object")],
 )
 def test_bad_files_are_refused(tmp_path, content, said):
     lay(tmp_path, files.SMALL)

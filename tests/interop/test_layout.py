@@ -12,6 +12,7 @@ from unclip_jax.interop.layout import (
     ROW,
     SAME,
     Entry,
+    interleaved,
     part,
     prefixed,
     read,
@@ -106,6 +107,30 @@ def test_a_part_of_a_fused_array_is_read_and_never_written():
         np.testing.assert_array_equal(back[name].reshape(W, -1), rows.T)
     with pytest.raises(AssertionError, match="cannot be written"):
         write(table, back)
+
+
+def test_parts_that_take_turns_by_heads_are_told_from_thirds():
+    """Row (h, k, d) of a fused array is number d of head h's query, key or value."""
+    fused = np.arange(3 * HEADS * D * W, dtype=np.float32).reshape(3 * HEADS * D, W)
+    table = [Entry(name, "qkv", interleaved(DENSE, k, 3)) for k, name in enumerate("qkv")]
+    back = read(table, dict.fromkeys("qkv", (W, HEADS, D)), ["qkv"], {"qkv": fused}.__getitem__)
+    for k, name in enumerate("qkv"):
+        for h in range(HEADS):
+            for d in range(D):
+                np.testing.assert_array_equal(back[name][:, h, d], fused[(h * 3 + k) * D + d])
+    flat = [Entry(name, "qkv", interleaved(FLAT, k, 2)) for k, name in enumerate("kv")]
+    back = read(flat, dict.fromkeys("kv", (HEADS, D)), ["qkv"], {"qkv": np.arange(2 * HEADS * D)}.__getitem__)
+    np.testing.assert_array_equal(back["v"], [[3, 4, 5], [9, 10, 11]])
+
+
+def test_arrays_of_as_many_numbers_in_another_shape_are_refused():
+    there = write(TABLE, ours())
+    for name in ("layers.1.q.weight", "layers.0.out.weight"):
+        wrong = {**there, name: there[name].T}
+        assert name in refused(TABLE, SHAPES, wrong, wrong.__getitem__)
+    table = [Entry("q", "qkv", interleaved(DENSE, 0, 3))]
+    wrong = {"qkv": np.zeros((W, 3 * HEADS * D), np.float32)}
+    assert "(18, 4) does" in refused(table, {"q": (W, HEADS, D)}, wrong, wrong.__getitem__)
 
 
 def test_a_part_of_a_larger_network_has_prefixes():

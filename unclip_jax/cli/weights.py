@@ -25,11 +25,12 @@ def add_convert(commands) -> None:
     """Declares the command and its flags."""
     sub = command(commands, convert, "convert", "Make a stack of public weights, or the other way round.")
     way = sub.add_mutually_exclusive_group(required=True)
-    way.add_argument("--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip, open-clip or karlo")
+    way.add_argument("--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip, open-clip, karlo or glide")
     way.add_argument("--to", dest="target", metavar="FORMAT", help="to make of the stack PATH: hf-clip or karlo")
     sub.add_argument("path", metavar="PATH", help="a directory or file of weights, a hub's org/name, or a stack")
     sub.add_argument("out", metavar="OUT", help="the directory to make")
-    sub.add_argument("--tokenizer", metavar="DIR", help="CLIP's, where there is none beside the weights")
+    sub.add_argument("--tokenizer", metavar="DIR", help="its folder, where it is not beside the weights")
+    sub.add_argument("--sha256", metavar="HEX", help="refuse a PATH, one file of weights, that has another")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
     sub.add_argument("--overwrite", action="store_true", help="replace what such a command made there")
     done(sub)
@@ -54,10 +55,12 @@ def convert(args) -> None:
     from unclip_jax.interop import convert as formats
 
     if args.target:
-        if args.tokenizer:
-            raise UserError("--tokenizer is for --from; a stack has its own", "leave it out")
+        for flag in ("tokenizer", "sha256"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} is for --from; a stack has its own", "leave it out")
         out = formats.convert_out(args.target, args.path, args.out, args.dtype, args.overwrite)
     else:
-        out = formats.convert_in(args.origin, args.path, args.out, args.tokenizer, args.dtype, args.overwrite)
+        given = (args.path, args.out, args.tokenizer, args.dtype, args.overwrite, args.sha256)
+        out = formats.convert_in(args.origin, *given)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")

@@ -1,13 +1,14 @@
 """Every format that `unclip convert` knows, by name."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from unclip_jax import weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import hf_clip, karlo, open_clip
-from unclip_jax.interop.files import Source, locate
+from unclip_jax.interop import glide, hf_clip, karlo, open_clip
+from unclip_jax.interop.files import Source, check_sha256, locate, read_json
 from unclip_jax.interop.stages import Converted
 
 # (where the weights lie, a tokenizer's folder or None) → what `weights.save_stack` takes.
@@ -15,6 +16,7 @@ READERS: dict[str, Callable[[Source, str | None], Converted]] = {
     "hf-clip": hf_clip.read,
     "open-clip": open_clip.read,
     "karlo": karlo.read_stack,
+    "glide": glide.read_stack,
 }
 # (stack, directory to make, dtype, overwrite) → its path.
 WRITERS: dict[str, Callable[..., Path]] = {
@@ -30,6 +32,7 @@ def convert_in(
     tokenizer: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
+    sha256: str | None = None,
 ) -> Path:
     """Writes the stack directory `out` from weights of the format `name`; returns its path.
 
@@ -39,6 +42,7 @@ def convert_in(
       tokenizer: a folder with the tokenizer, where there is none beside the weights.
       dtype: "float32" or "bfloat16", of the stored weights.
       overwrite: replace a stack that is there.
+      sha256: what the file of weights must have, where `source` is one file.
 
     Raises:
       UserError: whatever keeps the weights from being read, understood or written, in one line.
@@ -46,7 +50,13 @@ def convert_in(
     if name not in READERS:
         raise UserError(f"format {name!r} is unknown", suggest(name, READERS))
     _check(out, "stack.json", overwrite)
-    stages, words = READERS[name](locate(source), tokenizer)
+    found = locate(source)
+    if sha256 is not None:
+        check_sha256(found.path, sha256)
+    likely = _formats_of(found.path)
+    if likely and name not in likely:
+        raise UserError(f"{source} is in another format than {name}", f"give --from {likely[0]}")
+    stages, words = READERS[name](found, tokenizer)
     return weights.save_stack(out, stages, words, dtype, overwrite)
 
 
@@ -57,6 +67,19 @@ def convert_out(
     if name not in WRITERS:
         raise UserError(f"format {name!r} is unknown", suggest(name, WRITERS))
     return WRITERS[name](stack, out, dtype, overwrite)
+
+
+def _formats_of(path: Path) -> list[str]:
+    """The formats that the files of a directory are of, as far as their names and config.json tell."""
+    if not path.is_dir():
+        return []
+    marks = {"karlo": ("model_index.json",), "open-clip": ("open_clip_config.json",)}
+    marks["glide"] = ("base.pt", "base.safetensors")
+    found = [name for name, files in marks.items() if any((path / file).is_file() for file in files)]
+    with contextlib.suppress(UserError):  # a config.json that cannot be read is no mark
+        if read_json(path / "config.json").get("model_type") == "clip":
+            found.append("hf-clip")
+    return found
 
 
 def _check(out, marker: str, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ Torch files are read by torch's own restricted reader or not at all (torch >= 2.
 got round: CVE-2025-32434).
 """
 
+import hashlib
 import json
 import re
 import warnings
@@ -95,6 +96,18 @@ def locate(source: str) -> Source:
     except Exception as error:  # network, proxy, authentication, HTTP and cache errors of several packages
         what = f"{source} is no local path, and the hub did not give it ({type(error).__name__})"
         raise UserError(what, "download it where there is a network, and give its directory") from None
+
+
+def check_sha256(file: Path, wanted: str) -> None:
+    """Raises UserError unless `file` is one file, of that SHA-256 in 64 hexadecimal digits."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
+        raise UserError(f"sha256={wanted!r} must be 64 hexadecimal digits")
+    if not file.is_file():
+        raise UserError(f"{file} is a directory, and a SHA-256 is of one file", "give the file of weights, or no SHA-256")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != wanted.lower():
+        raise UserError(f"{file} has the SHA-256 {found}, not {wanted}", "download it again, and do not trust this one")
 
 
 def open_weights(path: str | Path, variant: str | None = None) -> Weights:

@@ -20,7 +20,7 @@ from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import hf_tokenizer, stages
 from unclip_jax.interop.files import Source, joined, open_weights, read_json
-from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, SAME, Entry, prefixed, views
+from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed, views
 from unclip_jax.storage import new_directory, write_arrays
 from unclip_jax.tokenizer import Tokenizer
 
@@ -37,40 +37,24 @@ VISION_DEFAULTS = {
 }
 
 
-def norm(path: str, name: str) -> list[Entry]:
-    """A LayerNorm's two arrays."""
-    return [Entry(f"{path}/norm/scale", f"{name}.weight", SAME), Entry(f"{path}/norm/bias", f"{name}.bias", SAME)]
-
-
-def _blocks(path: str, name: str) -> list[Entry]:
-    table = norm(f"{path}/norm1", f"{name}.layer_norm1") + norm(f"{path}/norm2", f"{name}.layer_norm2")
-    for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.self_attn.{theirs}.weight", DENSE))
-        table.append(Entry(f"{path}/{ours}/bias", f"{name}.self_attn.{theirs}.bias", FLAT))
-    for ours, theirs, turn in (
-        ("out", "self_attn.out_proj", DENSE_OUT),
-        ("fc1", "mlp.fc1", DENSE),
-        ("fc2", "mlp.fc2", DENSE),
-    ):
-        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.{theirs}.weight", turn))
-        table.append(Entry(f"{path}/{ours}/bias", f"{name}.{theirs}.bias", SAME))
-    return table
-
-
+BLOCK = dict(
+    {name: f"self_attn.{name[0]}_proj" for name in ("query", "key", "value")},
+    **dict(norm1="layer_norm1", norm2="layer_norm2", out="self_attn.out_proj", fc1="mlp.fc1", fc2="mlp.fc2"),
+)
 # CLIPTextModelWithProjection and CLIPVisionModelWithProjection; together, with the temperature, CLIPModel.
 TEXT = prefixed("textual/", "text_model.", [
     Entry("embed/embedding", "embeddings.token_embedding.weight", SAME),
     Entry("position", "embeddings.position_embedding.weight", SAME),
-    *_blocks("transformer/blocks", "encoder.layers.{}"),
-    *norm("final_norm", "final_layer_norm"),
+    *blocks("transformer/blocks", "encoder.layers.{}", BLOCK),
+    *norm("final_norm/norm", "final_layer_norm"),
 ]) + [Entry("text_projection/kernel", "text_projection.weight", DENSE)]  # fmt: skip
 VISION = prefixed("visual/", "vision_model.", [
     Entry("patches/kernel", "embeddings.patch_embedding.weight", CONV),
     Entry("class", "embeddings.class_embedding", SAME),
     Entry("position", "embeddings.position_embedding.weight", SAME),
-    *norm("first_norm", "pre_layrnorm"),
-    *_blocks("transformer/blocks", "encoder.layers.{}"),
-    *norm("final_norm", "post_layernorm"),
+    *norm("first_norm/norm", "pre_layrnorm"),
+    *blocks("transformer/blocks", "encoder.layers.{}", BLOCK),
+    *norm("final_norm/norm", "post_layernorm"),
 ]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
 TEMPERATURE = Entry("logit_scale", "logit_scale", SAME)
 TABLE = [*TEXT, *VISION, TEMPERATURE]
@@ -281,10 +265,6 @@ def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
 
 
 def _config(folder: Path) -> dict:
-    if not (folder / "config.json").is_file() and (folder / "open_clip_config.json").is_file():
-        raise UserError(f"{folder} is in OpenCLIP's format", "give --from open-clip")
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is a whole pipeline of diffusers, not one CLIP", "give --from karlo")
     config = read_json(folder / "config.json", "the config of a CLIPModel")
     kind = config.get("model_type")
     if kind != "clip":

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, karlo_json
-from unclip_jax.interop.files import Source, open_weights
+from unclip_jax.interop.files import Source, open_weights, read_json
 from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
 from unclip_jax.interop.layout import read, views
-from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence
-from unclip_jax.storage import MAX_JSON_BYTES, new_directory, write_arrays
+from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence, whole
+from unclip_jax.storage import new_directory, write_arrays
 from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
 
 PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
@@ -96,7 +96,7 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
         del params
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
-                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(DTYPES[dtype]))
+                _write_stage(name, *_describe(name, load_one(stack, names[task])[1]), folder, np.dtype(DTYPES[dtype]))
                 parts += [*PARTS[name], SCHEDULERS[name][0]]
         index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
         classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
@@ -146,20 +146,19 @@ def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} must be an empty folder or a new one", "give another folder")
-    for name, stage in stages.items():
-        _WRITE[name](stage.config, _flat(stage))  # whatever is refused is so before the first file is written
-    for name, stage in stages.items():
-        _write_stage(name, stage, folder)
+    # All are described before the first file is written, so that a refusal leaves none.
+    for name, described in [(name, _describe(name, stage)) for name, stage in stages.items()]:
+        _write_stage(name, *described, folder)
 
 
-def _flat(stage: Stage) -> dict[str, np.ndarray]:
-    return {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
+def _describe(name: str, stage: Stage) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """A stage's JSON files by path, and its arrays."""
+    ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
+    return _WRITE[name](stage.config, ours), ours
 
 
-def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype | None = None) -> None:
+def _write_stage(name: str, jsons: Mapping, ours: Mapping, folder: Path, dtype: np.dtype | None = None) -> None:
     """One stage's JSON files and arrays, in `dtype` if one is given."""
-    ours = _flat(stage)
-    jsons = _WRITE[name](stage.config, ours)
     for path, content in jsons.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -170,25 +169,25 @@ def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype | None =
 
 
 def _read_prior(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
-    model = karlo_json.prior(_json(folder / "prior/config.json"))
+    model = karlo_json.prior(read_json(folder / "prior/config.json"))
     block = {"caption": "states", **{k: model[k] for k in ("width", "layers", "heads")}}
     diffusion, clip_x0 = _scheduler(folder, "prior")
     return _config("prior", "prior_diffusion", block, diffusion, clip_x0=clip_x0), prior_shapes(model)
 
 
 def _read_decoder(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
-    model, size = karlo_json.decoder(_json(folder / "decoder/config.json"), _json(folder / "text_proj/config.json"))
+    model, size = karlo_json.decoder(*(read_json(folder / part / "config.json") for part in PARTS["decoder"]))
     block = {**_without(model, "embed_dim"), "unet": _without(model["unet"], "out_channels")}
     diffusion = _scheduler_of_images(folder, "decoder")
     return _config("decoder", "decoder", block, diffusion, size, image_size=size), decoder_shapes(model, size)
 
 
 def _read_upsampler(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
-    first, last = (_json(folder / part / "config.json") for part in PARTS["upsampler"])
+    first, last = (read_json(folder / part / "config.json") for part in PARTS["upsampler"])
     model, size = karlo_json.upsampler(first, last)
     factor = 4
     if (folder / "decoder/config.json").is_file():
-        factor = size // _json(folder / "decoder/config.json")["sample_size"]
+        factor = size // whole(read_json(folder / "decoder/config.json"), "sample_size", "decoder")
     diffusion, block = _scheduler_of_images(folder, "upsampler"), _without(model, "out_channels")
     return _config("upsampler", "upsampler", block, diffusion, size, factor=factor), upsampler_shapes(model)
 
@@ -209,7 +208,7 @@ def _config(name: str, task: str, model: Mapping, diffusion: Mapping, size: int 
 def _scheduler(folder: Path, name: str) -> tuple[dict[str, Any], float]:
     """The stage's `diffusion` block, and the bound of x0."""
     part, prediction, variance = SCHEDULERS[name]
-    config = _json(folder / part / "scheduler_config.json")
+    config = read_json(folder / part / "scheduler_config.json")
     steps, clip_x0 = karlo_json.scheduler(part, config, prediction, variance)
     return dict(name="cosine", num_steps=steps), clip_x0
 
@@ -220,20 +219,6 @@ def _scheduler_of_images(folder: Path, name: str) -> dict[str, Any]:
         what = f"{SCHEDULERS[name][0]}: clip_sample_range={clip_x0} must be 1.0, as images are in [-1, 1]"
         raise UserError(what, "convert a stack whose images are scaled so")
     return diffusion
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing", "give a whole folder, as diffusers saves it")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path} is larger than any config", "give a folder that diffusers saved")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", "give a folder that diffusers saved") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object", "give a folder that diffusers saved")
-    return content
 
 
 def _without(block: Mapping, key: str) -> dict[str, Any]:

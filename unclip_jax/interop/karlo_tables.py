@@ -15,7 +15,20 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, ROW, SAME, Entry, Turn, prefixed
+from unclip_jax.interop.layout import (
+    CONV,
+    DENSE,
+    DENSE_OUT,
+    FLAT,
+    ROW,
+    SAME,
+    Entry,
+    Turn,
+    blocks,
+    layer,
+    norm,
+    prefixed,
+)
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior import Prior
 from unclip_jax.models.unet import UNet
@@ -24,18 +37,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Two leading axes of 1 there.
 TOKEN = Turn(lambda a, shape: a.reshape(shape), lambda a: a[None, None])
-BLOCK, BLOCK_THERE = "transformer/blocks/", "transformer_blocks.{}."
+BLOCK = dict(
+    {name: f"attn1.to_{name[0]}" for name in ("query", "key", "value")},
+    **dict(norm1="norm1", norm2="norm3", out="attn1.to_out.0", fc1="ff.net.0.proj", fc2="ff.net.2"),
+)
 PRIOR_LAYERS = {
     "states_in": "encoder_hidden_states_proj",
     "text_in": "embedding_proj",
     "time/fc1": "time_embedding.linear_1",
     "time/fc2": "time_embedding.linear_2",
     "image_in": "proj_in",
-    f"{BLOCK}fc1": f"{BLOCK_THERE}ff.net.0.proj",
-    f"{BLOCK}fc2": f"{BLOCK_THERE}ff.net.2",
     "out": "proj_to_clip_embeddings",
 }
-PRIOR_NORMS = {f"{BLOCK}norm1": f"{BLOCK_THERE}norm1", f"{BLOCK}norm2": f"{BLOCK_THERE}norm3", "final_norm": "norm_out"}
 TEXT_PROJ_LAYERS = {
     "image_to_time": "clip_image_embeddings_project_to_time_embeddings",
     "text_to_time": "embedding_proj",
@@ -72,13 +85,9 @@ _PART = re.compile(r"(down|mid|up)(\d*)_(block|attn|pool|repeat)(\d*)")
 def prior_tables(shapes: Shapes) -> dict[str, list[Entry]]:
     """{"prior": …} of the prior's parameters {"net", "mean", "std"}."""
     net = [Entry("query", "prd_embedding", TOKEN), Entry("position", "positional_embedding", ROW)]
+    net += norm("final_norm/norm", "norm_out") + blocks("transformer/blocks", "transformer_blocks.{}", BLOCK)
     for ours, theirs in PRIOR_LAYERS.items():
-        net += _layer(ours, theirs)
-    for ours, theirs in PRIOR_NORMS.items():
-        net += _norm(f"{ours}/norm", theirs)
-    for name in ("query", "key", "value"):
-        net += _layer(f"{BLOCK}{name}", f"{BLOCK_THERE}attn1.{ATTENTION[name]}")
-    net += _layer(f"{BLOCK}out", f"{BLOCK_THERE}attn1.to_out.0", DENSE_OUT)
+        net += layer(ours, theirs)
     return {"prior": [*prefixed("net/", "", net), Entry("mean", "clip_mean", ROW), Entry("std", "clip_std", ROW)]}
 
 
@@ -86,8 +95,8 @@ def decoder_tables(shapes: Shapes) -> dict[str, list[Entry]]:
     """{"text_proj": …, "decoder": …} of `Decoder`'s parameters."""
     table = [Entry("null_image", "learned_classifier_free_guidance_embeddings", SAME)]
     for ours, theirs in TEXT_PROJ_LAYERS.items():
-        table += _layer(ours, theirs)
-    table += _norm("states_norm/norm", "text_encoder_hidden_states_norm")
+        table += layer(ours, theirs)
+    table += norm("states_norm/norm", "text_encoder_hidden_states_norm")
     return {"text_proj": table, "decoder": prefixed("net/", "", unet_table(_below("net/", shapes)))}
 
 
@@ -138,24 +147,16 @@ def _below(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
 
 
-def _layer(ours: str, theirs: str, turn: Turn = DENSE) -> list[Entry]:
-    return [Entry(f"{ours}/kernel", f"{theirs}.weight", turn), Entry(f"{ours}/bias", f"{theirs}.bias", FLAT)]
-
-
-def _norm(ours: str, theirs: str) -> list[Entry]:
-    return [Entry(f"{ours}/scale", f"{theirs}.weight", SAME), Entry(f"{ours}/bias", f"{theirs}.bias", SAME)]
-
-
 def _unet_entry(path: str, shape: tuple[int, ...], levels: int) -> Entry:
-    layer, leaf = path.rsplit("/", 1)
-    match = _PART.match(layer)
+    place, leaf = path.rsplit("/", 1)
+    match = _PART.match(place)
     attends = bool(match) and match[3] == "attn"
-    name = _unet_layer(match, layer.rpartition("/")[2], levels) if match else UNET_ENDS[layer]
+    name = _unet_layer(match, place.rpartition("/")[2], levels) if match else UNET_ENDS[place]
     if leaf == "bias":
         return Entry(path, f"{name}.bias", FLAT)
     if leaf == "scale":
         return Entry(path, f"{name}.weight", SAME)
-    dense = DENSE_OUT if attends and layer.endswith("/out") else DENSE
+    dense = DENSE_OUT if attends and place.endswith("/out") else DENSE
     return Entry(path, f"{name}.weight", CONV if len(shape) == 4 else dense)
 
 

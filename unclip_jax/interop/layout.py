@@ -18,12 +18,13 @@ SHOWN = 10  # names in an error message
 class Turn(NamedTuple):
     """How one array changes its axes.
 
-    here: (their array, shape here) → our array; None where the name holds nothing we keep. there: our array → theirs;
-    None where it cannot be written (a part of a fused array).
+    here: (their array, shape here) → our array. there: our array → theirs, and so the shape that theirs must have.
+    parts: of how many equal ones along the first axis there ours is one, as in a fused query, key and value; read only.
     """
 
     here: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    there: Callable[[np.ndarray], np.ndarray] | None
+    there: Callable[[np.ndarray], np.ndarray]
+    parts: int = 1
 
 
 class Entry(NamedTuple):
@@ -43,13 +44,27 @@ CONV = Turn(lambda a, shape: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2
 # The same numbers in the same order: vectors, embeddings; a bias by heads here is flat there.
 SAME = Turn(lambda a, shape: a.reshape(shape), lambda a: a)
 FLAT = Turn(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
+# DENSE as a convolution over a sequence: [O, I, 1] there.
+DENSE_CONV = Turn(lambda a, shape: DENSE.here(a[..., 0], shape), lambda a: DENSE.there(a)[..., None])
+DENSE_OUT_CONV = Turn(lambda a, shape: DENSE_OUT.here(a[..., 0], shape), lambda a: DENSE_OUT.there(a)[..., None])
 # One leading axis of 1 there.
 ROW = Turn(lambda a, shape: a.reshape(shape), lambda a: a[None])
 
 
 def part(turn: Turn, index: int, count: int) -> Turn:
-    """Part `index` of `count` equal ones along the first axis there, as in a fused query, key and value; read only."""
-    return Turn(lambda a, shape: turn.here(np.split(a, count)[index], shape), None)
+    """Part `index` of `count` that lie one after the other: all queries, all keys, all values."""
+    return Turn(lambda a, shape: turn.here(np.split(a, count)[index], shape), turn.there, count)
+
+
+def interleaved(turn: Turn, index: int, count: int) -> Turn:
+    """Part `index` of `count` that take turns head by head: query, key and value of head 0, then those of head 1."""
+
+    def here(a, shape):
+        heads, width = shape[-2:]
+        own = a.reshape(heads, count, width, *a.shape[1:])[:, index]
+        return turn.here(own.reshape(heads * width, *a.shape[1:]), shape)
+
+    return Turn(here, turn.there, count)
 
 
 def read(
@@ -75,22 +90,33 @@ def read(
     if {entry.path for entry in table} != set(shapes):
         wrong = sorted({entry.path for entry in table} ^ set(shapes))
         raise AssertionError(f"table and network differ in {wrong[:SHOWN]}")
-    wanted = {name for entry in table for name in _names(entry, shapes[entry.path])}
-    _refuse(wanted - names, "lacks", "it may be of another size or version than its config says")
-    _refuse(names - wanted - set(ignored), "has unknown", "give the config that belongs to these weights")
-    return {entry.path: _here(entry, shapes[entry.path], take) for entry in table}
+    wanted = expected(table, shapes)
+    _refuse(set(wanted) - names, "lacks", "it may be of another size or version than its config says")
+    _refuse(names - set(wanted) - set(ignored), "has unknown", "give the config that belongs to these weights")
+    return {entry.path: _here(entry, shapes[entry.path], take, wanted) for entry in table}
+
+
+def expected(table: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all that a network's file must hold, for arrays of these shapes here."""
+    out = {}
+    for path, name, turn in table:
+        # A turn only views its array, so none is made.
+        shape = turn.there(np.empty(_one(name, shapes[path]), np.int8)).shape
+        shape = shape if turn.parts == 1 else (turn.parts * shape[0], *shape[1:])
+        out |= dict.fromkeys(_names(name, shapes[path]), shape)
+    return out
 
 
 def write(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Their arrays by name, turned from ours; `read` gives `arrays` back, bit for bit."""
-    return {name: np.ascontiguousarray(array) for name, array in views(table, arrays).items()}
+    return {name: np.array(array, order="C") for name, array in views(table, arrays).items()}
 
 
 def views(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What `write` gives, as views of `arrays` in any order of memory: nothing is copied."""
     out = {}
     for path, name, turn in table:
-        if turn.there is None:
+        if turn.parts > 1:
             raise AssertionError(f"{path} cannot be written as {name}")
         layers = enumerate(arrays[path]) if "{}" in name else [(0, arrays[path])]
         for k, array in layers:
@@ -103,26 +129,53 @@ def prefixed(prefix_here: str, prefix_there: str, table: Iterable[Entry]) -> lis
     return [Entry(prefix_here + path, prefix_there + name, turn) for path, name, turn in table]
 
 
-def _names(entry: Entry, shape: tuple[int, ...]) -> list[str]:
-    return [entry.name.format(k) for k in range(shape[0])] if "{}" in entry.name else [entry.name]
+def layer(path: str, name: str, kernel: Turn = DENSE, bias: Turn = FLAT) -> list[Entry]:
+    """Kernel and bias of a layer; a name that ends with "_" goes on without a dot."""
+    name = name if name.endswith("_") else f"{name}."
+    return [Entry(f"{path}/kernel", f"{name}weight", kernel), Entry(f"{path}/bias", f"{name}bias", bias)]
 
 
-def _here(entry: Entry, shape: tuple[int, ...], take) -> np.ndarray:
-    stacked = "{}" in entry.name
-    one = shape[1:] if stacked else shape
-    whole = None
-    for k, name in enumerate(_names(entry, shape)):
+def norm(path: str, name: str) -> list[Entry]:
+    """Scale and bias of a norm."""
+    return [Entry(f"{path}/scale", f"{name}.weight", SAME), Entry(f"{path}/bias", f"{name}.bias", SAME)]
+
+
+def blocks(path: str, name: str, theirs: Mapping[str, str], fused: Callable | None = None) -> list[Entry]:
+    """The scanned blocks of a `Transformer`.
+
+    Args:
+      path, name: of the blocks here, and there with "{}" for the number.
+      theirs: {layer of ours: its name there in the block}.
+      fused: `part` or `interleaved`, where "query", "key" and "value" are one array there.
+    """
+    table = norm(f"{path}/norm1/norm", f"{name}.{theirs['norm1']}")
+    table += norm(f"{path}/norm2/norm", f"{name}.{theirs['norm2']}")
+    for k, ours in enumerate(("query", "key", "value")):
+        turns = [fused(turn, k, 3) if fused else turn for turn in (DENSE, FLAT)]
+        table += layer(f"{path}/{ours}", f"{name}.{theirs[ours]}", *turns)
+    for ours, turn in (("out", DENSE_OUT), ("fc1", DENSE), ("fc2", DENSE)):
+        table += layer(f"{path}/{ours}", f"{name}.{theirs[ours]}", turn)
+    return table
+
+
+def _names(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [name.format(k) for k in range(shape[0])] if "{}" in name else [name]
+
+
+def _one(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape here of what one name holds."""
+    return shape[1:] if "{}" in name else shape
+
+
+def _here(entry: Entry, shape: tuple[int, ...], take, wanted: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    one, whole = _one(entry.name, shape), None
+    for k, name in enumerate(_names(entry.name, shape)):
         theirs = take(name)
-        try:
-            ours = entry.turn.here(theirs, one)
-        except ValueError:
-            ours = None
-        if ours is None or ours.shape != one:
-            raise UserError(
-                f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}",
-                "give the config that belongs to these weights",
-            )
-        if not stacked:
+        if theirs.shape != wanted[name]:
+            what = f"{name} has the shape {theirs.shape}, which does not fit {entry.path} {one}: {wanted[name]} does"
+            raise UserError(what, "give the config that belongs to these weights")
+        ours = entry.turn.here(theirs, one)
+        if one is shape:
             return ours
         if whole is None or np.result_type(whole, ours) != whole.dtype:
             whole = np.empty(shape, ours.dtype) if whole is None else whole.astype(np.result_type(whole, ours))

@@ -10,8 +10,7 @@ from pathlib import Path
 from unclip_jax.errors import UserError
 from unclip_jax.interop import stages
 from unclip_jax.interop.files import Source, Weights, open_weights, read_json
-from unclip_jax.interop.hf_clip import norm
-from unclip_jax.interop.layout import CONV, DENSE, DENSE_OUT, FLAT, SAME, Entry, part, prefixed
+from unclip_jax.interop.layout import CONV, SAME, Entry, blocks, norm, part, prefixed
 
 # Arrays of one number in OpenAI's files.
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -24,35 +23,24 @@ _ONLY = "only CLIPs with a Vision Transformer and CLIP's own text tower can be r
 DEFAULTS = {"pool_type": ("tok", "argmax"), "final_ln_after_pool": (False,), "proj_type": ("linear",)}
 
 
-def _blocks(path: str, name: str) -> list[Entry]:
-    table = norm(f"{path}/norm1", f"{name}.ln_1") + norm(f"{path}/norm2", f"{name}.ln_2")
-    for k, ours in enumerate(("query", "key", "value")):
-        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.attn.in_proj_weight", part(DENSE, k, 3)))
-        table.append(Entry(f"{path}/{ours}/bias", f"{name}.attn.in_proj_bias", part(FLAT, k, 3)))
-    for ours, theirs, turn in (
-        ("out", "attn.out_proj", DENSE_OUT),
-        ("fc1", "mlp.c_fc", DENSE),
-        ("fc2", "mlp.c_proj", DENSE),
-    ):
-        table.append(Entry(f"{path}/{ours}/kernel", f"{name}.{theirs}.weight", turn))
-        table.append(Entry(f"{path}/{ours}/bias", f"{name}.{theirs}.bias", SAME))
-    return table
-
-
+BLOCK = dict(
+    dict.fromkeys(("query", "key", "value"), "attn.in_proj_"),
+    **dict(norm1="ln_1", norm2="ln_2", out="attn.out_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"),
+)
 TABLE = [
     *prefixed("visual/", "visual.", [
         Entry("patches/kernel", "conv1.weight", CONV),
         Entry("class", "class_embedding", SAME),
         Entry("position", "positional_embedding", SAME),
-        *norm("first_norm", "ln_pre"),
-        *_blocks("transformer/blocks", "transformer.resblocks.{}"),
-        *norm("final_norm", "ln_post"),
+        *norm("first_norm/norm", "ln_pre"),
+        *blocks("transformer/blocks", "transformer.resblocks.{}", BLOCK, part),
+        *norm("final_norm/norm", "ln_post"),
     ]),
     *prefixed("textual/", "", [
         Entry("embed/embedding", "token_embedding.weight", SAME),
         Entry("position", "positional_embedding", SAME),
-        *_blocks("transformer/blocks", "transformer.resblocks.{}"),
-        *norm("final_norm", "ln_final"),
+        *blocks("transformer/blocks", "transformer.resblocks.{}", BLOCK, part),
+        *norm("final_norm/norm", "ln_final"),
     ]),
     Entry("image_projection/kernel", "visual.proj", SAME),
     Entry("text_projection/kernel", "text_projection", SAME),

@@ -70,12 +70,7 @@ def read_params(
     Raises:
       UserError: missing, unknown, misshapen or non-finite arrays, or keywords that make no network.
     """
-    task = tasks.make(config, clip=clip)
-    try:
-        shapes = jax.eval_shape(task.init, jax.random.key(0))
-    except ValueError as error:
-        raise UserError(f"the config makes no network ({error})") from None
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
+    shapes = network_shapes(config, clip)
     with tqdm(total=len(weights.names), desc=f"reading {config.task}", disable=None, leave=False) as bar:
 
         def take(name: str) -> np.ndarray:
@@ -84,6 +79,15 @@ def read_params(
 
         flat = layout.read(table, shapes, weights.names, take, ignored)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def network_shapes(config: ConfigDict, clip=None) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters of the stage that `config` describes; nothing is computed."""
+    try:
+        shapes = jax.eval_shape(tasks.make(config, clip=clip).init, jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f"the config makes no network ({error})") from None
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
 def clip_stage(params: dict, config: ConfigDict, source: str, origin: str, licence: str = "") -> tuple:

@@ -1,7 +1,7 @@
 """unCLIP's decoder (section 2.1): GLIDE conditioned on a CLIP image embedding.
 
 The embedding is projected and added to the timestep embedding, and projected into four extra context tokens that are
-concatenated with the output sequence of GLIDE's caption Transformer.
+concatenated with the output sequence of GLIDE's caption Transformer. Without the embedding it is GLIDE itself.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,10 @@ class Condition(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Image UNet with unCLIP's conditioning.
+    """Image UNet with unCLIP's conditioning, or without its image embedding (GLIDE).
 
     Attributes:
+      embed_dim: D of CLIP; 0: no CLIP, the caption Transformer alone conditions (GLIDE).
       unet: keywords of `UNet`.
       text: keywords of `TextEncoder` for GLIDE's own caption Transformer, trained with the decoder; None: the caption
         enters as CLIP's frozen text states (Karlo).
@@ -47,9 +48,10 @@ class Decoder(nn.Module):
     def setup(self):
         self.net = UNet(**self.unet, dtype=self.dtype)
         width = self.net.emb_width
-        self.null_image = self.param("null_image", nn.initializers.normal(0.02), (self.embed_dim,))
-        self.image_to_time = nn.Dense(width)
-        self.image_to_tokens = nn.Dense(self.image_tokens * self.context_width)
+        if self.embed_dim:
+            self.null_image = self.param("null_image", nn.initializers.normal(0.02), (self.embed_dim,))
+            self.image_to_time = nn.Dense(width)
+            self.image_to_tokens = nn.Dense(self.image_tokens * self.context_width)
         if self.text is None:
             self.states_in = nn.Dense(self.context_width, dtype=self.dtype)
             self.states_norm = LayerNorm(self.dtype)
@@ -62,8 +64,8 @@ class Decoder(nn.Module):
 
     def condition(
         self,
-        z_img: jax.Array,
-        keep_image: jax.Array,
+        z_img: jax.Array | None,
+        keep_image: jax.Array | None,
         tokens: jax.Array,
         mask: jax.Array,
         keep_text: jax.Array | None,
@@ -73,7 +75,8 @@ class Decoder(nn.Module):
         """Encodes what a sample is drawn from; independent of timestep and noise.
 
         Args:
-          z_img: f32[B, D], CLIP image embedding; replaced by a learned vector where `keep_image` is False.
+          z_img: f32[B, D], CLIP image embedding; replaced by a learned vector where `keep_image` is False. Not read
+            without CLIP, no more than `keep_image`.
           keep_image: bool[B].
           tokens: i32[B, L].
           mask: bool[B, L], True through EOS; a dropped caption is all padding.
@@ -81,24 +84,29 @@ class Decoder(nn.Module):
           z_txt: f32[B, D], needed with `add_text_embedding`.
           states: f32[B, L, W'], CLIP's text states, needed without an own caption Transformer.
         """
-        z = jnp.where(keep_image[:, None], z_img, self.null_image[None])
-        emb = self.image_to_time(z)
-        image_tokens = self.image_to_tokens(z).reshape(-1, self.context_width, self.image_tokens).swapaxes(1, 2)
         mask = mask if keep_text is None else mask & keep_text[:, None]
+        emb = jnp.zeros((mask.shape[0], self.net.emb_width))
         if self.text is None:
-            text = self.states_norm(self.states_in(states))
-            mask = jnp.concatenate([jnp.ones((mask.shape[0], self.image_tokens), bool), mask], axis=1)
+            context, seen = self.states_norm(self.states_in(states)), mask
         else:
-            text = self.caption(tokens, mask)
-            emb = emb + self.caption_to_time(text[:, -1])
-            mask = None  # a learned vector stands in every padded place
+            context, seen = self.caption(tokens, mask), None  # a learned vector stands in every padded place
+            emb = emb + self.caption_to_time(context[:, -1])
+        if self.embed_dim:
+            z = jnp.where(keep_image[:, None], z_img, self.null_image[None])
+            emb = emb + self.image_to_time(z)
+            image_tokens = self.image_to_tokens(z).reshape(-1, self.context_width, self.image_tokens).swapaxes(1, 2)
+            context = jnp.concatenate([image_tokens.astype(context.dtype), context], axis=1)
+            seen = seen if seen is None else jnp.pad(seen, ((0, 0), (self.image_tokens, 0)), constant_values=True)
         if self.add_text_embedding:
             z_txt = z_txt if keep_text is None else jnp.where(keep_text[:, None], z_txt, 0.0)
             emb = emb + self.text_to_time(z_txt)
-        return Condition(emb, jnp.concatenate([image_tokens.astype(text.dtype), text], axis=1), mask)
+        return Condition(emb, context, seen)
 
     def denoise(self, xt: jax.Array, time: jax.Array, cond: Condition, train: bool = False) -> jax.Array:
-        """xt f32[B, H, W, 3], time [B] → f32[B, H, W, 6]: prediction, and the variance's place in [-1, 1]."""
+        """xt f32[B, H, W, C], time [B] → f32[B, H, W, 6]: prediction, and the variance's place in [-1, 1].
+
+        xt has 3 channels, or 6 where a smaller picture, enlarged, stands behind the noised one (upsamplers).
+        """
         return self.net(xt, time, cond.emb, cond.context, cond.mask, train)
 
     def __call__(self, xt, time, z_img, keep_image, tokens, mask, keep_text, z_txt=None, states=None, train=False):

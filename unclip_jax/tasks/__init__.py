@@ -5,7 +5,7 @@
     prior_diffusion   Prior     caption, z_txt → z_img
     prior_ar          PriorAR   the same, as a sequence of codes
     decoder           Decoder   z_img, caption → image
-    upsampler         UNet      small image → large image
+    upsampler         UNet      small image → large image; a Decoder where captions enter (GLIDE)
 """
 
 import inspect
@@ -29,7 +29,7 @@ from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
     "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "clip_identity", "load_clip", "load_stage", "make",
-    "measure", "measure_x0_variance", "measurer",
+    "measure", "measure_x0_variance", "measurer", "needs_clip",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -79,13 +79,13 @@ def make(config, clip: CLIP | None = None) -> Task:
 
     Args:
       config: with `task`, `model`, and where the stage diffuses `diffusion`, `objective`, `sampler`.
-      clip: the frozen CLIP's module, for the prior and the decoder.
+      clip: the frozen CLIP's module, for the stages that need one.
 
     Raises:
       UserError: for an unknown task, a missing CLIP, keywords that the network does not take, or a number of
         the objective or the sampler outside its range.
     """
-    check(config.task, clip is not None)
+    check(config, clip is not None)
     try:
         task = TASKS[config.task].from_config(config, clip)
     except TypeError as e:
@@ -95,12 +95,18 @@ def make(config, clip: CLIP | None = None) -> Task:
     return task
 
 
-def check(name: str, has_clip: bool) -> None:
+def needs_clip(config) -> bool:
+    """Whether a stage learns against a frozen CLIP: the prior, and the decoder unless `model.embed_dim` = 0 (GLIDE)."""
+    return config.task in WITH_CLIP and config.model.get("embed_dim") != 0
+
+
+def check(config, has_clip: bool) -> None:
     """Raises UserError for an unknown task, and for one that lacks the CLIP it learns against."""
-    if name not in TASKS:
-        raise UserError(f"unknown task '{name}'", suggest(name, TASKS))
-    if name in WITH_CLIP and not has_clip:
-        raise UserError(f"task {name} needs a trained CLIP", "set --config.clip=WORKDIR of a CLIP run or a stack")
+    if config.task not in TASKS:
+        raise UserError(f"unknown task '{config.task}'", suggest(config.task, TASKS))
+    if needs_clip(config) and not has_clip:
+        fix = "set --config.clip=WORKDIR of a CLIP run or a stack"
+        raise UserError(f"task {config.task} needs a trained CLIP", fix)
 
 
 def measure(task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int, seed: int = 0) -> dict:

@@ -1,4 +1,7 @@
-"""The decoder's training and sampling (unCLIP, section 2.1): diffusion over images given z_img and the caption."""
+"""The decoder's training and sampling (unCLIP, section 2.1): diffusion over images given z_img and the caption.
+
+Without a CLIP (`model.embed_dim` = 0) it is GLIDE's base network: the caption alone, read by a Transformer of its own.
+"""
 
 import dataclasses
 from typing import Any
@@ -15,6 +18,7 @@ from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
+from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import widen
@@ -40,7 +44,7 @@ class DecoderTask:
 
     model: Decoder
     schedule: Schedule
-    clip: CLIP
+    clip: CLIP | None
     image_size: int
     sampler: dict[str, Any]
     target: str = "eps"
@@ -52,23 +56,18 @@ class DecoderTask:
     inpaint: bool = False
 
     @classmethod
-    def from_config(cls, config, clip: CLIP):
-        """Embedding width, vocabulary and caption length come from the CLIP; the output's width from the objective."""
-        model = config.model.to_dict()
-        if model["text"] is not None:
-            tokens = {"vocab_size": clip.text["vocab_size"], "max_len": clip.text["max_len"]}
-            model["text"] = {**model["text"], **tokens}
-        channels = 6 if config.objective.vlb_weight else 3
-        unet = {**model["unet"], "out_channels": channels, "extra": 4 if config.objective.get("inpaint") else 0}
-        net = Decoder(clip.embed_dim, **{**model, "unet": unet})
-        sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
+    def from_config(cls, config, clip: CLIP | None):
+        """Embedding width and what captions are come from the CLIP, the output's width from the objective."""
+        clip = None if config.model.get("embed_dim") == 0 else clip
+        net, sampler = make_network(config, clip), config.sampler.to_dict()
+        schedule = make_schedule(**config.diffusion)
         return cls(net, schedule, clip, sampler=sampler, **{"image_size": config.data.size, **config.objective})
 
     def init(self, rng):
-        d, length, size = self.clip.embed_dim, self.clip.text["max_len"], self.image_size
-        one = jnp.ones((1,), bool)
-        z, tokens = jnp.zeros((1, d)), jnp.zeros((1, length), jnp.int32)
-        states = jnp.zeros((1, length, self.clip.text["width"]))
+        text = self.clip.text if self.clip else {**self.model.text, "width": 0}
+        one, size = jnp.ones((1,), bool), self.image_size
+        z, tokens = jnp.zeros((1, self.model.embed_dim)), jnp.zeros((1, text["max_len"]), jnp.int32)
+        states = jnp.zeros((1, text["max_len"], text["width"]))
         image = jnp.zeros((1, size, size, 7 if self.inpaint else 3))
         time = jnp.zeros((1,), jnp.int32)
         return self.model.init(rng, image, time, z, one, tokens, tokens == 0, one, z, states)["params"]
@@ -88,7 +87,7 @@ class DecoderTask:
 
     def encode(self, frozen, batch):
         """Adds what CLIP says of the images as they come, then brings them to `image_size`."""
-        batch = ask(self.clip, frozen["clip"], batch)
+        batch = ask(self.clip, frozen["clip"], batch) if self.clip else dict(batch)
         batch = ask_empty(self.clip, frozen["clip"], batch) if self.empty_caption else batch
         if "image" in batch and batch["image"].shape[1] != self.image_size:
             batch["image"] = jnp.clip(resize(batch["image"], self.image_size), -1, 1)
@@ -98,7 +97,8 @@ class DecoderTask:
         """The network's `Condition` for an encoded batch; keep_image, keep_text bool[B]."""
         if self.empty_caption:
             batch, keep_text = drop_captions(batch, keep_text), None
-        args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
+        z_img, z_txt, states = (batch.get(name) for name in ("z_img", "z_txt", "states"))
+        args = (z_img, keep_image, batch["tokens"], batch["mask"], keep_text, z_txt, states)
         return self.model.apply({"params": params}, *args, method="condition")
 
     def x0_and_denoise(self, params, batch, keep_image=None, keep_text=None, **train):
@@ -113,7 +113,7 @@ class DecoderTask:
         if not self.inpaint:
             return None
         if "keep" not in batch:
-            return jnp.zeros((batch["z_img"].shape[0], self.image_size, self.image_size, 4))
+            return jnp.zeros((batch["tokens"].shape[0], self.image_size, self.image_size, 4))
         return jnp.concatenate([batch["known"] * batch["keep"], batch["keep"]], axis=-1)
 
     def _denoise(self, params, cond, shown, **train):
@@ -150,7 +150,7 @@ class DecoderTask:
         return loss.mean(), metrics
 
     def sample(self, params, cond, keys, **over):
-        """cond {z_img, z_txt, tokens, mask, states} of B samples → images f32[B, S, S, 3] in [-1, 1].
+        """cond {tokens, mask, z_img, z_txt, states} of B samples, the last three not without CLIP → f32[B, S, S, 3].
 
         Caption Transformer and projections are run once, not in every step. In `cond` may be "noise" f32[B, S, S, 3],
         drawn from instead of the keys' own; and known f32[B, S, S, 3], keep f32[B, S, S, 1]: the known picture stays
@@ -192,8 +192,8 @@ class DecoderTask:
 
         Takes "caption" and "least" out of `settings`.
         """
-        b, halves = cond["z_img"].shape[0], 1 if settings["guidance"] == 1 else 2
-        seen = ["z_img", "tokens", "mask", "z_txt", "states", *["empty"] * self.empty_caption]
+        b, halves = cond["tokens"].shape[0], 1 if settings["guidance"] == 1 else 2
+        seen = ["tokens", "mask", *["z_img", "z_txt", "states"] * bool(self.clip), *["empty"] * self.empty_caption]
         seen += [name for name in ("known", "keep") if name in cond]
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
@@ -213,6 +213,19 @@ class DecoderTask:
         image = batch["image"]
         drawn = self.sample(params, batch, jax.random.split(rng, image.shape[0]))
         return jnp.concatenate([image, drawn])
+
+
+def make_network(config, clip: CLIP | None) -> Decoder:
+    """The `Decoder` of a config's model; without a CLIP its captions are those of `config.tokenizer`."""
+    model = {**config.model.to_dict(), "embed_dim": clip.embed_dim if clip else 0}
+    if model["text"] is not None:
+        captions = clip.text if clip else config.tokenizer
+        model["text"] = {**model["text"], **{name: captions[name] for name in ("vocab_size", "max_len")}}
+    elif clip is None:
+        raise UserError("model.text=None takes a CLIP's text states, and there is no CLIP", "give model.text")
+    extra = 4 if config.objective.get("inpaint") else 0
+    model["unet"] = {**model["unet"], "out_channels": 6 if config.objective.vlb_weight else 3, "extra": extra}
+    return Decoder(**model)
 
 
 def split_variance(out: jax.Array) -> Out:

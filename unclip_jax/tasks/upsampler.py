@@ -2,7 +2,8 @@
 
 The small image is enlarged and concatenated to the noised one. In training it is blurred a little, or degraded more
 variously by the loader (`loader.degrade`), so that the network does not lean on details that a drawn image lacks;
-networks without attention train on crops and draw at any size. No caption enters.
+networks without attention train on crops and draw at any size. No caption enters; GLIDE's, whose network is a `Decoder`
+without CLIP, takes one.
 """
 
 import dataclasses
@@ -19,25 +20,29 @@ from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.diffusion.tile import check_tiles, tiled
 from unclip_jax.errors import UserError
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.tasks.decoder import mean_loss, split_variance
+from unclip_jax.tasks.decoder import make_network, mean_loss, split_variance
 
 
 @dataclasses.dataclass(frozen=True)
 class UpsamplerTask:
-    """Unconditional-on-text ADM UNet over [noised image, enlarged small image].
+    """ADM UNet over [noised image, enlarged small image], which a caption conditions only where it is a `Decoder`.
 
     Attributes:
+      model: a `Decoder` where the config's model has the block `unet`.
       image_size: side of the large images in pixels; training images may be smaller crops.
       factor: large side / small side (the paper: 4).
       last_steps: so many steps of least noise are drawn by a second network of the same form (Karlo: 1). Parameters
         are then {"net": …, "last": …}, for sampling only.
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
-      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …).
+      enlarge: how the small image is brought to the large one's size, "bicubic" or "linear" (GLIDE).
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …), and temperature, a factor on the first
+        noise (GLIDE: 0.997).
     """
 
-    model: UNet
+    model: UNet | Decoder
     schedule: Schedule
     image_size: int
     sampler: dict[str, Any]
@@ -48,18 +53,31 @@ class UpsamplerTask:
     blur: float = 0.6
     blur_share: float = 0.5
     last_steps: int = 0
+    enlarge: str = "bicubic"
 
     @classmethod
     def from_config(cls, config, clip=None):
-        channels = 6 if config.objective.vlb_weight else 3
-        net = UNet(**{**config.model.to_dict(), "out_channels": channels})
+        """Captions, where they enter, are those of `config.tokenizer`; the output's width is the objective's."""
+        if "unet" in config.model:
+            net = make_network(config, None)
+        else:
+            net = UNet(**{**config.model.to_dict(), "out_channels": 6 if config.objective.vlb_weight else 3})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
         return cls(net, schedule, config.data.size, sampler, **config.objective)
 
     def init(self, rng):
-        image = jnp.zeros((1, self.image_size, self.image_size, 6))
-        net = self.model.init(rng, image, jnp.zeros((1,), jnp.int32))["params"]
+        image, time = jnp.zeros((1, self.image_size, self.image_size, 6)), jnp.zeros((1,), jnp.int32)
+        cond = ()
+        if self.captioned:
+            tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
+            cond = (None, None, tokens, tokens == 0, None)
+        net = self.model.init(rng, image, time, *cond)["params"]
         return {"net": net, "last": net} if self.last_steps else net
+
+    @property
+    def captioned(self) -> bool:
+        """Whether a caption enters."""
+        return isinstance(self.model, Decoder)
 
     def prepare(self, frozen, params, batches):
         return params
@@ -78,13 +96,18 @@ class UpsamplerTask:
 
     def x0_and_denoise(self, params, batch, **train):
         """An encoded batch's large images, and the network that is shown the small ones."""
-        return batch["image"], self._denoise(params, batch["low"], batch["image"].shape[1], **train)
+        return batch["image"], self._denoise(params, batch, batch["image"].shape[1], **train)
 
-    def _denoise(self, params, low, size, tile=None, overlap=None, **train):
-        enlarged = resize(low, size)
+    def _denoise(self, params, batch, size, tile=None, overlap=None, **options):
+        """The denoiser for a batch {low, and tokens and mask of a caption}; `options` are the module's."""
+        enlarged, cond = resize(batch["low"], size, self.enlarge), ()
+        if self.captioned:
+            args = (None, None, batch["tokens"], batch["mask"], None)
+            cond = (self.model.apply({"params": params}, *args, method="condition"),)
+            options["method"] = "denoise"
 
         def network(x, time):
-            return self.model.apply({"params": params}, x, time, **train)
+            return self.model.apply({"params": params}, x, time, *cond, **options)
 
         if tile:
             network = tiled(network, *self.tiles(tile, overlap))
@@ -92,7 +115,8 @@ class UpsamplerTask:
 
     def tiles(self, tile, overlap=None) -> tuple[int, int, int]:
         """(tile, overlap, the network's factor), a quarter of the tile by default; UserError for what does not fit."""
-        align = self.model.patch * 2 ** (len(self.model.multipliers) - 1)
+        unet = self.model.unet if self.captioned else vars(self.model)
+        align = unet.get("patch", 1) * 2 ** (len(unet["multipliers"]) - 1)
         overlap = tile // 4 if overlap is None else overlap
         check_tiles(tile, overlap, align)
         return tile, overlap, align
@@ -120,24 +144,25 @@ class UpsamplerTask:
         return loss.mean(), metrics
 
     def sample(self, params, cond, keys, **over):
-        """cond {low: f32[B, h, h, 3]} → images f32[B, factor h, factor h, 3] in [-1, 1].
+        """cond {low: f32[B, h, h, 3], and tokens and mask of a caption} → f32[B, factor h, factor h, 3] in [-1, 1].
 
         With {known, keep} of the large size in `cond`, the known picture stays where keep is 1. With `tile` in `over`,
         and `overlap`, in pixels of the large picture, the network runs on tiles (`diffusion.tile`).
         """
-        settings, low = {**self.sampler, **over}, cond["low"]
+        settings = {**self.sampler, **over}
         tiles = {name: settings.pop(name, None) for name in ("tile", "overlap")}
-        size = low.shape[1] * self.factor
+        temperature = settings.pop("temperature", 1.0)
+        size = cond["low"].shape[1] * self.factor
         if self.last_steps:
-            first, last = (self._denoise(params[name], low, size, **tiles) for name in ("net", "last"))
+            first, last = (self._denoise(params[name], cond, size, **tiles) for name in ("net", "last"))
             times = respace(self.schedule, settings["steps"]).timesteps[:self.last_steps]
             denoise = within(0, int(times[-1]), last, first)
         else:
-            denoise = self._denoise(params, low, size, **tiles)
+            denoise = self._denoise(params, cond, size, **tiles)
         image = draw(
             self.schedule,
             denoise,
-            initial_noise(keys, (size, size, 3)),
+            temperature * initial_noise(keys, (size, size, 3)),
             keys,
             target=self.target,
             x0_variance=params.get("x0_variance"),

@@ -1,0 +1,156 @@
+"""Karlo at its full size with random weights: the time and the memory that one picture of 256 px takes here.
+
+    python -m benchmarks.karlo_full_size make out/karlo
+    python -m benchmarks.karlo_full_size draw out/karlo --out out/karlo.json
+
+`make` writes a stack of configs/karlo, stored as bfloat16 (7 GB), a stage at a time. `draw` loads it as
+`unclip sample --low-memory` does, reports each stage, and at the end the peak of resident memory. The numbers of steps
+are Karlo's unless flags give fewer. Weights are random, and so is the picture; captions are cut by a tokenizer of few
+pieces, as CLIP's is not at hand, and computed at CLIP's size.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.karlo import clip, decoder, prior_diffusion, upsampler
+from unclip_jax import tasks
+from unclip_jax.pipeline import UnCLIP
+from unclip_jax.stack import BUNDLED
+from unclip_jax.tokenizer import Tokenizer
+from unclip_jax.weights import save_stack
+
+PROMPT = "a red circle above a blue square"
+COMPILING = "/jax/core/compile/backend_compile_duration"
+
+
+def stages() -> Iterator[tuple[str, tuple]]:
+    """Pairs for `weights.save_stack`, made one by one."""
+    made = {
+        "clip": clip.get_config(),
+        "prior": prior_diffusion.get_config(),
+        "decoder": decoder.get_config(),
+        "upsampler": upsampler.get_config(),
+    }
+    made["upsampler"].unlock().objective.last_steps = 1
+    for config in made.values():
+        with config.unlocked():
+            config.model.dtype = "float32"  # a CPU computes bfloat16 many times slower
+            config.tokenizer = dict(path="", vocab_size=49408, max_len=77)
+    known = tasks.make(made["clip"]).model
+    for name, config in made.items():
+        yield name, (random_params(tasks.make(config, clip=known)), config, 0, {})
+
+
+def random_params(task) -> dict:
+    """bfloat16 arrays that keep the size of signals, in the shapes of the task's parameters."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if name == "kernel":
+            width = max(1.0, leaf.size / leaf.shape[-1]) ** -0.5
+            return (rng.standard_normal(leaf.shape, np.float32) * np.float32(width)).astype(jnp.bfloat16)
+        return np.full(leaf.shape, name in ("scale", "std"), jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
+
+
+class Clocked(Mapping):
+    """Parameters by stage, and in `seconds` how long each took to read."""
+
+    def __init__(self, params: Mapping, seconds: dict):
+        self._params, self._seconds = params, seconds
+
+    def __getitem__(self, stage):
+        start = time.perf_counter()
+        params = jax.block_until_ready(self._params[stage])
+        self._seconds[stage] = time.perf_counter() - start
+        return params
+
+    def __iter__(self):
+        return iter(self._params)
+
+    def __len__(self):
+        return len(self._params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(UnCLIP):
+    """A stack that tells of each stage as it ends."""
+
+    rows: list = dataclasses.field(default_factory=list)
+    reading: dict = dataclasses.field(default_factory=dict)
+    compiling: list = dataclasses.field(default_factory=lambda: [0.0])
+
+    def _run(self, stage, rows, options, *rest):
+        start, before = time.perf_counter(), self.compiling[0]
+        out = super()._run(stage, rows, options, *rest)
+        seconds = {"read": self.reading[stage], "compile": self.compiling[0] - before}
+        seconds["draw"] = time.perf_counter() - start - sum(seconds.values())
+        steps = options.get("steps", 1)
+        row = {"stage": stage, "steps": steps, **{name: round(value, 1) for name, value in seconds.items()}}
+        self.rows.append({**row, "per_step": round(seconds["draw"] / steps, 2), "peak_gb": round(peak(), 2)})
+        print(json.dumps(self.rows[-1]), flush=True)
+        return out
+
+
+def peak() -> float:
+    """The process's largest resident memory so far, in GB (1e9 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def make(path: str) -> None:
+    """Writes the stack."""
+    words = Tokenizer.from_json((BUNDLED / "shapes/tokenizer.json").read_text(encoding="utf-8"))
+    words.max_len = 77
+    out = save_stack(path, stages(), words.to_json(), "bfloat16")
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e9:.2f} GB, peak {peak():.2f} GB")
+
+
+def draw(path: str, **steps) -> dict:
+    """Draws one picture; returns what was measured."""
+    pipe = Measured.load(path, low_memory=True)
+    pipe = dataclasses.replace(pipe, params=Clocked(pipe.params, pipe.reading))
+
+    def listen(event, seconds, **_):
+        pipe.compiling[0] += seconds * (event == COMPILING)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    start = time.perf_counter()
+    images = pipe.generate([PROMPT], progress=False, **{name: n for name, n in steps.items() if n is not None})
+    return {
+        "pixels": images.shape[1],
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_gb": round(peak(), 2),
+        "stages": pipe.rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("make", "draw"))
+    parser.add_argument("path", help="of the stack")
+    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    for name in ("prior-steps", "steps", "upsample-steps"):
+        parser.add_argument(f"--{name}", type=int)
+    args = parser.parse_args()
+    if args.what == "make":
+        make(args.path)
+        return
+    report = draw(args.path, prior_steps=args.prior_steps, steps=args.steps, upsample_steps=args.upsample_steps)
+    print(json.dumps(report))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
