@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax import sharding
 from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
@@ -85,12 +87,14 @@ class UnCLIP:
     Args:
       tokenizer: the one that every stage was trained with.
       tasks, configs, params: by stage: "clip", "prior", "decoder" and any upsamplers, in the order they run.
+      mesh: the devices that share each batch; None: the first one does it all (see `spread`).
     """
 
     tokenizer: Tokenizer
     tasks: Mapping[str, Any]
     configs: Mapping[str, ConfigDict]
     params: Mapping[str, dict]
+    mesh: Mesh | None = None
     _programs: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -130,6 +134,14 @@ class UnCLIP:
             params=self.params if isinstance(self.params, OnDemand) else {name: self.params[name] for name in keep},
         )
 
+    def spread(self, devices: Sequence | None = None) -> UnCLIP:
+        """The same stack with each batch split over `devices`, by default all of this host."""
+        mesh = sharding.make_mesh(devices=jax.local_devices() if devices is None else devices)
+        params = self.params
+        if not isinstance(params, OnDemand):
+            params = {name: jax.device_put(params[name], sharding.replicated(mesh)) for name in params}
+        return dataclasses.replace(self, params=params, mesh=mesh, _programs={})
+
     def settings(self, **changed) -> dict[str, dict]:
         """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in.
 
@@ -158,6 +170,7 @@ class UnCLIP:
         seed: int = 0,
         *,
         num: int = 1,
+        first: int = 0,
         batch_size: int = 8,
         return_stages: bool = False,
         progress: bool = True,
@@ -171,6 +184,7 @@ class UnCLIP:
         Args:
           prompts: texts; "" is the null caption.
           seed: 0 … 2**32 - 1.
+          first: the number p of the first prompt, so that a long list can be drawn in parts.
           batch_size: pictures drawn at once.
           return_stages: give a `Drawn` with what the stages before the last made.
           progress: show a bar on a terminal.
@@ -184,7 +198,7 @@ class UnCLIP:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
-        keys = picture_keys(seed, len(prompts), num)
+        keys = picture_keys(seed, len(prompts), num, first)
         return self._draw(cond, keys, self.settings(**settings), batch_size, return_stages, progress)
 
     def variations(
@@ -227,6 +241,7 @@ class UnCLIP:
         """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet."""
         total = len(keys)
         size = min(batch_size, 1 << (total - 1).bit_length())
+        size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
         bar = None if progress else True
 
         def run(number, stage, rows):
@@ -248,9 +263,14 @@ class UnCLIP:
         """One stage over all rows, `size` at a time, the last chunk filled up with copies of the last row."""
         program = self._program(stage, options)
         params, parts = self.params[stage], []
+        if self.mesh is not None:
+            params = jax.device_put(params, sharding.replicated(self.mesh))  # nothing to do but with low memory
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
-            parts.append(jax.device_get(program(params, *jax.tree.map(lambda x, at=chunk: x[at], rows))))
+            given = jax.tree.map(lambda x, at=chunk: x[at], rows)
+            if self.mesh is not None:
+                given = jax.device_put(given, sharding.batch_sharding(self.mesh))
+            parts.append(jax.device_get(program(params, *given)))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
             raise UserError(
@@ -277,9 +297,10 @@ class UnCLIP:
         return self._programs[key]
 
 
-def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
-    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
+def picture_keys(seed: int, prompts: int, num: int, first: int = 0) -> jax.Array:
+    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), first + prompt's index), own index)."""
     p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
+    p += np.uint32(first)
     root = jax.random.key(np.uint32(seed))
     return jax.vmap(lambda a, b: jax.random.fold_in(jax.random.fold_in(root, a), b))(p, i)
 

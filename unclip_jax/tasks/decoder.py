@@ -82,18 +82,19 @@ class DecoderTask:
         args = (batch["z_img"], keep_image, batch["tokens"], batch["mask"], keep_text, batch["z_txt"], batch["states"])
         return self.model.apply({"params": params}, *args, method="condition")
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times, without dropout; None draws them, to train."""
         t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
-        x0 = batch["image"]
+        x0, train = batch["image"], t is None
         b = x0.shape[0]
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if train else t
         keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
         keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
         cond = self.condition(params, batch, keep_image, keep_text)
 
         def denoise(xt, time):
             out = self.model.apply(
-                {"params": params}, xt, time, cond, train=True, method="denoise", rngs={"dropout": dropout}
+                {"params": params}, xt, time, cond, train=train, method="denoise", rngs={"dropout": dropout}
             )
             return split_variance(out)
 

@@ -76,12 +76,13 @@ class PriorTask:
     def _caption(self, batch):
         return batch["tokens"] if self.model.vocab_size else batch["states"]
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times; None draws them, to train."""
         t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
         b = batch["z_img"].shape[0]
         x0 = (batch["z_img"] - params["mean"][None]) / params["std"][None]
         x0 = jax.lax.stop_gradient(x0)
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t
         keep = jax.random.uniform(drop_rng, (b,)) >= self.text_drop
         if self.empty_caption:
             batch, keep = drop_captions(batch, keep), None

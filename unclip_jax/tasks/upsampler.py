@@ -78,7 +78,8 @@ class UpsamplerTask:
 
         return denoise
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times, without dropout; None draws them, to train."""
         if self.last_steps:
             what = f"objective.last_steps={self.last_steps} is for sampling with converted weights"
             raise UserError(what, "train with objective.last_steps=0")
@@ -87,11 +88,12 @@ class UpsamplerTask:
         b = x0.shape[0]
         blurred = jax.random.uniform(blur_rng, (b, 1, 1, 1)) < self.blur_share
         low = jnp.where(blurred, gaussian_blur(low, self.blur), low)
+        train = t is None
         loss, metrics = diffusion_loss(
             self.schedule,
-            self._denoise(params, low, x0.shape[1], True, {"dropout": dropout}),
+            self._denoise(params, low, x0.shape[1], train, {"dropout": dropout}),
             x0,
-            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
+            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if train else t,
             jax.random.normal(noise_rng, x0.shape),
             self.target,
             self.vlb_weight,
