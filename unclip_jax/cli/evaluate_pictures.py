@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from unclip_jax.cli.evaluate import _show
@@ -148,19 +149,34 @@ def _points(args, combinations, stacks, captions, size):
     from unclip_jax.evaluation.sweep import Point
 
     points = []
+    for name, (pipe, _) in stacks.items():
+        _warn_of_long(Path(name).name, pipe, captions)
     for combination in combinations:
         name = combination.get("model", args.model)
         pipe, identity = stacks[name]
         settings = {k: v for k, v in {**_given(args), **combination}.items() if k != "model"}
 
         def draw(texts, first, pipe=pipe, settings=settings):
-            return pipe.generate(texts, args.seed, first=first, batch_size=args.batch_size, **settings)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "text has .* tokens")  # said once, of all
+                return pipe.generate(texts, args.seed, first=first, batch_size=args.batch_size, **settings)
 
         about = {"model": Path(name).name, "identity": identity, "seed": args.seed, "base": args.base, "size": size}
         about["settings"] = pipe.settings(**settings)
         label = ", ".join(f"{k}={Path(v).name if k == 'model' else v}" for k, v in combination.items())
         points.append(Point(label or Path(name).name, combination, Drawn(draw, captions, size, about)))
     return points
+
+
+def _warn_of_long(name: str, pipe, captions) -> None:
+    """One warning for all captions that a stack cannot take whole."""
+    with warnings.catch_warnings(record=True) as lost:
+        warnings.simplefilter("always")
+        pipe.tokenizer.encode(captions)
+    if lost:
+        room = pipe.tokenizer.max_len - 2
+        said = f"{len(lost)} of {len(captions)} captions have more than the {room} tokens that {name} takes: cut"
+        warnings.warn(said, stacklevel=2)
 
 
 def _folder_point(args, drawn):

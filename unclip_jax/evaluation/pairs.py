@@ -239,10 +239,11 @@ def _page(identity: str, trials: Sequence[dict]) -> str:
 the file to whoever gave you this page. Nothing leaves your computer by itself.</p>
 <p id="count"></p><p><strong id="question"></strong></p><blockquote id="caption"></blockquote>
 <div class="sides"><div class="side" id="left"></div><div class="side" id="right"></div></div>
-<div class="row"><button data-choice="left">left</button><button data-choice="tie">cannot tell</button>
+<div class="row"><button data-choice="left">left</button> <button data-choice="tie">cannot tell</button>
 <button data-choice="right">right</button></div>
 <div class="row"><button id="back">back</button><button id="forth">forth</button>
-<label>your name: <input id="name" maxlength="40" autocomplete="off"></label> <button id="save">save votes</button></div>
+<label>your name: <input id="name" maxlength="40" autocomplete="off"></label>
+<button id="save">save votes</button></div>
 <script type="application/json" id="data">{content}</script>
 <script>{SCRIPT}</script>"""
     return html("Which is better?", body, policy, STYLE)
