@@ -134,6 +134,17 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(tmp_path, blocks_o
     assert measured(tmp_path / "part")[1].asked == []
 
 
+def test_clearing_removes_what_evaluations_left_and_nothing_else(tmp_path):
+    folder = work.Work(tmp_path / "w")
+    plan().look("drawn", World(4, 1), folder)
+    (tmp_path / "w" / "drawn-mine.npz").write_text("mine")
+    folder.clear()
+    assert [p.name for p in (tmp_path / "w").iterdir()] == ["drawn-mine.npz"]
+    (tmp_path / "w" / "drawn-mine.npz").unlink()
+    folder.clear()
+    assert not (tmp_path / "w").exists()
+
+
 def test_other_pictures_or_weights_are_not_taken_for_the_same(tmp_path):
     own, folder = plan(), work.Work(tmp_path)
     names = {own.look("drawn", World(4, seed), folder).name for seed in (1, 2)}
@@ -282,7 +293,7 @@ def folder(path: Path, captions=True, sizes=(32,), count=6):
 
 def test_a_folder_of_pictures_is_measured_as_it_is(run, tmp_path):
     folder(tmp_path / "mine")
-    argv = ["--model", tiny_stack.path(), "--images", "mine", "--num", 6, "--data", "shapes"]
+    argv = ["--model", tiny_stack.path(), "--images", "mine", "--data", "shapes"]
     code, out, err = run(*argv, "--metrics", "fid,cmmd,shapes_oracle", "--out", "r.json", "--bootstrap", 0)
     assert code == 0
     rows = {r["name"]: r for r in json.loads((tmp_path / "r.json").read_text())["points"][0]["rows"]}
@@ -342,6 +353,7 @@ BAD = {
     "bootstrap": (["--metrics", "fid", "--data", "shapes", "--bootstrap", "-1"], "--bootstrap"),
     "num 0": (["--metrics", "fid", "--data", "shapes", "--num", 0], "--num"),
     "batch 0": (["--metrics", "fid", "--data", "shapes", "--batch-size", 0], "--batch-size"),
+    "sheet": (["--metrics", "fid", "--data", "shapes", "--sheet", "s.png"], "--sheet is for"),
     "two tasks": (["--images", "good", "--checkpoint", "w"], "different tasks"),
     "step of no run": (["--step", 3], "--step is for --checkpoint"),
     "compare the same": (["--compare", "old.json", "./old.json"], "both reports"),

@@ -14,7 +14,7 @@ def add(commands) -> None:
     sub = command(commands, run, "evaluate", "Measure a stack's pictures, or one trained stage.")
     names = "fid, kid, precision_recall, cmmd, clip_score, is, shapes_oracle (the default, alone with its own prompts)"
     sub.add_argument("--metrics", type=listed, default=["shapes_oracle"], help=names)
-    sub.add_argument("--num", type=count, default=NUM, help=f"pictures; prompts of each kind; examples ({NUM})")
+    sub.add_argument("--num", type=count, help=f"pictures; prompts of each kind; examples ({NUM}, or all in --images)")
     sub.add_argument("--out", metavar="FILE.json", help="write the numbers, and FILE.md and FILE.html beside it")
     group = sub.add_argument_group("pictures against real ones")
     group.add_argument("--data", metavar="SOURCE[:SPLIT]", help="captions and real pictures: shapes, folder, …")
@@ -58,6 +58,7 @@ def run(args) -> None:
             raise UserError(f"metrics={name!r} is unknown", suggest(name, METRICS))
     _refuse_stray(args, given)
     mode = given[0] if given else None
+    args.num = NUM if args.num is None and mode != "images" else args.num
     if mode == "checkpoint":
         return _stage(args)
     if mode == "compare":

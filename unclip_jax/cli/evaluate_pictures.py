@@ -16,12 +16,13 @@ TYPES = {
 
 def run(args) -> None:
     """Prints, and on request writes, the metrics of drawn pictures."""
+    from unclip_jax import distributed
     from unclip_jax.evaluation import protocol, report, sweep
 
-    if args.out is not None:
-        out = report.check_files(args.out, args.overwrite)
-    else:
-        out = None
+    distributed.initialize()
+    if args.sheet is not None:
+        raise UserError("--sheet is for the shapes world's own prompts", "leave it out, and give --out")
+    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
     combinations = sweep.parse(args.sweep or [], TYPES)
     if args.images is not None and args.sweep:
         raise UserError("--sweep draws pictures, and --images measures those of a folder", "leave out one of them")
@@ -36,17 +37,22 @@ def run(args) -> None:
     _models_exist(args, combinations)
     with _work(args) as folder:
         made = _measure(args, combinations, folder)
-    _show(made, out)
+    if distributed.is_main():
+        _show(made, out)
 
 
 class _work:
     """The folder of features: --work, kept; else one beside the report, removed when all is done."""
 
     def __init__(self, args):
+        import jax
+
         self.keep = args.work is not None
         beside = Path(args.out).with_suffix(".work") if args.out is not None else None
         self.path = Path(args.work) if self.keep else beside
         self.temporary = self.path is None
+        if self.temporary and jax.process_count() > 1:
+            raise UserError("several processes need a folder to share", "give --work DIR on a disk that all see")
 
     def __enter__(self) -> Path:
         if self.temporary:
@@ -55,9 +61,12 @@ class _work:
 
     def __exit__(self, kind, *_):
         from unclip_jax import distributed
+        from unclip_jax.evaluation.work import Work
 
-        if self.temporary or (kind is None and not self.keep and distributed.is_main()):
+        if self.temporary:
             shutil.rmtree(self.path, ignore_errors=True)
+        elif kind is None and not self.keep and distributed.is_main():
+            Work(self.path).clear()
 
 
 def _models_exist(args, combinations) -> None:
@@ -80,12 +89,14 @@ def _given(args) -> dict:
 
 
 def _measure(args, combinations, folder: Path):
+    from unclip_jax import distributed
     from unclip_jax.evaluation import pictures, protocol, reference, sweep
     from unclip_jax.evaluation.work import Work
 
     networks, embed = _networks(args)
     plan = protocol.Protocol(args.metrics, networks, embed, args.bootstrap, args.seed)
     drawn = pictures.Folder(args.images, args.num) if args.images is not None else None
+    args.num = len(drawn) if drawn else args.num
     stacks = {} if drawn else _stacks(args, combinations)
     sizes = {drawn.size} if drawn else {pipe.size for pipe, _ in stacks.values()}
     if len(sizes) > 1:
@@ -102,7 +113,8 @@ def _measure(args, combinations, folder: Path):
     statistics = _real(args, plan, real, work, size, facts) if plan.needs_real else None
     points = [_folder_point(args, drawn)] if drawn else _points(args, combinations, stacks, captions, size)
     made = sweep.run(plan, points, statistics, work, facts)
-    if args.reference is not None and statistics is not None and not Path(args.reference).exists():
+    new = args.reference is not None and statistics is not None and not Path(args.reference).exists()
+    if new and distributed.is_main():
         reference.save(Path(args.reference), statistics, real.about, networks)
     return made
 

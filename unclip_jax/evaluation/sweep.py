@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from unclip_jax import distributed
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.evaluation import plot
 from unclip_jax.evaluation.pictures import Pictures
@@ -66,9 +67,15 @@ def _value(name: str, text: str, kind: type):
         raise UserError(f"sweep: {name}={text!r} must be {wanted}") from None
 
 
-def run(protocol: Protocol, points: Sequence[Point], real: Real | None, work: Work, facts: Mapping) -> Report:
-    """Measures every point, and reports all. facts: JSON values that decide the rest: data, numbers, seed."""
-    measured = [protocol.measure(protocol.look("drawn", point.pictures, work), real) for point in points]
+def run(protocol: Protocol, points: Sequence[Point], real: Real | None, work: Work, facts: Mapping) -> Report | None:
+    """Measures every point, and reports all; None but in the main process, where there are several.
+
+    facts: JSON values that decide the rest: data, numbers, seed.
+    """
+    seen = [protocol.look("drawn", point.pictures, work) for point in points]
+    if not distributed.is_main():
+        return None
+    measured = [protocol.measure(series, real) for series in seen]
     said = list(dict.fromkeys(text for each in measured for text in each.warnings))
     found = [_facts(point, each) for point, each in zip(points, measured, strict=True)]
     networks = {key: network.identity for key, network in protocol.networks.items()}

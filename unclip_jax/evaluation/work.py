@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.gallery import write_text
 
 BLOCK = 256  # pictures
+_OWN = re.compile(r"(real|drawn)-[0-9a-f]{16}(-\d{5}\.npz|\.json)")
 
 
 def fingerprint(settings: dict) -> str:
@@ -43,6 +45,14 @@ class Work:
                 pass
         except OSError as error:
             raise UserError(f"work={str(path)!r} is not writable ({error.strerror or error})") from None
+
+    def clear(self) -> None:
+        """Removes what evaluations left here and, where that was all, the folder."""
+        for file in self.path.iterdir():
+            if _OWN.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def series(self, name: str, decides: dict, total: int) -> "Series":
         """What `decides` (JSON values) decides of `total` pictures, begun or not."""
