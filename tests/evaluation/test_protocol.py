@@ -2,6 +2,10 @@
 
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,12 +17,13 @@ from tests import tiny_stack
 from tests.tiny_runs import quick_compiles  # noqa: F401
 from unclip_jax import cli
 from unclip_jax.data import shapes
-from unclip_jax.evaluation import features, pictures, protocol, reference, work
+from unclip_jax.evaluation import features, pictures, protocol, reference, sweep, work
 from unclip_jax.metrics import distances, manifold, scores
 from unclip_jax.metrics.shapes_oracle import score
 from unclip_jax.pipeline import UnCLIP
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+ROOT = Path(__file__).resolve().parents[2]
 N = 10
 CLIP_METRICS = "fid,kid,precision_recall,cmmd,clip_score,shapes_oracle"
 
@@ -392,3 +397,47 @@ def test_a_mistake_is_one_line_and_writes_nothing(case, run, things, monkeypatch
     assert code == 2 and out == "" and len(err) == 1, err
     assert err[0].startswith("error: ") and words in err[0] and err[0].isprintable()
     assert sorted(things.rglob("*")) == before
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from unclip_jax import distributed
+distributed.initialize()
+from tests.evaluation import test_protocol as here
+here.work.BLOCK = 16
+found = here.two(Path(sys.argv[1]))
+if found:
+    print("VALUES", *[row["value"] for row in found.facts["points"][0]["rows"]])
+"""
+
+
+def two(folder):
+    """The report of 40 pictures; None in other processes than the main one."""
+    own, shared = plan("kid,cmmd,clip_score"), work.Work(folder)
+    real = pictures.Real(shapes.Shapes("test", 32, 2), 40, {"data": "shapes", "size": 32})
+    known = reference.of_series(own.look("real", real, shared), own.networks, "clip")
+    return sweep.run(own, [sweep.Point("", {}, World(40, 1))], known, shared, {})
+
+
+@pytest.mark.multihost
+def test_two_processes_give_the_same_numbers(tmp_path, blocks_of_16):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"UNCLIP_COORDINATOR": address, "UNCLIP_PROCESSES": "2"}
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "shared")]
+    workers = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"UNCLIP_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        outs = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0] and "VALUES" not in outs[1]
+    values = [float(v) for v in next(line for line in outs[0].splitlines() if line.startswith("VALUES")).split()[1:]]
+    rows = two(tmp_path / "alone").facts["points"][0]["rows"]
+    np.testing.assert_allclose(values, [row["value"] for row in rows], rtol=1e-6)
