@@ -206,6 +206,16 @@ def test_foreign_statistics_serve_fid_alone(tmp_path):
         reference.load(tmp_path / "g.npz", network(), {"clip": network()}, 32)
 
 
+def test_numbers_too_unlike_are_refused_where_they_would_mislead(tmp_path):
+    _, _, known = measured(tmp_path)
+    own = plan("fid,precision_recall")
+    few = own.look("drawn", World(19, 1), work.Work(tmp_path))
+    with pytest.raises(protocol.UserError, match="19 drawn and 40 real pictures would mislead"):
+        own.measure(few, known)
+    with pytest.warns(UserWarning, match="19 drawn and 40 real pictures; its bias"):
+        assert len(plan("fid,kid").measure(few, known).rows) == 2
+
+
 def test_clip_looks_at_pictures_resized_as_clean_fid_does():
     clip = stack().tasks["clip"].model
     images = World(3, 1).make(["", "", ""], 0)
