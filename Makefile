@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and nothing else: each target makes its own virtual environment, .venv.
 #   make demo                      draw pictures from the bundled weights into out/demo
 #   make test                      run the tests;      make test ARGS="tests/test_launch.py -x"
+#   make evaluate                  measure the bundled weights, into out/evaluation
 #   make lint                      check the style
 #   make demo PYTHON=python3.12    with another Python
 # pip takes its index, mirror and certificates from your own pip configuration.
@@ -14,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean
+.PHONY: help demo test evaluate lint clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -25,6 +26,14 @@ demo: $(VENV)/.core-installed
 # On the CPU unless told otherwise: JAX_PLATFORMS=cuda make test
 test: $(VENV)/.dev-installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# Some minutes: alignment with the oracle's own prompts; drawn against real pictures; the same at several guidances.
+EVALUATE = $(BIN)/unclip evaluate --batch-size 40 --overwrite
+AGAINST = --data shapes --metrics fid,kid,precision_recall,cmmd,clip_score,shapes_oracle --work out/evaluation/work
+evaluate: $(VENV)/.core-installed
+	$(EVALUATE) --num 200 --out out/evaluation/alignment.json $(ARGS)
+	$(EVALUATE) --num 1000 $(AGAINST) --out out/evaluation/pictures.json $(ARGS)
+	$(EVALUATE) --num 500 $(AGAINST) --sweep guidance=1,2,4 --out out/evaluation/sweep.json $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

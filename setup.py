@@ -30,6 +30,7 @@ CORE = [
     "ml_collections>=1.1",
     "absl-py>=2.5.1",
     "numpy>=2.4",
+    "scipy>=1.17",  # jax needs it as well
     "pillow>=12.3",
     "matplotlib>=3.11",
     "tensorboardX>=2.6.5",

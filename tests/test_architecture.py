@@ -3,7 +3,7 @@
 Ranks (imports run strictly downwards; rank 0 is many small modules that may use each other, without cycles):
 
     7  cli
-    6  train  evaluate  plan  ui  interop  export  embed  demo
+    6  train  evaluation  plan  ui  interop  export  embed  demo
     5  pipeline
     4  stack  logs  edits  painting  reconstruction
     3  tasks  settings
@@ -30,7 +30,7 @@ RANKS = {
     3: "tasks settings",
     4: "stack logs edits painting reconstruction",
     5: "pipeline",
-    6: "train evaluate plan ui interop export embed demo",
+    6: "train evaluation plan ui interop export embed demo",
     7: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
@@ -285,7 +285,7 @@ def test_safe_code_passes(code):
     ("importer", "other", "allowed"),
     [
         ("cli", "train", True),
-        ("train", "evaluate", False),
+        ("train", "evaluation", False),
         ("tasks", "pipeline", False),
         ("models", "diffusion", False),
         ("nn", "diffusion", False),

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from unclip_jax import sharding
 from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
@@ -49,12 +51,14 @@ class UnCLIP(Edits, Painting, Reconstruction):
       tokenizer: the one that every stage was trained with.
       tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run. GLIDE
         has neither CLIP nor prior, Karlo's stack for variations has no prior.
+      mesh: the devices that share each batch; None: the first one does it all (see `spread`).
     """
 
     tokenizer: Tokenizer
     tasks: Mapping[str, Any]
     configs: Mapping[str, ConfigDict]
     params: Mapping[str, dict]
+    mesh: Mesh | None = None
     _programs: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -93,6 +97,14 @@ class UnCLIP(Edits, Painting, Reconstruction):
             configs={name: self.configs[name] for name in keep},
             params=self.params if isinstance(self.params, OnDemand) else {name: self.params[name] for name in keep},
         )
+
+    def spread(self, devices: Sequence | None = None) -> UnCLIP:
+        """The same stack with each batch split over `devices`, by default all of this host."""
+        mesh = sharding.make_mesh(devices=jax.local_devices() if devices is None else devices)
+        params = self.params
+        if not isinstance(params, OnDemand):
+            params = {name: jax.device_put(params[name], sharding.replicated(mesh)) for name in params}
+        return dataclasses.replace(self, params=params, mesh=mesh, _programs={})
 
     def settings(self, **changed) -> dict[str, dict]:
         """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in; of one prior.
@@ -146,6 +158,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         seed: int = 0,
         *,
         num: int = 1,
+        first: int = 0,
         batch_size: int = 8,
         return_stages: bool = False,
         progress: bool = True,
@@ -159,6 +172,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         Args:
           prompts: texts; "" is the null caption.
           seed: 0 … 2**32 - 1.
+          first: the number p of the first prompt, so that a long list can be drawn in parts.
           batch_size: pictures drawn at once.
           return_stages: give a `Drawn` with what the stages before the last made.
           progress: show a bar on a terminal.
@@ -174,7 +188,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
-        keys = picture_keys(seed, len(prompts), num)
+        keys = picture_keys(seed, len(prompts), num, first)
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def _draw(
@@ -207,12 +221,18 @@ class UnCLIP(Edits, Painting, Reconstruction):
         """One stage over all rows, some at a time, the last chunk filled up with copies of the last row."""
         total = len(jax.tree.leaves(rows)[0])
         size = min(batch_size, 1 << (total - 1).bit_length())
+        size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
         bar = None if progress else True
         program = self._program(stage, options, method)
         params, parts = self.params[stage], []
+        if self.mesh is not None:
+            params = jax.device_put(params, sharding.replicated(self.mesh))  # nothing to do but with low memory
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
-            parts.append(jax.device_get(program(params, *jax.tree.map(lambda x, at=chunk: x[at], rows))))
+            given = jax.tree.map(lambda x, at=chunk: x[at], rows)
+            if self.mesh is not None:
+                given = jax.device_put(given, sharding.batch_sharding(self.mesh))
+            parts.append(jax.device_get(program(params, *given)))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
             raise UserError(

@@ -1,5 +1,6 @@
 """A stack directory opened for sampling: its stages in the order they run, their weights read when asked for."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,12 +61,17 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
     Raises:
       UserError: no stack there, one that is damaged as far as can be told, or stages that do not belong together.
     """
-    described = describe_stack(_locate(path))
+    described = describe_stack(located(path))
     names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
     stages = {stage: described.stages[name] for stage, name in names.items()}
     _check_same_clip(described.path, stages)
     configs = {stage: stages[stage].config for stage in names}
     return Opened(described.tokenizer_json, _make_tasks(configs), configs, OnDemand(described.path, names, dtype))
+
+
+def identity(path: str | Path) -> str:
+    """16 hexadecimal digits of stack.json, which holds the SHA-256 of all weights: tells a stack from others."""
+    return hashlib.sha256((describe_stack(located(path)).path / "stack.json").read_bytes()).hexdigest()[:16]
 
 
 def _host() -> jax.Device | None:
@@ -76,7 +82,7 @@ def _host() -> jax.Device | None:
         return None
 
 
-def _locate(path: str | Path) -> Path:
+def located(path: str | Path) -> Path:
     """The directory of a bundled stack by its name, or of any stack by its path."""
     path = Path(path)
     bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}

@@ -206,6 +206,11 @@ def count(text: str) -> int:
     return _number(text, int, 1, 2**31 - 1, "a whole number of at least 1")
 
 
+def number_from(low: int):
+    """A whole number of at least `low`."""
+    return lambda text: _number(text, int, low, 2**31 - 1, f"a whole number of at least {low}")
+
+
 def seed(text: str) -> int:
     """Of the noise and the order of examples."""
     return _number(text, int, 0, 2**32 - 1, "a whole number in 0 … 4294967295")

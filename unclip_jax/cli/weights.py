@@ -25,7 +25,9 @@ def add_convert(commands) -> None:
     """Declares the command and its flags."""
     sub = command(commands, convert, "convert", "Make a stack of public weights, or the other way round.")
     way = sub.add_mutually_exclusive_group(required=True)
-    way.add_argument("--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip, open-clip, karlo or glide")
+    way.add_argument(
+        "--from", dest="origin", metavar="FORMAT", help="of PATH: hf-clip, open-clip, karlo, glide or inception"
+    )
     way.add_argument("--to", dest="target", metavar="FORMAT", help="to make of the stack PATH: hf-clip or karlo")
     sub.add_argument("path", metavar="PATH", help="a directory or file of weights, a hub's org/name, or a stack")
     sub.add_argument("out", metavar="OUT", help="the directory to make")

@@ -41,9 +41,10 @@ def step_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
 
-def picture_keys(seed: int, prompts: int, num: int) -> jax.Array:
-    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), prompt's index), own index)."""
-    return _picture_keys(np.uint32(seed), *np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num)))
+def picture_keys(seed: int, prompts: int, num: int, first: int = 0) -> jax.Array:
+    """key[prompts * num], one for each picture: fold_in(fold_in(key(seed), first + prompt's index), own index)."""
+    p, i = np.divmod(np.arange(prompts * num, dtype=np.uint32), np.uint32(num))
+    return _picture_keys(np.uint32(seed), p + np.uint32(first), i)
 
 
 @jax.jit

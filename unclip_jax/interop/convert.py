@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unclip_jax import weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import glide, hf_clip, karlo, open_clip
+from unclip_jax.interop import glide, hf_clip, inception, karlo, open_clip
 from unclip_jax.interop.files import Source, check_sha256, locate, read_json
 from unclip_jax.interop.stages import Converted
 
@@ -23,6 +23,8 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "hf-clip": hf_clip.write,
     "karlo": karlo.write_stack,
 }
+# Networks that are no stage of a stack: (where the weights lie, directory to make, overwrite) → its path.
+ALONE: dict[str, Callable[..., Path]] = {"inception": inception.convert}
 
 
 def convert_in(
@@ -37,7 +39,7 @@ def convert_in(
     """Writes the stack directory `out` from weights of the format `name`; returns its path.
 
     Args:
-      name: one of `READERS`.
+      name: one of `READERS`, or of `ALONE`, whose directory is no stack and holds float32.
       source: a local file or directory, or a hub's "org/name".
       tokenizer: a folder with the tokenizer, where there is none beside the weights.
       dtype: "float32" or "bfloat16", of the stored weights.
@@ -47,8 +49,10 @@ def convert_in(
     Raises:
       UserError: whatever keeps the weights from being read, understood or written, in one line.
     """
+    if name in ALONE:
+        return ALONE[name](locate(source), Path(out), overwrite)
     if name not in READERS:
-        raise UserError(f"format {name!r} is unknown", suggest(name, READERS))
+        raise UserError(f"format {name!r} is unknown", suggest(name, [*READERS, *ALONE]))
     _check(out, "stack.json", overwrite)
     found = locate(source)
     if sha256 is not None:

@@ -1,1 +1,1 @@
-"""Measures of pictures: whether they are what their captions claim."""
+"""Measures of pictures and embeddings: functions of arrays of features, in float64; no model is known here."""

@@ -28,8 +28,8 @@ from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "clip_identity", "load_clip", "load_stage", "make",
-    "measure", "measure_x0_variance", "measurer", "needs_clip",
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_numbers", "clip_identity", "load_clip",
+    "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -91,7 +91,7 @@ def make(config, clip: CLIP | None = None) -> Task:
     except TypeError as e:
         what = f"config of task {config.task} does not fit its network: {e}"
         raise UserError(what, "compare it with configs/") from e
-    _check_numbers(task)
+    check_numbers(task)
     return task
 
 
@@ -158,7 +158,7 @@ def measure_x0_variance(
     return sum(of_batch(frozen, params, next(batches), index) for index in range(count)) / count
 
 
-def _check_numbers(task: Task) -> None:
+def check_numbers(task: Task) -> None:
     """Raises UserError for shares outside [0, 1], and for sampler settings that would fail at the first drawing."""
     for name in SHARES:
         if not 0 <= getattr(task, name, 0) <= 1:

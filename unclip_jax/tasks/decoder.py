@@ -127,12 +127,13 @@ class DecoderTask:
 
         return denoise
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times, without dropout; None draws them, to train."""
         t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
         b = batch["image"].shape[0]
         keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
         keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
-        train = dict(train=True, rngs={"dropout": dropout})
+        train = dict(train=t is None, rngs={"dropout": dropout})
         if self.inpaint:
             holes = random_holes(jax.random.fold_in(rng, 1), b, self.image_size)
             batch = {**batch, "known": batch["image"], "keep": 1.0 - holes[..., None]}
@@ -141,7 +142,7 @@ class DecoderTask:
             self.schedule,
             denoise,
             x0,
-            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
+            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t,
             jax.random.normal(noise_rng, x0.shape),
             self.target,
             self.vlb_weight,

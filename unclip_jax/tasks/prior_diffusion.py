@@ -94,11 +94,12 @@ class PriorTask:
 
         return jax.lax.stop_gradient(x0), denoise
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times; None draws them, to train."""
         t_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
         b = batch["z_img"].shape[0]
         x0, denoise = self.x0_and_denoise(params, batch, jax.random.uniform(drop_rng, (b,)) >= self.text_drop)
-        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps)
+        t = jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t
         loss, metrics = diffusion_loss(self.schedule, denoise, x0, t, jax.random.normal(noise_rng, x0.shape), "x0")
         return loss.mean(), metrics
 

@@ -38,8 +38,8 @@ class UpsamplerTask:
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
       enlarge: how the small image is brought to the large one's size, "bicubic" or "linear" (GLIDE).
-      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …), and temperature, a factor on the first
-        noise (GLIDE: 0.997).
+      sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …), and temperature, a factor on the
+        first noise (GLIDE: 0.997).
     """
 
     model: UNet | Decoder
@@ -121,7 +121,8 @@ class UpsamplerTask:
         check_tiles(tile, overlap, align)
         return tile, overlap, align
 
-    def loss(self, params, batch, rng):
+    def loss(self, params, batch, rng, t=None):
+        """`t` i32[B] asks for the error at these times, without dropout; None draws them, to train."""
         if self.last_steps:
             what = f"objective.last_steps={self.last_steps} is for sampling with converted weights"
             raise UserError(what, "train with objective.last_steps=0")
@@ -129,13 +130,13 @@ class UpsamplerTask:
         b = batch["image"].shape[0]
         blurred = jax.random.uniform(blur_rng, (b, 1, 1, 1)) < self.blur_share
         low = jnp.where(blurred, gaussian_blur(batch["low"], self.blur), batch["low"])
-        train = dict(train=True, rngs={"dropout": dropout})
+        train = dict(train=t is None, rngs={"dropout": dropout})
         x0, denoise = self.x0_and_denoise(params, {**batch, "low": low}, **train)
         loss, metrics = diffusion_loss(
             self.schedule,
             denoise,
             x0,
-            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps),
+            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t,
             jax.random.normal(noise_rng, x0.shape),
             self.target,
             self.vlb_weight,

@@ -1,31 +1,17 @@
-"""evaluate: intervals against their defining equation, alignment on pictures whose truth is known."""
+"""evaluation.alignment: on pictures whose truth is known."""
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
 
-from unclip_jax import evaluate
 from unclip_jax.data import shapes
 from unclip_jax.data.shapes_world import COLOURS
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation import alignment
 
 N = 24
-
-
-@pytest.mark.parametrize(("k", "n"), [(1, 10), (8, 10), (150, 200), (199, 200)])
-def test_wilson_ends_are_the_shares_that_a_score_test_just_accepts(k, n):
-    for p in evaluate.wilson(k, n):
-        assert abs(k / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6)
-
-
-def test_wilson_is_sound_at_the_ends():
-    low, high = evaluate.wilson(0, 10)
-    assert low == 0 and high == pytest.approx(0.2775, abs=1e-4)  # z^2 / (n + z^2)
-    low, high = evaluate.wilson(10, 10)
-    assert low == pytest.approx(1 - 0.2775, abs=1e-4) and high == 1
 
 
 @pytest.fixture
@@ -51,7 +37,7 @@ def perfect(truth):
 
 
 def test_true_pictures_are_right(truth):
-    rows, seen = evaluate.alignment(perfect(truth), num=N)
+    rows, seen = alignment.alignment(perfect(truth), num=N)
     kinds = [" ".join((row["objects"], row["pairs"], str(row["n"]))) for row in rows]
     assert kinds == ["one seen 24", "one heldout 24", "two seen 24", "two heldout 24", "all all 96"]
     assert all(row["right"] >= 0.95 for row in rows)
@@ -60,7 +46,7 @@ def test_true_pictures_are_right(truth):
 
 
 def test_other_prompts_pictures_are_wrong(truth):
-    rows, _ = evaluate.alignment(lambda prompts: np.roll(perfect(truth)(prompts), 2 * N, 0), num=N)
+    rows, _ = alignment.alignment(lambda prompts: np.roll(perfect(truth)(prompts), 2 * N, 0), num=N)
     assert rows[-1]["right"] < 0.05
     assert rows[0]["attributes"]["count"] == {"n": N, "right": 0.0}  # two objects where one is claimed
 
@@ -75,14 +61,14 @@ def test_a_wrong_colour_is_told_apart_from_a_wrong_shape(truth):
     def draw(prompts):
         return pictures(recoloured(truth[prompt]) for prompt in prompts)
 
-    rows, _ = evaluate.alignment(draw, num=N, objects=["one"])
+    rows, _ = alignment.alignment(draw, num=N, objects=["one"])
     shares = rows[-1]["attributes"]
     assert rows[-1]["right"] == 0 == shares["colour"]["right"]
     assert shares["shape"]["right"] > 0.9 and shares["count"]["right"] > 0.9
 
 
 def test_held_out_prompts_hold_held_out_pairs(truth):
-    _, seen = evaluate.alignment(perfect(truth), num=N, objects=["two"])
+    _, seen = alignment.alignment(perfect(truth), num=N, objects=["two"])
 
     def holds(prompt):
         return any(shapes.is_held_out(o.shape, o.colour) for o in truth[prompt].objects)
@@ -91,11 +77,11 @@ def test_held_out_prompts_hold_held_out_pairs(truth):
 
 
 def test_the_table_and_the_sheet_tell_the_rows(truth):
-    rows, seen = evaluate.alignment(perfect(truth), num=4, objects=["one"])
-    lines = evaluate.table(rows).splitlines()
+    rows, seen = alignment.alignment(perfect(truth), num=4, objects=["one"])
+    lines = alignment.table(rows).splitlines()
     assert len(lines) == 1 + len(rows) and len({len(line.split("  ")[0]) for line in lines})
     assert lines[1].split()[:3] == ["one", "seen", "4"]
-    sheet = evaluate.sheet(seen)
+    sheet = alignment.sheet(seen)
     assert sheet.dtype == np.uint8 and sheet.shape[1] > 8 * 160
     json.dumps(rows)
 
@@ -103,4 +89,4 @@ def test_the_table_and_the_sheet_tell_the_rows(truth):
 @pytest.mark.parametrize(("bad", "words"), [({"num": 0}, "num=0"), ({"objects": ["four"]}, "'four'")])
 def test_bad_arguments_are_named(bad, words):
     with pytest.raises(UserError, match=words):
-        evaluate.alignment(lambda prompts: None, **bad)
+        alignment.alignment(lambda prompts: None, **bad)

@@ -1,4 +1,4 @@
-"""Measures what was trained: a stack by how well its pictures fit their prompts, a stage by its own metrics.
+"""How often pictures show what their prompts say, in the shapes world.
 
 `alignment` draws pictures from prompts of the shapes world and has each judged by `metrics.shapes_oracle`,
 apart for one and two objects, and for (shape, colour) pairs seen in training and held out of it: the held-out
@@ -6,61 +6,17 @@ ones tell whether the model composes or remembers.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.evaluation.report import Report, Samples, Table
+from unclip_jax.metrics.intervals import wilson
 
-METRICS = ("shapes_oracle",)
 OBJECTS = ("one", "two")
 PAIRS = {"seen": False, "heldout": True}
 KEYS = ("count", "shape", "colour", "size", "position", "relation", "background")
-
-
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval for a share of k in n (Wilson 1927), 95% by default; within [0, 1], sound for k = 0 and n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = k / n, z * z
-    centre, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return (0.0 if k == 0 else low), (1.0 if k == n else high)
-
-
-def stage(workdir, num: int = 200, seed: int = 0) -> dict:
-    """One trained stage's own metrics, by its averaged weights, on the split that its config holds out.
-
-    Args:
-      workdir: of a training run.
-      num: examples, rounded up to whole batches of the size trained with.
-      seed: of the order of the examples and of whatever is drawn.
-
-    Returns: {task, step, split, n, seed, metrics: {name: value}}.
-    """
-    from unclip_jax import checkpoint, data, tasks
-    from unclip_jax.data import loader
-    from unclip_jax.tokenizer import Tokenizer
-
-    params, config, step, text = checkpoint.load_params(workdir)
-    clip = tasks.load_clip(config.clip) if config.clip else None
-    if clip and clip.identity != config.clip_identity:
-        raise UserError(
-            f"{workdir} was trained with another CLIP than the one now in {config.clip}",
-            "put the CLIP that it was trained with back in that place",
-        )
-    task = tasks.make(config, clip.model if clip else None)
-    source = data.make(**{**config.data, "split": config.eval.split})
-    tokenizer = Tokenizer.from_json(text) if text else None
-    settings = {**config.loader, "num_workers": 0}
-    count = -(-num // config.batch_size)
-    stream = loader.batches(source, tokenizer, config.batch_size, seed=seed, **settings)
-    metrics = tasks.measure(task, {"clip": clip.params} if clip else {}, params, stream, count, seed)
-    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        raise UserError(f"{bad[0]} of {workdir} is not a finite number", "use an earlier checkpoint")
-    facts = {"task": config.task, "step": step, "split": config.eval.split}
-    return {**facts, "n": count * config.batch_size, "seed": seed, "metrics": metrics}
 
 
 def alignment(
@@ -156,3 +112,20 @@ def sheet(seen: dict[str, tuple], each: int = 16) -> np.ndarray:
             images.append(picture)
     images = np.stack(images)
     return grid(images, 8, labels=labels, scale=max(1, -(-160 // images.shape[2])), pad=4)
+
+
+def as_report(facts: dict, seen: dict[str, tuple], each: int = 8) -> Report:
+    """What `alignment` gave, for `report.write`. facts: with its rows as "results"."""
+    columns = ["objects", "pairs", "n", "right %", "95% from", "to", *(f"{key} %" for key in KEYS)]
+    rows = []
+    for row in facts["results"]:
+        shares = [row["attributes"].get(key) for key in KEYS]
+        percent = [100 * row["right"], 100 * row["low"], 100 * row["high"]]
+        rows.append([row["objects"], row["pairs"], row["n"], *percent, *(s and 100 * s["right"] for s in shares)])
+    samples = []
+    for kind, (prompts, pictures, verdicts) in seen.items():
+        wrong = [", ".join(key for key in KEYS if not v.get(key, True)) for v in verdicts[:each]]
+        labels = [f"[{'wrong ' + w if w else 'right'}] {p}" for w, p in zip(wrong, prompts, strict=False)]
+        samples.append(Samples(kind, pictures[:each], labels))
+    title = f"Alignment of {facts['model']}: {facts['num']} prompts of each kind"
+    return Report(title, facts, [Table("Share of pictures", columns, rows)], samples=samples)

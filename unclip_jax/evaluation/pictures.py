@@ -1,0 +1,212 @@
+"""Where pictures to measure come from: a stack that draws captions, a folder of drawn ones, a source of real ones.
+
+Each is a sequence that is read block by block, so that no more than a block of pictures is ever in memory.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from unclip_jax import data, gallery
+from unclip_jax.data import folder as data_folder
+from unclip_jax.data.images import FORMATS, SUFFIXES, BadImage, center_crop_resize, open_image
+from unclip_jax.errors import UserError
+
+MAX_BAD = 0.01  # share of pictures that may be unreadable
+MAX_INDEX_BYTES = 256 << 20
+
+
+class Block(NamedTuple):
+    """Pictures u8[n, S, S, 3], their captions (None where there are none), and how many were unreadable."""
+
+    images: np.ndarray
+    captions: list[str] | None
+    bad: int = 0
+
+
+class Pictures(Protocol):
+    """What the protocol measures."""
+
+    about: dict[str, Any]  # JSON values that decide every pixel
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def block(self, start: int, stop: int) -> Block:
+        """Pictures start … stop - 1."""
+
+
+class Drawn:
+    """Pictures that a stack draws, picture i decided by caption i, its index, the seed and the settings alone.
+
+    Args:
+      draw: (captions, index of the first) → u8[N, S, S, 3].
+      captions: one for each picture.
+      size: S.
+      about: JSON values that decide, with the captions, what is drawn: the model's identity, seed, settings.
+    """
+
+    def __init__(self, draw: Callable[[Sequence[str], int], np.ndarray], captions: Sequence[str], size: int, about):
+        self.draw, self.captions, self.size = draw, list(captions), size
+        self.about = {**about, "captions": digest("\0".join(self.captions))}
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def block(self, start: int, stop: int) -> Block:
+        texts = self.captions[start:stop]
+        return Block(self.draw(texts, start), texts)
+
+
+class Real:
+    """The first `num` pictures of a data source."""
+
+    def __init__(self, source, num: int, about: dict):
+        if num > len(source):
+            raise UserError(f"num={num} is more than the {len(source)} pictures of '{source.name}'", "lower --num")
+        self.source, self.num, self.size, self.about = source, num, source.size, about
+
+    def __len__(self) -> int:
+        return self.num
+
+    def block(self, start: int, stop: int) -> Block:
+        return _readable(lambda i: (self.source[i]["image"], self.source[i]["caption"]), start, stop, self.num)
+
+    def captions(self) -> list[str]:
+        """Of all."""
+        if isinstance(self.source, data_folder.Folder):  # they are known without reading pictures
+            return [caption for _, caption in self.source.records[: self.num]]
+        return [self.source[i]["caption"] for i in range(self.num)]
+
+
+class Folder:
+    """Pictures in a folder, all of one size: as `unclip sample` wrote them, or any, with captions or without.
+
+    Args:
+      path: the folder. Captions come from pictures.json (of `unclip sample`), or as the data source "folder" has them.
+      num: the first so many; None: all.
+
+    Raises:
+      UserError: no pictures, of several sizes, one named twice, or fewer than `num`.
+    """
+
+    def __init__(self, path: str | os.PathLike, num: int | None = None):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"images={str(path)!r} is not a folder", "give a folder of pictures")
+        self.files, self.captions = _listed(self.path)
+        if doubled := [file for file, count in Counter(self.files).items() if count > 1]:
+            raise UserError(f"{self.path} names {doubled[0]} more than once", "measure each picture once")
+        if num is not None and num > len(self.files):
+            raise UserError(f"num={num} is more than the {len(self.files)} pictures in {path}", "lower --num")
+        self.files = self.files[:num]
+        self.size, self.bytes = self._look()
+        self.about = {"images": self.path.resolve().name, "files": digest("\0".join(self.files)), "bytes": self.bytes}
+
+    def _look(self) -> tuple[int, int]:
+        """The side of the middle squares, from the files' headers; and the bytes of all files."""
+        sizes, total = {}, 0
+        for file in self.files:
+            total += (self.path / file).stat().st_size
+            try:
+                with Image.open(self.path / file, formats=FORMATS) as image:
+                    sizes.setdefault(image.size, file)
+            except Exception:  # decoders raise nearly anything; it is counted when the picture is read
+                continue
+        if not sizes:
+            raise UserError(f"none of the {len(self.files)} pictures in {self.path} can be read")
+        if len(sizes) > 1:
+            (a, first), (b, second) = list(sizes.items())[:2]
+            what = f"{self.path} holds pictures of several sizes: {first} has {a[0]}x{a[1]}, {second} {b[0]}x{b[1]}"
+            raise UserError(what, "bring all to one size before they are measured")
+        return min(next(iter(sizes))), total
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def block(self, start: int, stop: int) -> Block:
+        def read(i):
+            image = center_crop_resize(open_image(self.path / self.files[i]), self.size)
+            return image, self.captions[i] if self.captions else None
+
+        block = _readable(read, start, stop, len(self))
+        return block if self.captions else block._replace(captions=None)
+
+
+def source(name: str, size: int, seed: int = 0, path: str | None = None) -> tuple[Any, dict]:
+    """The data source "NAME" or "NAME:SPLIT" (the split "test", of a folder "all"), and what decides its pictures."""
+    name, _, split = name.partition(":")
+    split = split or ("all" if name == "folder" else "test")
+    opened = data.make(name, split, size=size, seed=seed, **({} if path is None else {"path": path}))
+    about = {"data": name, "split": split, "size": size, "seed": seed, "length": len(opened)}
+    if path is not None:
+        folder = Path(path)
+        files = sorted({file for file, _ in opened.records})
+        about |= {"path": folder.resolve().name, "files": digest("\0".join(files))}
+        about["bytes"] = sum((folder / file).stat().st_size for file in files)
+    return opened, about
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _listed(path: Path) -> tuple[list[str], list[str] | None]:
+    """(files, captions or None) of a folder."""
+    if (path / gallery.INDEX).is_file():
+        return _from_index(path)
+    names = [p.name for p in path.iterdir()]
+    if not any(n.lower().endswith(SUFFIXES) for n in names) and not any((path / n).is_dir() for n in names):
+        what = "is empty" if not names else f"holds no pictures, but {', '.join(sorted(names)[:3])}"
+        raise UserError(f"{path} {what}", f"pictures end in {', '.join(SUFFIXES)}")
+    has_texts = any(n in ("captions.jsonl", "captions.csv") for n in names) or next(path.rglob("*.txt"), None)
+    found = data_folder.Folder(str(path), "all", size=1, captions=bool(has_texts)).records
+    return [file for file, _ in found], [caption for _, caption in found] if has_texts else None
+
+
+def _from_index(path: Path) -> tuple[list[str], list[str]]:
+    index = path / gallery.INDEX
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise UserError(f"{index} is longer than {MAX_INDEX_BYTES} bytes")
+        entries = json.loads(index.read_text(encoding="utf-8"))["pictures"]
+        files, captions = [str(e["file"]) for e in entries], [str(e["prompt"]) for e in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is not as `unclip sample` writes it ({type(error).__name__})") from None
+    if unsafe := [file for file in files if Path(file).name != file]:
+        raise UserError(f"{index} names {unsafe[0]!r}, which is outside the folder", "do not trust it")
+    if missing := [file for file in files if not (path / file).is_file()]:
+        what = f"{index} has captions of {len(files)} pictures, and {len(missing)} are missing: {missing[0]}"
+        raise UserError(what, "copy the whole folder again")
+    if not files:
+        raise UserError(f"{index} names no pictures")
+    return files, captions
+
+
+def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -> Block:
+    """The pictures that can be read; UserError when too many cannot."""
+    images, captions, bad = [], [], []
+    for i in range(start, stop):
+        try:
+            image, caption = read(i)
+            images.append(image)
+            captions.append(caption)
+        except BadImage as error:
+            bad.append(str(error))
+    if bad:
+        if len(bad) > MAX_BAD * total or not images:
+            raise UserError(
+                f"{len(bad)} of {stop - start} pictures cannot be read, more than {MAX_BAD:.0%} of all; one: {bad[0]}",
+                "remove them or mend them",
+            )
+        warnings.warn(f"{len(bad)} pictures left out; one: {bad[0]}", stacklevel=2)
+    return Block(np.stack(images), captions, len(bad))

@@ -1,0 +1,251 @@
+"""A report as JSON for programs, Markdown for notes, and one page for people; and two reports side by side.
+
+The page is whole in itself: pictures and plots are inside, no script, nothing is fetched. Whatever comes from outside
+(captions, names of files) is escaped.
+"""
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import unclip_jax
+from unclip_jax import gallery
+from unclip_jax.errors import UserError
+
+MAX_REPORT_BYTES = 64 << 20
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;
+max-width:1100px;margin:2em auto;padding:0 1em}
+h1{font-size:1.5em}
+h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse;margin:.6em 0}
+th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}td.n,th.n{text-align:right;
+font-variant-numeric:tabular-nums}
+.warn{background:#fff4e0;border-left:4px solid #c77700;padding:.4em .8em;margin:.4em 0}
+.grid{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0;width:132px;font-size:12px;line-height:1.3;
+overflow-wrap:anywhere}figure img{width:128px;height:128px;image-rendering:pixelated;border:1px solid #ccc}
+pre{background:#f6f6f6;padding:.7em;overflow:auto;font-size:12px}svg{max-width:100%;height:auto}"""
+
+
+class Table(NamedTuple):
+    """Cells by row; numbers are set to the right. In Markdown and on the page alike."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+class Samples(NamedTuple):
+    """Some pictures u8[N, S, S, 3] and a caption for each, or none."""
+
+    title: str
+    images: np.ndarray
+    captions: Sequence[str]
+
+
+class Report(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      title: of it all.
+      facts: JSON values, what `--out` stores: settings, versions, hashes, every number.
+      tables, plots (title, SVG), samples, warnings: for people.
+    """
+
+    title: str
+    facts: dict
+    tables: Sequence[Table] = ()
+    plots: Sequence[tuple[str, str]] = ()
+    samples: Sequence[Samples] = ()
+    warnings: Sequence[str] = ()
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers may depend on."""
+    import jax
+    import jaxlib
+    import scipy
+
+    return {
+        "unclip_jax": unclip_jax.__version__, "python": platform.python_version(), "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    }  # fmt: skip
+
+
+def check_files(out: str, overwrite: bool) -> Path:
+    """The .json file, beside which .md and .html are written; UserError for what is there or cannot be written."""
+    file = gallery.check_file(out, ".json", overwrite)
+    for suffix in (".md", ".html"):
+        gallery.check_file(str(file.with_suffix(suffix)), suffix, overwrite)
+    return file
+
+
+def write(file: Path, report: Report) -> None:
+    """Writes FILE.json, FILE.md and FILE.html, each whole or not at all."""
+    gallery.write_text(file, json.dumps(report.facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    gallery.write_text(file.with_suffix(".md"), markdown(report))
+    gallery.write_text(file.with_suffix(".html"), page(report))
+
+
+def read(file: str) -> dict:
+    """The facts of a report; UserError where that file is none."""
+    path = Path(file)
+    try:
+        if path.stat().st_size > MAX_REPORT_BYTES:
+            raise UserError(f"{file} is larger than {MAX_REPORT_BYTES} bytes")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"report {file!r} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"report {file!r} is not JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"report {file!r} must hold a JSON object")
+    return facts
+
+
+def plain(table: Table) -> str:
+    """For the terminal."""
+    cells = [list(table.columns), *([_cell(c) for c in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    number = [isinstance(c, (int, float)) for c in table.rows[0]] if table.rows else [False] * len(widths)
+    sides = ["rjust" if n else "ljust" for n in number]
+    lines = [
+        "  ".join(getattr(c, side)(w) for c, side, w in zip(line, sides, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    return "\n".join(lines)
+
+
+def markdown(report: Report) -> str:
+    """Tables and settings; pictures and plots are on the page."""
+    parts = [f"# {_md(report.title)}", *(f"> {_md(text)}" for text in report.warnings)]
+    for title, columns, rows in report.tables:
+        lines = [f"## {_md(title)}", "", "| " + " | ".join(map(_md, columns)) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_md(_cell(cell)) for cell in row) + " |" for row in rows]
+        parts.append("\n".join(lines))
+    settings = {k: v for k, v in report.facts.items() if k not in ("points", "results")}
+    parts.append("## Settings\n\n```json\n" + json.dumps(settings, indent=2).replace("`", "'") + "\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def page(report: Report) -> str:
+    """One HTML file."""
+    parts = [f"<h1>{escape(report.title)}</h1>", *(f'<p class="warn">{escape(text)}</p>' for text in report.warnings)]
+    for title, svg in report.plots:
+        parts.append(f"<h2>{escape(title)}</h2>{svg}")
+    parts += [f"<h2>{escape(table.title)}</h2>{_html_table(table)}" for table in report.tables]
+    for title, images, captions in report.samples:
+        captions = list(captions) or [""] * len(images)
+        cells = [
+            f'<figure><img alt="" src="{data_uri(image)}"><figcaption>{escape(text)}</figcaption></figure>'
+            for image, text in zip(images, captions, strict=False)
+        ]
+        parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(cells)}</div>')
+    settings = {k: v for k, v in report.facts.items() if k not in ("points", "results")}
+    parts.append(f"<h2>Settings</h2><pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>")
+    return html(report.title, "\n".join(parts), POLICY)
+
+
+def html(title: str, body: str, policy: str, style: str = STYLE) -> str:
+    """A whole document under a content security policy."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+        f"<style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def data_uri(image: np.ndarray) -> str:
+    """u8[H, W, 3] as the address of a PNG that is in itself."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _html_table(table: Table) -> str:
+    def line(cells, tag):
+        made = [
+            f"<{tag}{' class=n' if isinstance(value, (int, float)) else ''}>{escape(_cell(value))}</{tag}>"
+            for value in cells
+        ]
+        return f"<tr>{''.join(made)}</tr>"
+
+    return f"<table>{line(table.columns, 'th')}{''.join(line(row, 'td') for row in table.rows)}</table>"
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _md(text) -> str:
+    """Text that Markdown leaves as it is: no HTML, no table bars, one line."""
+    text = " ".join(str(text).split())
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, "\\" + mark)
+    return escape(text, quote=False)
+
+
+def rows_of(facts: Mapping, file: str) -> dict[tuple[str, str], dict]:
+    """{(point, metric): row} of a report of pictures."""
+    try:
+        found = {(p["label"], row["name"]): row for p in facts["points"] for row in p["rows"]}
+        for row in found.values():
+            float(row["value"])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{file} is no report of pictures ({type(error).__name__})"
+        raise UserError(what, "give what `--out` wrote") from None
+    if not found:
+        raise UserError(f"{file} holds no numbers")
+    return found
+
+
+def compare(first: str, second: str) -> Report:
+    """Two reports of pictures side by side: every number that both have, and what makes them not comparable."""
+    if Path(first).resolve() == Path(second).resolve():
+        raise UserError(f"both reports are {first!r}", "give two")
+    sides = [read(file) for file in (first, second)]
+    found = [rows_of(facts, file) for facts, file in zip(sides, (first, second), strict=True)]
+    single = all(len({label for label, _ in rows}) == 1 for rows in found)
+    if single:  # two runs of one setting each compare whatever the settings are
+        found = [{("", name): row for (_, name), row in rows.items()} for rows in found]
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        raise UserError(f"{first} and {second} have no metric and setting in common")
+    said = []
+    for key in ("data", "networks", "num", "reference"):
+        if sides[0].get(key) != sides[1].get(key):
+            said.append(f"{key} differs: these numbers are not comparable, unless that is what you compare")
+    rows, numbers = [], []
+    for label, name in both:
+        a, b = (side[label, name] for side in found)
+        apart = _apart(a, b)
+        change = b["value"] - a["value"]
+        rows.append([label or "–", name, _with_range(a), _with_range(b), float(change), apart])
+        numbers.append({"point": label, "name": name, "first": a, "second": b, "change": change, "intervals": apart})
+    facts = {"kind": "comparison", "files": [Path(f).name for f in (first, second)], "results": numbers}
+    facts |= {"versions": [side.get("versions") for side in sides], "warnings": said}
+    columns = ["setting", "metric", Path(first).name, Path(second).name, "change", "95% intervals"]
+    title = f"{Path(first).name} and {Path(second).name}"
+    return Report(title, facts, [Table("Numbers", columns, rows)], warnings=said)
+
+
+def _apart(a: Mapping, b: Mapping) -> str:
+    if None in (a["low"], a["high"], b["low"], b["high"]):
+        return "none"
+    return "apart" if a["high"] < b["low"] or b["high"] < a["low"] else "overlap"
+
+
+def _with_range(row: Mapping) -> str:
+    low, high = row["low"], row["high"]
+    return _cell(float(row["value"])) + ("" if low is None else f" [{_cell(float(low))}, {_cell(float(high))}]")
