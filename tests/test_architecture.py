@@ -29,7 +29,7 @@ RANKS = {
     3: "tasks",
     4: "stack logs",
     5: "pipeline",
-    6: "train evaluate plan ui interop export embed demo",
+    6: "train evaluate plan plan_count ui interop export embed demo",
     7: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}

@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import unclip_jax
-from unclip_jax.cli import data, evaluate, sample, train, weights
+from unclip_jax.cli import data, evaluate, plan, sample, train, weights
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
@@ -23,6 +23,7 @@ COMMANDS = (
     weights.add_export,
     weights.add_convert,
     data.add,
+    plan.add,
 )
 
 
