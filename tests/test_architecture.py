@@ -2,15 +2,16 @@
 
 Ranks (imports run strictly downwards; rank 0 is many small modules that may use each other, without cycles):
 
-    7  cli
-    6  train  evaluation  plan  ui  interop  export  embed  demo
+    8  cli
+    7  plan
+    6  train  evaluation  ui  interop  export  embed  demo
     5  pipeline
     4  stack  logs  edits  painting  reconstruction
     3  tasks  settings
     2  models
     1  diffusion  nn
     0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
-       pca
+       pca  plan_count
 """
 
 import ast
@@ -24,14 +25,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
-    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca",
+    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca plan_count",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
     4: "stack logs edits painting reconstruction",
     5: "pipeline",
-    6: "train evaluation plan ui interop export embed demo",
-    7: "cli",
+    6: "train evaluation ui interop export embed demo",
+    7: "plan",
+    8: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
 # A part named here imports these and itself, nothing else of the package, whatever their rank.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.errors import UserError, suggest
 
@@ -19,13 +19,17 @@ AXES = ("data", "fsdp", "tensor")
 FSDP_MIN_SIZE = 2**16  # elements; below this a gather costs more than the copy it saves
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | None = None) -> Mesh:
-    """The mesh of all devices, or of `devices`; one axis may be -1, which takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence | int | None = None):
+    """The Mesh of all devices, or of `devices`; one axis may be -1, which takes what the others leave.
+
+    Of a number of devices: an AbstractMesh, which has shardings and shapes but runs nothing.
 
     Raises:
       UserError: the product of the axes is not the number of devices.
     """
-    count = len(jax.devices() if devices is None else devices)
+    if not isinstance(devices, int):
+        devices = jax.devices() if devices is None else devices
+    count = devices if isinstance(devices, int) else len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     spelled = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if any(isinstance(s, bool) or not isinstance(s, int) or s == 0 or s < -1 for s in sizes.values()):
@@ -43,9 +47,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
             f"leave mesh.data=-1 and choose fsdp and tensor so that their product is one of {divisors}",
         )
     # Explicit axes, jax's default, break gradients of Linen modules.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    kinds, shape = (AxisType.Auto,) * len(AXES), tuple(sizes.values())
+    if isinstance(devices, int):
+        return AbstractMesh(shape, AXES, axis_types=kinds)
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=kinds)
 
 
 def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE):

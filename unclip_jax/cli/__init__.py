@@ -10,7 +10,20 @@ import sys
 import warnings
 
 import unclip_jax
-from unclip_jax.cli import blend, data, edit, evaluate, inpaint, probe, reconstruct, sample, train, vary, weights
+from unclip_jax.cli import (
+    blend,
+    data,
+    edit,
+    evaluate,
+    inpaint,
+    plan,
+    probe,
+    reconstruct,
+    sample,
+    train,
+    vary,
+    weights,
+)
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
@@ -29,6 +42,7 @@ COMMANDS = (
     weights.add_export,
     weights.add_convert,
     data.add,
+    plan.add,
 )
 
 

@@ -1,0 +1,177 @@
+"""FLOPs against closed forms, HLO traffic against what was written, memory against what devices hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny_runs
+from unclip_jax import cli, plan, sharding
+from unclip_jax.errors import UserError
+from unclip_jax.nn.transformer import Transformer
+from unclip_jax.plan_count import Collective, count_flops, read_hlo
+
+
+def shape(*dims):
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+def test_flops_of_products_and_convolutions():
+    assert count_flops(jnp.matmul, shape(5, 7, 3), shape(5, 3, 11)) == 2 * 5 * 7 * 3 * 11
+    assert count_flops(lambda a, b: a @ b @ b, shape(4, 6), shape(6, 6)) == 2 * 2 * 4 * 6 * 6
+
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, w = shape(2, 8, 8, 3), shape(3, 3, 3, 5)
+    forward = 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
+    assert count_flops(conv, x, w) == forward
+    gradient = count_flops(jax.grad(lambda x, w: conv(x, w).sum(), (0, 1)), x, w)
+    assert 2 * forward <= gradient <= 3 * forward * 1.2  # both gradients cost what the forward pass does, at least
+
+
+def test_loops_count_as_often_as_they_run():
+    """A scanned Transformer has the FLOPs of its layers one by one, and of the closed form."""
+    width, heads, length, layers, batch = 32, 2, 10, 6, 3
+    x = shape(batch, length, width)
+
+    def flops(count):
+        net = Transformer(width, count, heads)
+        params = jax.eval_shape(net.init, jax.random.key(0), x)
+        return count_flops(lambda params, x: net.apply(params, x), params, x)
+
+    tokens = batch * length
+    one = 2 * tokens * width * width * 12 + 2 * 2 * tokens * length * width
+    assert flops(layers) == layers * flops(1) == layers * one
+
+
+def test_branches_count_the_dearest_and_recomputation_counts():
+    a = shape(8, 8)
+    one = 2 * 8**3
+    both = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x)  # noqa: E731
+    assert count_flops(both, a) == 2 * one
+    f = lambda x: jnp.sin(jnp.sin(x @ x) @ x).sum()  # noqa: E731
+    assert count_flops(jax.grad(jax.checkpoint(f)), a) > count_flops(jax.grad(f), a)
+
+
+HLO = """HloModule m, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%body.1 (p.1: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p.1 = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %g.1 = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %ag.1 = bf16[16,8]{1,0} all-gather(%g.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %f.1 = bf16[4,8]{1,0} fusion(%ag.1, %g.1), kind=kLoop, calls=%fused
+  ROOT %t.1 = (s32[], bf16[4,8]{1,0}) tuple(%c.1, %f.1)
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %start = f32[8]{0} all-reduce-start(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %done = f32[8]{0} all-reduce-done(%start)
+  %cps = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%done), source_target_pairs={{0,1},{1,0}}
+  %cpd = f32[8]{0} collective-permute-done(%cps)
+  %w = (s32[], bf16[4,8]{1,0}) while(%init), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"24"}}
+  ROOT %out = f32[8]{0} add(%cpd, %x)
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_a_written_program():
+    found = read_hlo(HLO)
+    rows = {(c.kind, c.group): (c.count, c.bytes) for c in found.collectives}
+    assert rows[("all-gather", 4)] == (24, 24 * 16 * 8 * 2)
+    assert rows[("all-reduce", 2)] == (1, 32)
+    assert rows[("collective-permute", 2)][0] == 1 and 32 <= rows[("collective-permute", 2)][1] <= 40
+    loop = 24 * ((16 * 8 + 4 * 8) * 2 + (4 * 8 + 16 * 8 + 4 * 8) * 2)
+    assert found.bytes >= loop + 3 * 32  # and the transfers outside it
+    named = HLO.replace("[2,4]<=[8]", "mesh['a'=4,'b'=8] {'a','b':(2)2}")
+    assert {c.group for c in read_hlo(named).collectives if c.kind == "all-gather"} == {8}
+    assert Collective("all-reduce", 4, 1, 100.0).wire_bytes == 2 * 100 * 3 / 4
+    assert Collective("reduce-scatter", 4, 1, 25.0).wire_bytes == 100 * 3 / 4
+
+
+def test_collectives_of_a_compiled_program():
+    """Eight simulated devices: a scan of 5 products with weights split over them gathers or reduces 5 times."""
+    mesh = sharding.make_mesh(fsdp=8, data=1)
+    weights = jax.ShapeDtypeStruct(
+        (5, 64, 64), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))  # fmt: skip
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+    run = jax.jit(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
+    found = read_hlo(run.lower(x, weights).compile().as_text())
+    assert sum(c.count for c in found.collectives) % 5 == 0 and found.collectives
+    assert {c.group for c in found.collectives} == {8}
+
+
+@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+def test_held_bytes_are_those_that_a_device_holds(stage):
+    """The abstract run against a real state under the same shardings."""
+    config = tiny_runs.config(stage, mesh__fsdp=4)
+    clip = tiny_runs.config("clip") if stage in ("prior_diffusion", "decoder") else None
+    run = plan.abstract(config, jax.devices(), clip)
+    state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), run.state)
+    device = jax.devices()[3]
+    real = sum(s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.device == device)
+    report = plan.plan_train(run, "h100", compiled=False)
+    assert sum(report.held[k] for k in ("parameters", "average", "optimizer")) == real - 4  # but for the step
+    assert 0 < report.model_flops <= report.flops and report.peak > real and report.fits
+    assert plan.plan_train(plan.abstract(config, 8, clip), "h100", compiled=False).held == report.held
+
+
+def test_a_compiled_step_reports_what_the_compiler_says():
+    report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), jax.devices()), "v5e")
+    assert report.peak and report.traffic and report.collectives and report.fits
+    assert set(report.seconds) == {"compute", "memory", "links"} and 0 < report.mfu_ceiling < 1
+    assert "fits" in plan.table([report]) and "predicted" in plan.table([report])
+
+
+def run_cli(capsys, *argv):
+    code = cli.main(["plan", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_plans_the_papers_prior_on_gpus(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    code, said, _ = run_cli(
+        capsys, "--config", "configs/dalle2/prior_diffusion.py", "--device", "h100:64", "--out", out)  # fmt: skip
+    assert code == 0 and "rough estimate" in said and "fits" in said and out.is_file()
+    code, said, _ = run_cli(capsys, "--config", "configs/dalle2/decoder.py", "--device", "h100:32")
+    assert code == 1 and "DOES NOT FIT" in said
+
+
+BAD = {
+    "topology": (["--topology", "v5q:4x4"], "CHIP one of v4, v5e"),
+    "shape": (["--topology", "v5e:4by4"], "such as v5e:4x4"),
+    "gpu": (["--device", "h100x8"], "did you mean 'h100'"),
+    "count": (["--device", "h100:0"], "GPU or GPU:COUNT"),
+    "neither": ([], "required"),
+    "batch": (["--device", "h100:12", "--config.mesh.fsdp=12"], "batch_size=4096 must be a multiple of 12"),
+    "clip": (["--device", "h100:8", "--clip", "configs/dalle2/decoder.py"], "--clip configs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line(case, capsys):
+    argv, match = BAD[case]
+    code, _, err = run_cli(capsys, "--config", "configs/dalle2/prior_diffusion.py", *argv)
+    assert code == 2 and match in err and len(err.splitlines()) == 1
+
+
+def test_no_mesh_fits_a_search():
+    with pytest.raises(UserError, match="no mesh"):
+        plan.search(tiny_runs.config("clip", batch_size=7), 8, "h100")
+
+
+def test_a_search_ranks_what_fits_first():
+    reports = plan.search(tiny_runs.config("clip", batch_size=32), 8, "h100")
+    assert all(r.fits for r in reports) and {r.mesh["fsdp"] for r in reports} == {1, 2, 4, 8}
+    assert reports[0].mesh["fsdp"] == 1 and reports[0].batch_size == 32
+
+
+@pytest.mark.tpu
+def test_a_step_compiles_for_a_slice_that_is_not_here():
+    pytest.importorskip("libtpu", reason="libtpu is not installed (extra [tpu])")
+    chip, devices = plan.tpu_devices("v5e:2x2")
+    report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), devices), chip)
+    assert chip == "v5e" and report.devices == 4 and report.fits and report.collectives
+
+

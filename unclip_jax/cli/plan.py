@@ -1,0 +1,63 @@
+"""`unclip plan`."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from unclip_jax.cli.arguments import command, count, done
+from unclip_jax.errors import UserError
+
+
+def add(commands) -> None:
+    """Declares the command and its flags."""
+    sub = command(commands, run, "plan", "Compile a config for devices that are not here: memory, FLOPs, time.",
+                  epilog="Any number of --config.key=value change the config.")  # fmt: skip
+    sub.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="as for unclip train")
+    where = sub.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="CHIP:AxB[xC]", help="a TPU slice, such as v5e:4x4 or v5p:4x8x8")
+    where.add_argument("--device", metavar="GPU:COUNT", help="a100, h100 or h200: arithmetic only, nothing compiled")
+    sub.add_argument("--slices", type=count, default=1, help="TPU slices joined by the data-centre network (1)")
+    sub.add_argument("--clip", metavar="FILE[:VARIANT]", help="config of the CLIP (default: clip.py beside the config)")
+    sub.add_argument("--what", default="train", choices=("train", "sample", "both"))
+    sub.add_argument("--search", action="store_true", help="try meshes and batch sizes, best first")
+    sub.add_argument("--out", metavar="FILE.json", help="write the numbers")
+    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
+    sub.set_defaults(block="config")
+    done(sub)
+
+
+def run(args) -> int:
+    """Prints the plan; 1 where a step does not fit."""
+    import json
+
+    from unclip_jax import gallery
+    from unclip_jax.config import load_config
+
+    report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
+    config = load_config(args.config, args.overrides)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is asked, no device is used
+    from unclip_jax import plan, tasks
+
+    clip = None
+    if config.task in tasks.WITH_CLIP:
+        beside = Path(args.config.partition(":")[0]).with_name("clip.py")
+        if not (args.clip or beside.is_file()):
+            raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip FILE[:VARIANT]")
+        clip = load_config(args.clip or str(beside))
+    compiled = args.topology is not None
+    if compiled:
+        chip, devices = plan.tpu_devices(args.topology, args.slices)
+    else:
+        chip, devices = plan.gpu_devices(args.device)
+    if args.search:
+        reports = plan.search(config, devices, chip, clip)
+    else:
+        made = plan.abstract(config, devices, clip)
+        kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
+        kinds["both"] = kinds["train"] + kinds["sample"]
+        reports = [kind(made, chip, compiled) for kind in kinds[args.what]]
+    print(plan.table(reports, f"{args.config}: predictions, not measurements"))
+    if report_file:
+        rows = [{**dataclasses.asdict(r), "fits": r.fits, "seconds": r.seconds} for r in reports]
+        gallery.write_text(report_file, json.dumps(rows, indent=2) + "\n")
+    return 0 if reports[0].fits else 1

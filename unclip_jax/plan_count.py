@@ -1,0 +1,190 @@
+"""FLOPs counted from a program's jaxpr, and bytes moved from its compiled HLO, loops multiplied out in both.
+
+XLA's own cost analysis counts the body of a loop once, so a scanned Transformer of 24 layers would seem to be one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+         "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What names, splits or moves nothing in memory.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+        "while", "conditional", "call", "copy-done", "iota", "opt-barrier"}  # fmt: skip
+
+
+def count_flops(function, *args) -> float:
+    """Multiplications and additions of matrix products and convolutions in `function(*args)`; args may be shapes."""
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr_flops(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
+            total += 2.0 * eqn.outvars[0].aval.size * inner
+        elif name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(kernel) / kernel[numbers[0]] / _zeros(eqn)
+        else:
+            inner = [_jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
+            if inner:
+                total += max(inner) if name == "cond" else sum(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def _zeros(eqn) -> int:
+    """How many times more places a dilated convolution (the gradient of a strided one) has than products."""
+    return math.prod(eqn.params["lhs_dilation"])
+
+
+def _subjaxprs(eqn):
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(one, "eqns"):
+                yield one
+            elif hasattr(one, "jaxpr") and hasattr(one.jaxpr, "eqns"):
+                yield one.jaxpr
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind over groups of one size: how many a step, the bytes of their results on a device."""
+
+    kind: str
+    group: int
+    count: int
+    bytes: float
+
+    @property
+    def wire_bytes(self) -> float:
+        """What a device sends on a ring: (n-1)/n of the whole array; twice that for an all-reduce."""
+        n = max(self.group, 1)
+        whole = self.bytes * (n if self.kind == "reduce-scatter" else 1)
+        if self.kind == "collective-permute":
+            return self.bytes
+        return whole * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+
+
+class Traffic(NamedTuple):
+    """Bytes that a device's instructions read and write in memory, fusions as one; and its collectives."""
+
+    bytes: float
+    collectives: tuple[Collective, ...]
+
+
+class _Instruction(NamedTuple):
+    kind: str
+    bytes: float
+    operands: tuple[str, ...]
+    line: str
+
+
+def read_hlo(text: str) -> Traffic:
+    """The traffic of a compiled module, from its text; bodies of loops count as often as they run."""
+    computations, entry = _computations(text)
+    collectives: dict[tuple[str, int], list[float]] = {}
+    total = 0.0
+
+    def visit(name: str, times: float) -> None:
+        nonlocal total
+        body = computations.get(name, {})
+        for one in body.values():
+            read = sum(body[name].bytes for name in one.operands if name in body)
+            kind = one.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                found = collectives.setdefault((kind, _group_size(one.line)), [0, 0.0])
+                found[0] += int(times)
+                # a start gives its operand beside its result, but for an all-reduce, which has one shape
+                found[1] += times * (one.bytes - (read if kind != one.kind and kind != "all-reduce" else 0))
+            if one.kind == "while":
+                visit(_named(one.line, "body"), times * _trips(one.line))
+            elif one.kind == "conditional":
+                branches = re.findall(r"%([\w.\-]+)", one.line.partition("branch_computations={")[2].partition("}")[0])
+                for branch in branches[:1]:
+                    visit(branch, times)
+            elif one.kind == "call":
+                visit(_named(one.line, "to_apply"), times)
+            if one.kind not in FREE and not one.kind.endswith("-done"):
+                total += times * (one.bytes + read)
+
+    visit(entry, 1.0)
+    rows = [Collective(kind, group, int(n), size) for (kind, group), (n, size) in sorted(collectives.items())]
+    return Traffic(total, tuple(rows))
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """{computation: {instruction's name: _Instruction}}, and the name of the entry."""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+            continue
+        found = re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
+        if current is None or not found:
+            continue
+        shape, rest = _split_shape(found[2])
+        call = re.match(r"([\w\-]+)\(([^)]*)\)", rest)
+        if call:
+            operands = tuple(re.findall(r"%([\w.\-]+)", call[2]))
+            current[found[1]] = _Instruction(call[1], _size(shape), operands, rest)
+    return computations, entry
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """ "(f32[2]{0}, s32[]) while(…" → its shape and the rest."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for at, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return text[: at + 1], text[at + 2 :]
+    return text, ""
+
+
+def _sizes(shape: str) -> list[float]:
+    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
+    return [BYTES.get(kind, 0) * float(np.prod([int(n.strip("<=")) for n in dims.split(",") if n] or [1]))
+            for kind, dims in found]  # fmt: skip
+
+
+def _size(shape: str) -> float:
+    return sum(_sizes(shape))
+
+
+def _named(line: str, key: str) -> str:
+    found = re.search(rf"{key}=%?([\w.\-]+)", line)
+    return found[1] if found else ""
+
+
+def _trips(line: str) -> float:
+    found = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+    return float(found[1]) if found else 1.0
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part in one group of a collective; 0 where the text does not tell."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
+    if named:  # mesh['a'=8,'b'=2] {'a','b':(1)2}: whole axes, or a part of one
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    return int(tiled[2]) if tiled else 2 if "source_target_pairs" in line else 0
