@@ -25,7 +25,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
-    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca plan_count",
+    0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca"
+    " plan_count",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
-from unclip_jax import checkpoint, config, evaluate, tasks
+from unclip_jax import checkpoint, config, tasks
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation import stages
 from unclip_jax.export import collect
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.weights import load_stack
@@ -139,12 +140,12 @@ def test_a_stack_that_is_there_stays_unless_told(runs, stack):
 
 @pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
 def test_a_stage_is_measured_by_its_own_metrics(runs, name):
-    report = evaluate.stage(runs[name], num=6, seed=1)
+    report = stages.stage(runs[name], num=6, seed=1)
     assert report["n"] == 8 and report["step"] == 7 and report["split"] == "test"
     assert "loss" in report["metrics"] and all(np.isfinite(value) for value in report["metrics"].values())
     if name == "clip":
-        assert report == evaluate.stage(runs[name], num=6, seed=1)
-        assert report["metrics"] != evaluate.stage(runs[name], num=6, seed=2)["metrics"]
+        assert report == stages.stage(runs[name], num=6, seed=1)
+        assert report["metrics"] != stages.stage(runs[name], num=6, seed=2)["metrics"]
 
 
 def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
@@ -153,4 +154,4 @@ def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
     clip = tasks.load_clip(str(runs["clip"])).model
     save(tmp_path / "prior", made, tiny_stack.weights(made, clip), tiny_stack.tokenizer())
     with pytest.raises(UserError, match="another CLIP"):
-        evaluate.stage(tmp_path / "prior", num=4)
+        stages.stage(tmp_path / "prior", num=4)
