@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the inversion that is judged (100)")
     parser.add_argument("--edit-steps", type=int, default=50, help="of the text diffs (50)")
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the text diffs, noise and pictures alike (1)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the text diffs, noise and pictures alike (2)")
     parser.add_argument("--words", nargs=2, default=["red", "green"], metavar=("FROM", "TO"))
     parser.add_argument("--only", choices=("inversion", "text_diff", "blend"))
     parser.add_argument("--sheets", metavar="DIR", help="write contact sheets there")

@@ -81,7 +81,7 @@ def test_edits_steps_are_evenly_spaced_and_named(run, stack, quick, photos, tmp_
     told = json.loads((tmp_path / "made" / "pictures.json").read_text())
     assert [p.get("theta") for p in told["pictures"]] == [None, 0, 0.2, 0.4]
     assert {(p["image"], p["from"], p["to"]) for p in told["pictures"]} == {("b.jpg", "red", "green")}
-    expected = {"name": "ddim", "steps": 20, "guidance": 1.0, "caption": False, "least": LEAST}
+    expected = {"name": "ddim", "steps": 20, "guidance": 2.0, "caption": False, "least": LEAST}
     assert told["settings"]["decoder"] == expected
 
 

@@ -125,6 +125,8 @@ def test_a_text_diff_turns_towards_the_difference_and_holds_the_noise(pipe, imag
     calls = seen(monkeypatch)
     z, x = pipe.latents(images)
     pipe.text_diff(images, "red", "green", (0, 0.25, 1))
+    inverted, drawn = [c[3] for c in calls if c[0] == "decoder"][-2:]
+    assert inverted.items() <= drawn.items() and drawn["guidance"] == 2  # the same, or theta 0 were not the picture
     rows = calls[-1][2]
     np.testing.assert_allclose(rows["z_img"][::3], z, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(rows["noise"], x.repeat(3, 0))

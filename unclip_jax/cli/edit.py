@@ -42,6 +42,8 @@ def run(args) -> None:
     source, target = checked_text(args.source, "--from"), checked_text(args.target, "--to")
     out = gallery.check_folder(args.out, args.overwrite)
     images = [read_picture(path) for path in args.image]
+    from unclip_jax.edits import TEXT_GUIDANCE
+
     pipe, settings = load(args)
     thetas = [round(theta, 6) for theta in (k * args.theta / (args.frames - 1) for k in range(args.frames))]
     drawn = pipe.text_diff(images, source, target, thetas, args.seed, batch_size=args.batch_size, **settings)
@@ -53,5 +55,5 @@ def run(args) -> None:
         for theta, own in zip(thetas, drawn[p * args.frames :], strict=False):
             row.append(Picture(own, f"{source} to {target}, theta {theta:.2f}", {**about, "theta": theta}))
         rows.append((f"{name} {source} to {target}", row))
-    gallery.write(out, rows, facts_of(args, pipe.exact_settings(settings)), page=args.html)
+    gallery.write(out, rows, facts_of(args, pipe.exact_settings(settings, TEXT_GUIDANCE)), page=args.html)
     print(told(out, rows))
