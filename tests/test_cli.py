@@ -180,21 +180,20 @@ def test_the_autoregressive_prior_draws_on_request(run, stack, tmp_path):
     assert settings["prior_ar"]["temperature"] == 0.5 and "prior" not in settings
 
 
-@pytest.mark.parametrize("out", ["sheet.png", "folder"])
-def test_reconstruct_writes_a_row_for_each_picture(out, run, stack, tmp_path):
+def test_reconstruct_writes_a_row_for_each_picture(run, stack, tmp_path):
     for k, name in enumerate(("a.png", "b.png")):
         pixels = np.random.default_rng(k).integers(0, 256, (20, 24, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
-    argv = ["reconstruct", "a.png", "b.png", "--model", stack, "--dims", "2,5", "--out", out]
-    code, said, err = run(*argv)
-    assert (code, err) == (0, []) and "2 pictures from 2, 5 of 6 components" in said
-    sheet = Image.open(tmp_path / out / "grid.png" if out == "folder" else tmp_path / out)
+    argv = ["reconstruct", "a.png", "b.png", "--model", stack, "--dims", "2,5"]
+    code, said, err = run(*argv, "--out", "made")
+    assert (code, err) == (0, []) and "6 pictures of 32 x 32 pixels in made" in said and "6 components" in said
+    sheet = Image.open(tmp_path / "made" / "grid.png")
     assert sheet.width == 3 * (160 + 8) and sheet.height >= 2 * (160 + 8)
-    if out == "folder":
-        entries = json.loads((tmp_path / out / "pictures.json").read_text())["pictures"]
-        labels = [entry["prompt"] for entry in entries]
-        assert labels == ["a.png", "a.png, 2 dims", "a.png, 5 dims", "b.png", "b.png, 2 dims", "b.png, 5 dims"]
-    assert run(*argv[:-4], "--dims", "2,7", "--out", "none")[0] == 2 and not (tmp_path / "none").exists()
+    entries = json.loads((tmp_path / "made" / "pictures.json").read_text())["pictures"]
+    assert [(entry["image"], entry.get("dims")) for entry in entries] == [
+        (name, dims) for name in ("a.png", "b.png") for dims in (None, 2, 5)
+    ]
+    assert run(*argv[:-1], "2,7", "--out", "none")[0] == 2 and not (tmp_path / "none").exists()
 
 
 def test_demo_draws_several_of_each_of_its_prompts(run, stack, tmp_path, monkeypatch):
@@ -283,7 +282,7 @@ BAD = {
     "no picture": (["reconstruct", "--out", "o"], "IMAGE"),
     "picture missing": (["reconstruct", "none.png", "--out", "o.png"], "none.png cannot be read"),
     "picture of text": (["reconstruct", "good.txt", "--out", "o.png"], "good.txt is not a picture"),
-    "reconstruction exists": (["reconstruct", "old.png", "--out", "old.png"], "exists"),
+    "reconstruction exists": (["reconstruct", "old.png", "--out", "old.png"], "is a file"),
     "dims 0": (["reconstruct", "old.png", "--dims", "0", "--out", "o"], "--dims"),
     "dims no number": (["reconstruct", "old.png", "--dims", "2,x", "--out", "o"], "--dims"),
     "path without data": (["reconstruct", "old.png", "--data-path", ".", "--out", "o"], "--data-path"),

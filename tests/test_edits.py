@@ -186,7 +186,7 @@ def test_texts_that_mean_the_same_make_no_difference(pipe, images):
 
 
 def test_a_stack_without_a_prior_blends_pictures_only(images, tmp_path, seen, monkeypatch):
-    other = UnCLIP.load(part_of_stack(tmp_path / "part", without="prior")).without_upsamplers()
+    other = UnCLIP.load(part_of_stack(tmp_path / "part", "prior", "prior_ar")).without_upsamplers()
     seen(monkeypatch)
     assert other.interpolate(images, frames=2).shape == (2, 16, 16, 3)
     with pytest.raises(UserError, match="no prior"):

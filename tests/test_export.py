@@ -140,12 +140,12 @@ def test_a_stack_that_is_there_stays_unless_told(runs, stack):
 
 @pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
 def test_a_stage_is_measured_by_its_own_metrics(runs, name):
-    report = stages.stage(runs[name], num=6, seed=1)
+    report = stages.measure(runs[name], num=6, seed=1).facts
     assert report["n"] == 8 and report["step"] == 7 and report["split"] == "test"
     assert "loss" in report["metrics"] and all(np.isfinite(value) for value in report["metrics"].values())
     if name == "clip":
-        assert report == stages.stage(runs[name], num=6, seed=1)
-        assert report["metrics"] != stages.stage(runs[name], num=6, seed=2)["metrics"]
+        assert report == stages.measure(runs[name], num=6, seed=1).facts
+        assert report["metrics"] != stages.measure(runs[name], num=6, seed=2).facts["metrics"]
 
 
 def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
@@ -154,4 +154,4 @@ def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
     clip = tasks.load_clip(str(runs["clip"])).model
     save(tmp_path / "prior", made, tiny_stack.weights(made, clip), tiny_stack.tokenizer())
     with pytest.raises(UserError, match="another CLIP"):
-        stages.stage(tmp_path / "prior", num=4)
+        stages.measure(tmp_path / "prior", num=4)

@@ -117,16 +117,17 @@ def inputs(tmp_path):
 
 def drawn_by(folder):
     index = json.loads((folder / "pictures.json").read_text())
-    return index, [np.asarray(Image.open(folder / p["file"])) for p in index["pictures"]]
+    painted = [p for p in index["pictures"] if p["role"] == "painted"]
+    return index, [np.asarray(Image.open(folder / p["file"])) for p in painted]
 
 
 def test_the_command_paints_a_mask_or_a_box(run, stack, inputs):  # noqa: F811
     given = photo(SIDE, SIDE)
     argv = ["inpaint", "in.png", "a red circle", "--model", stack, "--num", 2, "--resample", 2]
     code, out, err = run(*argv, "--mask", "mask.png", "--out", "a")
-    assert (code, err) == (0, []) and "2 pictures of 32 x 32 pixels in a" in out
+    assert (code, err) == (0, []) and "3 pictures of 32 x 32 pixels in a" in out
     index, pictures = drawn_by(inputs / "a")
-    assert index["image"] == "in.png" and index["resample"] == 2 and index["settings"]["decoder"]["steps"] == 4
+    assert index["pictures"][0]["image"] == "in.png" and index["resample"] == 2 and index["settings"]["decoder"]["steps"] == 4
     hole = hole_of(given, 4, 12, 6, 20)
     for picture in pictures:
         assert (picture == given)[~hole].all() and (picture != given).any(-1)[hole].mean() > 0.9
@@ -144,7 +145,7 @@ def test_the_command_paints_around_a_picture(run, stack, inputs):  # noqa: F811
 
 def test_the_command_begins_from_a_picture_without_a_prompt(run, stack, inputs):  # noqa: F811
     assert run("inpaint", "wide.png", "--strength", 0.5, "--model", stack, "--num", 2, "--out", "o")[0] == 0
-    assert drawn_by(inputs / "o")[0]["pictures"][0]["prompt"] == "as wide.png"
+    assert drawn_by(inputs / "o")[0]["pictures"][1]["prompt"] == "as it is"
 
 
 BOX = ["--box", "2,2,9,9"]

@@ -60,7 +60,7 @@ def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
     "change",
     [{"seed": 8}, {"guidance": 5.0}, {"steps": 3}, {"sampler": "ddim"}, {"prior_guidance": 1.0},
      {"prior_steps": 2}, {"candidates": 4}, {"prior_sampler": "dpm"}, {"rescale": 0.7}, {"interval": (0.0, 0.5)},
-     {"threshold": 0.5}],
+     {"threshold": 0.99}],
     ids=str,
 )  # fmt: skip
 def test_the_seed_and_each_setting_count(pipe, drawn, change):
@@ -247,7 +247,8 @@ def test_pictures_that_are_none_cannot_be_varied(pipe, images, words):
 def test_either_prior_draws_from_prompts(pipe, drawn):
     """The autoregressive one by hand, its settings passed on; the rest of the way is the same."""
     found = pipe.generate(PROMPTS[:1], seed=7, prior="ar", prior_temperature=0.5, candidates=1, return_stages=True)
-    assert np.array_equal(found.z_txt[0], drawn.z_txt[0]) and not close(found.images, drawn.images[:1])
+    np.testing.assert_allclose(found.z_txt[0], drawn.z_txt[0], rtol=1e-4, atol=1e-4)
+    assert not close(found.images, drawn.images[:1])
     used = pipe.settings(prior="ar", prior_temperature=0.5, candidates=1)
     assert used["prior_ar"] == {"temperature": 0.5, "top_p": 1.0, "guidance": 2.0, "candidates": 1}
     assert "prior" not in used and "prior_ar" not in pipe.settings() and pipe.settings() == pipe.settings(

@@ -7,15 +7,15 @@ import pytest
 from ml_collections import ConfigDict
 from tokenizers.pre_tokenizers import ByteLevel
 
-from unclip_jax.interop import glide
+from unclip_jax.interop import glide, stages
 
 MERGES = ("r e", "re d", "Ġ red", "c a", "ca t", "Ġ cat", "Ġ a", "t h", "th e", "Ġ the")
 LENGTH = 12  # of captions
 SIDES = {"decoder": 16, "upsampler": 32}
-UNET = dict(channels=16, attention=(8, 4), head_channels=16, groups=8, dropout=0.1)
+UNET = dict(channels=16, attention=(8,), head_channels=16, groups=8, dropout=0.1)
 TEXT = dict(text=dict(layers=2, heads=2), context_width=24, embed_dim=0)
 MODELS = {
-    "decoder": dict(unet=dict(UNET, multipliers=(1, 2, 3), blocks=2), **TEXT),
+    "decoder": dict(unet=dict(UNET, multipliers=(1, 2), blocks=2), **TEXT),
     "upsampler": dict(unet=dict(UNET, multipliers=(1, 1, 2), blocks=1), **TEXT),
 }
 STAGES = {
@@ -42,9 +42,17 @@ def save_tokenizer(folder, packed: bool = True) -> int:
 
 @pytest.fixture(scope="module")
 def small():
-    """GLIDE's stages small, while a module's tests run."""
+    """GLIDE's stages small, while a module's tests run, and each network traced once."""
+    known, traced = {}, stages.network_shapes
+
+    def network_shapes(config, clip=None):
+        key = config.to_json()
+        known[key] = known.get(key) or traced(config, clip)
+        return known[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glide, "STAGES", STAGES)
+        patch.setattr(stages, "network_shapes", network_shapes)
         patch.setattr(glide.load_tokenizer, "__defaults__", (LENGTH,))
         yield STAGES
 

@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from tests.interop import glide_files as files
 from tests.interop.glide_files import small  # noqa: F401 (fixture)
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import cli, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import glide, layout, stages
@@ -14,7 +15,7 @@ from unclip_jax.pipeline import UnCLIP
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import load_stack
 
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = pytest.mark.usefixtures("small", "quick_compiles")
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_the_upsampler_may_be_left_out(run, tmp_path, published):
         ("base", "padding_embedding", None, "lacks 1 of the network's arrays: padding_embedding"),
         ("upsample", "transformer_proj.bias", None, "lacks 1 of the network's arrays: transformer_proj.bias"),
         ("base", "unemb.weight", (3, 3), "has unknown 1 of the network's arrays: unemb.weight"),
-        ("base", "middle_block.1.qkv.weight", (48, 144, 1), "middle_block.1.qkv.weight has the shape (48, 144, 1)"),
+        ("base", "middle_block.1.qkv.weight", (32, 96, 1), "middle_block.1.qkv.weight has the shape (32, 96, 1)"),
         ("base", "token_embedding.weight", (9, 24), "token_embedding.weight has the shape (9, 24)"),
         ("base", "transformer.resblocks.1.mlp.c_fc.weight", (24, 96), "c_fc.weight has the shape (24, 96)"),
         ("base", "input_blocks.0.0.weight", (16, 7, 3, 3), "base sees 7 channels: a network for inpainting"),

@@ -103,8 +103,7 @@ def check_sha256(file: Path, wanted: str) -> None:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
         raise UserError(f"sha256={wanted!r} must be 64 hexadecimal digits")
     if not file.is_file():
-        what = f"{file} is a directory, and a SHA-256 is of one file"
-        raise UserError(what, "give the file of weights, or no SHA-256")
+        raise UserError(f"{file} is a directory, and a SHA-256 is of one file", "give the file, or no SHA-256")
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wanted.lower():

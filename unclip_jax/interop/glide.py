@@ -8,6 +8,7 @@ of glide-text2im's tokenizer, encoder.json.gz and vocab.bpe.gz, are needed too: 
 captions are lower case and have no mark at either end; its last piece pads.
 """
 
+import functools
 import gzip
 import json
 import re
@@ -129,8 +130,7 @@ def read_stage(name: str, config: ConfigDict, weights: Weights) -> dict:
     if len(shape) == 4 and shape[1] == CHANNELS[name] + MASKED:
         what = f"{FILES[name]} sees {shape[1]} channels: a network for inpainting, which takes a picture and a mask"
         raise UserError(what, f"give glide-text2im's {FILES[name]}.pt")
-    entries = table(stages.network_shapes(config), config.model.unet.blocks)
-    return stages.read_params(config, entries, weights)
+    return stages.read_params(config, functools.partial(table, depth=config.model.unet.blocks), weights)
 
 
 def table(shapes: Mapping[str, tuple[int, ...]], depth: int) -> list[Entry]:

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ def clip_config(model: Mapping, tokenizer: Tokenizer, vocab_size: int) -> Config
 
 def read_params(
     config: ConfigDict,
-    table: Iterable[layout.Entry],
+    table: Iterable[layout.Entry] | Callable[[Mapping], Iterable[layout.Entry]],
     weights: Weights,
     ignored: Iterable[str] = (),
     dtype=np.float32,
@@ -67,10 +67,14 @@ def read_params(
 ) -> dict:
     """The parameters of the stage that `config` describes, in `dtype`, read along `table`; a nested dict.
 
+    Args:
+      table: of the network, or a function that makes it of {path: shape}.
+
     Raises:
       UserError: missing, unknown, misshapen or non-finite arrays, or keywords that make no network.
     """
     shapes = network_shapes(config, clip)
+    table = table(shapes) if callable(table) else table
     with tqdm(total=len(weights.names), desc=f"reading {config.task}", disable=None, leave=False) as bar:
 
         def take(name: str) -> np.ndarray:
