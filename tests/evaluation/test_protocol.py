@@ -28,9 +28,12 @@ N = 10
 CLIP_METRICS = "fid,kid,precision_recall,cmmd,clip_score,shapes_oracle"
 
 
+load = UnCLIP.load
+
+
 @functools.cache
 def stack():
-    return UnCLIP.load(tiny_stack.path())
+    return load(tiny_stack.path())
 
 
 @functools.cache

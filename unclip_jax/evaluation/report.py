@@ -70,12 +70,11 @@ class Report(NamedTuple):
 def versions() -> dict[str, str]:
     """Of what numbers may depend on."""
     import jax
-    import jaxlib
     import scipy
 
     return {
         "unclip_jax": unclip_jax.__version__, "python": platform.python_version(), "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+        "numpy": np.__version__, "scipy": scipy.__version__,
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
     }  # fmt: skip
 
