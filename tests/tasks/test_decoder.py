@@ -100,9 +100,9 @@ def test_noise_of_the_inversion_draws_its_picture(guidance):
 
 def test_levels_begin_at_the_least_noise_where_there_are_steps_enough():
     task = with_net()
-    noise = lambda **over: np.sqrt(1 - task._levels(over).alphas_cumprod)  # noqa: E731
-    assert noise(steps=5)[0] < 0.2 and 0.2 <= noise(steps=5, least=0.2)[0] < 0.3
-    assert len(noise(steps=20, least=0.2)) == 20 and len(noise(steps=5, least=0.99)) == 5
+    noise = lambda least, steps: np.sqrt(1 - task._levels(least, steps).alphas_cumprod)  # noqa: E731
+    assert noise(0, 5)[0] < 0.2 and 0.2 <= noise(0.2, 5)[0] < 0.3
+    assert len(noise(0.2, 20)) == 20 and len(noise(0.99, 5)) == 5
 
 
 def test_pictures_are_seen_by_clip_first_and_then_brought_to_size():

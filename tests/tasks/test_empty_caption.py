@@ -65,7 +65,7 @@ def test_decoder_is_guided_away_from_the_empty_caption_and_no_image():
 
     def condition(z_img, keep_image, tokens, mask, keep_text, z_txt, states):
         calls.note(z_img=z_img, keep_image=keep_image, tokens=tokens, mask=mask, keep_text=keep_text)
-        return jnp.zeros(())
+        return jnp.zeros(z_img.shape[:1])
 
     net = stubs.Net({"condition": condition, "denoise": lambda xt, time, cond: jnp.concatenate([xt, xt], -1)})
     sampler = {"name": "ddpm", "steps": 2, "guidance": 3.0}

@@ -199,12 +199,17 @@ class DecoderTask:
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep & settings.pop("caption", True))
-        sched, least = self.schedule, settings.pop("least", 0)
-        if least:
-            noise = np.sqrt(1 - sched.alphas_cumprod)
-            first = min(np.searchsorted(noise, least), sched.num_steps - settings["steps"])
-            sched = Schedule(sched.alphas_cumprod[first:], sched.timesteps[first:])
+        sched = self._levels(settings.pop("least", 0), settings["steps"])
         return self._denoise(params, shared, self._shown(cond)), sched
+
+    def _levels(self, least: float, steps: int) -> Schedule:
+        """The noise levels of a standard deviation of `least` and more, or so many that `steps` of them are left."""
+        sched = self.schedule
+        if not least:
+            return sched
+        noise = np.sqrt(1 - sched.alphas_cumprod)
+        first = min(np.searchsorted(noise, least), sched.num_steps - steps)
+        return Schedule(sched.alphas_cumprod[first:], sched.timesteps[first:])
 
     def evaluate(self, params, batch, rng):
         return mean_loss(self, params, batch, rng)

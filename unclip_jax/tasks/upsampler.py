@@ -115,8 +115,11 @@ class UpsamplerTask:
 
     def tiles(self, tile, overlap=None) -> tuple[int, int, int]:
         """(tile, overlap, the network's factor), a quarter of the tile by default; UserError for what does not fit."""
-        unet = self.model.unet if self.captioned else vars(self.model)
-        align = unet.get("patch", 1) * 2 ** (len(unet["multipliers"]) - 1)
+        if self.captioned:
+            patch, multipliers = self.model.unet.get("patch", 1), self.model.unet["multipliers"]
+        else:
+            patch, multipliers = self.model.patch, self.model.multipliers
+        align = patch * 2 ** (len(multipliers) - 1)
         overlap = tile // 4 if overlap is None else overlap
         check_tiles(tile, overlap, align)
         return tile, overlap, align
