@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from unclip_jax import cli, plan, sharding
+from unclip_jax import cli, plan, sharding, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
 from unclip_jax.plan_count import Collective, count_flops, read_hlo
@@ -106,7 +106,7 @@ def test_collectives_of_a_compiled_program():
 def test_held_bytes_are_those_that_a_device_holds(stage):
     """The abstract run against a real state under the same shardings."""
     config = tiny_runs.config(stage, mesh__fsdp=4)
-    clip = tiny_runs.config("clip") if stage in ("prior_diffusion", "decoder") else None
+    clip = tiny_runs.config("clip") if stage in tasks.WITH_CLIP else None
     run = plan.abstract(config, jax.devices(), clip)
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), run.state)
     device = jax.devices()[3]

@@ -172,8 +172,11 @@ def test_both_can_be_trained_on(name):
 
 
 def test_a_decoder_with_neither_clip_nor_transformer_is_refused():
+    config = files.config("decoder", 40)
+    with config.unlocked(), config.model.ignore_type():
+        config.model.text = None
     with pytest.raises(UserError, match="there is no CLIP. Fix: give model.text"):
-        tasks.make(files.config("decoder", 40, text=None))
+        tasks.make(config)
     config = files.config("decoder", 40)
     del config.model.embed_dim
     with pytest.raises(UserError, match="task decoder needs a trained CLIP"):
