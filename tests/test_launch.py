@@ -176,7 +176,7 @@ def test_local_passes_a_signal_to_every_process(environment, number):
     heard = [process.stdout.readline() for _ in range(3)]
     assert all('"argv"' in line for line in heard)
     os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
-    rest = process.communicate(timeout=20)[0]
+    rest = process.communicate(timeout=90)[0]
     assert rest.count("saved") == 3
     assert process.returncode == 75
 
