@@ -64,17 +64,34 @@ def random_params(task) -> dict:
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-class Clocked(Mapping):
-    """Parameters by stage, and in `seconds` how long each took to read."""
+class Clock:
+    """What a stage spent on reading its weights and, apart from that, on compiling, in seconds."""
 
-    def __init__(self, params: Mapping, seconds: dict):
-        self._params, self._seconds = params, seconds
+    def __init__(self):
+        self.reading = self.compiling = 0.0
+        self._in_reading = False
+
+    def listen(self, event: str, seconds: float, **_) -> None:
+        """Of jax.monitoring."""
+        if event == COMPILING and not self._in_reading:
+            self.compiling += seconds
+
+    def read(self, params: Mapping, stage: str) -> dict:
+        """params[stage], on the clock."""
+        start, self._in_reading = time.perf_counter(), True
+        out = jax.block_until_ready(params[stage])
+        self.reading, self._in_reading = self.reading + time.perf_counter() - start, False
+        return out
+
+
+class Clocked(Mapping):
+    """Parameters by stage, read on a clock."""
+
+    def __init__(self, params: Mapping, clock: Clock):
+        self._params, self._clock = params, clock
 
     def __getitem__(self, stage):
-        start = time.perf_counter()
-        params = jax.block_until_ready(self._params[stage])
-        self._seconds[stage] = time.perf_counter() - start
-        return params
+        return self._clock.read(self._params, stage)
 
     def __iter__(self):
         return iter(self._params)
@@ -88,13 +105,12 @@ class Measured(UnCLIP):
     """A stack that tells of each stage as it ends."""
 
     rows: list = dataclasses.field(default_factory=list)
-    reading: dict = dataclasses.field(default_factory=dict)
-    compiling: list = dataclasses.field(default_factory=lambda: [0.0])
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     def _run(self, stage, rows, options, *rest):
-        start, before = time.perf_counter(), self.compiling[0]
+        start, reading, compiling = time.perf_counter(), self.clock.reading, self.clock.compiling
         out = super()._run(stage, rows, options, *rest)
-        seconds = {"read": self.reading[stage], "compile": self.compiling[0] - before}
+        seconds = {"read": self.clock.reading - reading, "compile": self.clock.compiling - compiling}
         seconds["draw"] = time.perf_counter() - start - sum(seconds.values())
         steps = options.get("steps", 1)
         row = {"stage": stage, "steps": steps, **{name: round(value, 1) for name, value in seconds.items()}}
@@ -119,12 +135,8 @@ def make(path: str) -> None:
 def draw(path: str, **steps) -> dict:
     """Draws one picture; returns what was measured."""
     pipe = Measured.load(path, low_memory=True)
-    pipe = dataclasses.replace(pipe, params=Clocked(pipe.params, pipe.reading))
-
-    def listen(event, seconds, **_):
-        pipe.compiling[0] += seconds * (event == COMPILING)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    pipe = dataclasses.replace(pipe, params=Clocked(pipe.params, pipe.clock))
+    jax.monitoring.register_event_duration_secs_listener(pipe.clock.listen)
     start = time.perf_counter()
     images = pipe.generate([PROMPT], progress=False, **{name: n for name, n in steps.items() if n is not None})
     return {
