@@ -119,7 +119,8 @@ class DecoderTask:
         settings = {**self.sampler, **over}
         b, guidance = cond["tokens"].shape[0], settings["guidance"]
         halves = 1 if guidance == 1 else 2
-        seen = ("tokens", "mask", *["z_img", "z_txt", "states"] * bool(self.model.embed_dim), *["empty"] * self.empty_caption)
+        of_clip = ["z_img", "z_txt", "states"] if self.model.embed_dim else []
+        seen = ("tokens", "mask", *of_clip, *["empty"] * self.empty_caption)
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep & settings.get("caption", True))
