@@ -117,11 +117,10 @@ class DecoderTask:
         alone, with every caption dropped (variations).
         """
         settings = {**self.sampler, **over}
-        b, guidance = cond["tokens"].shape[0], settings["guidance"]
+        b, guidance = len(cond["tokens"]), settings["guidance"]
         halves = 1 if guidance == 1 else 2
-        of_clip = ["z_img", "z_txt", "states"] if self.model.embed_dim else []
-        seen = ("tokens", "mask", *of_clip, *["empty"] * self.empty_caption)
-        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
+        seen = ("tokens", "mask", "z_img", "z_txt", "states", *["empty"] * self.empty_caption)
+        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen if k in cond}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep & settings.get("caption", True))
 
