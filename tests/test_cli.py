@@ -408,3 +408,12 @@ def test_the_command_is_quick_to_help_and_to_refuse():
         assert done.returncode == code and "Traceback" not in done.stderr
         assert os.times().children_user - began[1] < 0.5
         assert len(done.stderr.splitlines()) == (1 if code else 0)
+
+
+def test_every_flag_of_sampling_reaches_every_command_that_draws():
+    from unclip_jax.cli.arguments import given_settings
+
+    flags = ["--prior", "ar", "--prior-top-p", "0.5", "--sampler", "dpm", "--rescale", "0.7", "--interval", "0.1,0.9"]
+    wanted = {"prior": "ar", "prior_top_p": 0.5, "sampler": "dpm", "rescale": 0.7, "interval": (0.1, 0.9)}
+    for command in (["sample", "x", "--out", "o"], ["evaluate", "--data", "shapes"], ["vary", "p.png", "--out", "o"]):
+        assert given_settings(cli.parse([*command, *flags])) == wanted

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.test_cli import HOSTILE, files, run, stack  # noqa: F401 (fixtures)
 from unclip_jax import __version__, gallery
-from unclip_jax.cli.arguments import read_picture
+from unclip_jax.cli.pictures import read_picture
 from unclip_jax.edits import LEAST
 from unclip_jax.errors import UserError
 from unclip_jax.gallery import Picture

@@ -222,6 +222,9 @@ class Edits:
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
         seen = self._encode(cond, batch_size, progress)
+        for name in ("rescale", "interval", "threshold"):
+            if used["decoder"].get(name):
+                raise UserError(f"{name}={used['decoder'][name]} is not undone by DDIM inversion", "leave it out")
         options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption", "least")}
         rows = {**seen, "image": cond["small"]}
         return Latents(seen["z_img"], self._run("decoder", (rows,), options, batch_size, progress, "invert"))

@@ -49,9 +49,10 @@ def collect(
     runs = {"clip": clip, "prior": prior, "prior_ar": prior_ar, "decoder": decoder}
     runs = {name: path for name, path in runs.items() if path is not None}
     runs |= {f"upsampler_{k + 1}" if k else "upsampler": path for k, path in enumerate(upsamplers)}
+    diffusing = [name for name in runs if name not in ("clip", "prior_ar")]
     for name in analytic:
-        if name == "clip" or name not in runs:
-            raise UserError(f"analytic={name!r} is no stage with a sampler", suggest(name, list(runs)[1:]))
+        if name not in diffusing:
+            raise UserError(f"analytic={name!r} is no stage with a sampler of diffusion", suggest(name, diffusing))
     stages = {}
     for name, path in runs.items():
         stage = tasks.load_stage(path, ROLES[name if name in ROLES else "upsampler"])

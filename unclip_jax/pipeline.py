@@ -182,7 +182,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
           UserError: a bad argument, or a stage gave NaN.
         """
         check_prompts(prompts)
-        check_numbers(seed, num, batch_size)
+        check_numbers(seed, num, batch_size, first=(first, 0))
         used = self.settings(**settings)
         if "clip" in self.tasks and not prior_of(used):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
@@ -242,9 +242,10 @@ class UnCLIP(Edits, Painting, Reconstruction):
         return out
 
     def _ask(self, params, rows):
-        stages = [name for name in (*PRIORS.values(), "decoder") if name in self.tasks]
-        asked = [self.tasks[name].encode({"clip": params}, rows) for name in stages]
-        return {name: value for each in asked for name, value in each.items() if name not in rows}
+        told = rows
+        for name in (*PRIORS.values(), "decoder"):
+            told = self.tasks[name].encode({"clip": params}, told) if name in self.tasks else told
+        return {name: value for name, value in told.items() if name not in rows}
 
     def _program(self, stage: str, options: Mapping, method: str = "sample"):
         """The compiled program of one stage, (params, rows[, keys]) -> output; one for each `options`."""

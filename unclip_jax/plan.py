@@ -150,7 +150,7 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None) -> Abs
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
     teacher = None
-    if config.task in tasks.WITH_CLIP:
+    if tasks.needs_clip(config):
         if clip is None or clip.task != "clip":
             raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
         teacher = tasks.make(clip)

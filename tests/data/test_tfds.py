@@ -34,13 +34,10 @@ class Toy(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
-        own = {"train": self._examples(0, N)}
-        return own | ({"validation": self._examples(N, 7)} if self.builder_config.name == "held" else {})
+        own = {"train": self._generate_examples(0, N)}
+        return own | ({"validation": self._generate_examples(N, 7)} if self.builder_config.name == "held" else {})
 
-    def _generate_examples(self):
-        raise NotImplementedError
-
-    def _examples(self, first, count):
+    def _generate_examples(self, first, count):
         for k in range(first, first + count):
             texts = [] if k == 5 else [{"text": f"number {k}"}, {"text": f" the\n number {k}"}]
             yield k, {"image": png(k), "captions": texts, "title": f"title {k}"}

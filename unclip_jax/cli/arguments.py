@@ -1,19 +1,12 @@
-"""What the commands share: the parser, its kinds of numbers, and the flags that choose a stack and how it samples."""
-
-from __future__ import annotations
+"""What the commands share: the parser, its kinds of texts and numbers, and the flags of a stack and its sampling."""
 
 import argparse
 import math
 import os
 import unicodedata
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unclip_jax.errors import UserError, suggest
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_PICTURES = 10_000
 MAX_PROMPT_FILE = 16 << 20  # bytes
@@ -67,7 +60,7 @@ def add_output(sub: Parser, default: str | None = None) -> None:
 
 
 def add_settings(sub: Parser) -> None:
-    """The flags of `pipeline.Settings`."""
+    """The flags of `settings.Settings`."""
     group = sub.add_argument_group("sampling (the default is what each stage's config says)")
     group.add_argument("--prior", metavar="KIND", help="diffusion (the default where there is one) or ar")
     for prefix, stage in (("prior-", "the prior"), ("", "the decoder"), ("upsample-", "each upsampler")):
@@ -94,66 +87,26 @@ def add_settings(sub: Parser) -> None:
     group.add_argument("--candidates", type=count, metavar="N", help="embeddings to choose the best from")
 
 
-def load(args):
-    """The stack, and the settings that were given; checked as far as can be before the weights are read."""
+def given_settings(args) -> dict:
+    """The settings of sampling that were given as flags, each known to be possible."""
     import dataclasses
 
-    from unclip_jax.pipeline import UnCLIP
     from unclip_jax.settings import Settings
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    settings = {name: value for name, value in given.items() if value is not None}
-    Settings(**settings)
+    given = {name: value for name, value in given.items() if value is not None}
+    Settings(**given)
+    return given
+
+
+def load(args):
+    """The stack, and the settings that were given; checked as far as can be before the weights are read."""
+    from unclip_jax.pipeline import UnCLIP
+
+    settings = given_settings(args)
     pipe = UnCLIP.load(args.model, low_memory=args.low_memory)
     pipe.settings(**settings)
     return pipe, settings
-
-
-def read_picture(path: str | os.PathLike) -> np.ndarray:
-    """The picture of a file as u8[h, w, 3]; see `data.images.open_image` for what becomes of depth, alpha and colours.
-
-    Of an animation the first frame, with a warning. Raises UserError for whatever cannot be used.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from unclip_jax.data.images import FORMATS, open_image
-
-    if not str(path) or "\0" in str(path):
-        raise UserError(f"picture {str(path)!r} must be the path of a file")
-    with warnings.catch_warnings():  # what is too large is an error of our own
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = open_image(Path(path).expanduser())
-        with Image.open(Path(path).expanduser(), formats=FORMATS) as image:
-            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-    if frames > 1:
-        warnings.warn(f"{path} has {frames} frames, and the first is taken", stacklevel=2)
-    return np.asarray(picture)
-
-
-def name_of(path: str) -> str:
-    """A file's own name as text, for labels; the folders above it are nobody's business."""
-    return Path(path).name.encode("utf-8", "replace").decode()
-
-
-def at_most(pictures: int) -> None:
-    """Raises UserError for more pictures than one call draws."""
-    if pictures > MAX_PICTURES:
-        raise UserError(f"{pictures} are more than {MAX_PICTURES} pictures", "draw them in several calls")
-
-
-def facts_of(args, used) -> dict:
-    """What holds for every picture of a command: seed, model and the settings of each stage."""
-    return {"seed": args.seed, "model": Path(args.model).name, "settings": used}
-
-
-def told(out: Path, rows) -> str:
-    """The line that a command ends with."""
-    from unclip_jax import gallery
-
-    images = [picture.image for _, row in rows for picture in row]
-    height, width = images[0].shape[:2]
-    return f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}"
 
 
 def prompts_of(args) -> list[str]:

@@ -2,25 +2,11 @@
 
 import os
 
-from unclip_jax.cli.arguments import (
-    add_model,
-    add_output,
-    add_settings,
-    at_most,
-    checked_text,
-    command,
-    done,
-    facts_of,
-    frames,
-    load,
-    name_of,
-    read_picture,
-    told,
-)
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, checked_text, command, done, frames, load
+from unclip_jax.cli.pictures import at_most, finish, name_of, read_picture
 from unclip_jax.errors import UserError
 
 TEXT = "prompt:"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add(commands) -> None:
@@ -65,12 +51,13 @@ def run(args) -> None:
         label = f"{share:.2f} to {names[leg + 1]}" if step else names[leg]
         row.append(Picture(image, label, {"inputs": names, "noise": noise, "frame": i, "of": total}))
     rows = [(" to ".join(names), row)]
-    gallery.write(out, rows, facts_of(args, pipe.exact_settings(settings)), page=args.html, animated=True)
-    print(told(out, rows))
+    finish(args, out, rows, pipe.exact_settings(settings), animated=True)
 
 
 def _read(given: str):
     """A picture u8[h, w, 3], or the words of a prompt."""
+    from unclip_jax.data.images import SUFFIXES
+
     if given.startswith(TEXT):
         return checked_text(given.removeprefix(TEXT))
     if "\0" not in given and os.path.exists(os.path.expanduser(given)):

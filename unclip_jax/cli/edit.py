@@ -4,18 +4,14 @@ from unclip_jax.cli.arguments import (
     add_model,
     add_output,
     add_settings,
-    at_most,
     checked_text,
     command,
     done,
-    facts_of,
     frames,
     load,
-    name_of,
-    read_picture,
     share,
-    told,
 )
+from unclip_jax.cli.pictures import at_most, beside, finish, name_of, read_picture
 
 
 def add(commands) -> None:
@@ -36,7 +32,6 @@ def add(commands) -> None:
 def run(args) -> None:
     """Draws the edited pictures into a folder."""
     from unclip_jax import gallery
-    from unclip_jax.gallery import Picture
 
     at_most(len(args.image) * args.frames)
     source, target = checked_text(args.source, "--from"), checked_text(args.target, "--to")
@@ -47,13 +42,7 @@ def run(args) -> None:
     pipe, settings = load(args)
     thetas = [round(theta, 6) for theta in (k * args.theta / (args.frames - 1) for k in range(args.frames))]
     drawn = pipe.text_diff(images, source, target, thetas, args.seed, batch_size=args.batch_size, **settings)
-    rows = []
-    for p, (path, image) in enumerate(zip(args.image, pipe.squares(images, pipe.size), strict=True)):
-        name = name_of(path)
-        about = {"image": name, "from": source, "to": target}
-        row = [Picture(image, name, {**about, "role": "input"})]
-        for theta, own in zip(thetas, drawn[p * args.frames :], strict=False):
-            row.append(Picture(own, f"{source} to {target}, theta {theta:.2f}", {**about, "theta": theta}))
-        rows.append((f"{name} {source} to {target}", row))
-    gallery.write(out, rows, facts_of(args, pipe.exact_settings(settings, TEXT_GUIDANCE)), page=args.html)
-    print(told(out, rows))
+    columns = [(f"{source} to {target}, theta {theta:.2f}", {"theta": theta}) for theta in thetas]
+    inputs = [(name_of(path), {"from": source, "to": target}) for path in args.image]
+    rows = beside(args.image, pipe.squares(images, pipe.size), drawn, columns, inputs)
+    finish(args, out, rows, pipe.exact_settings(settings, TEXT_GUIDANCE))

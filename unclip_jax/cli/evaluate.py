@@ -118,14 +118,14 @@ def _stage(args) -> None:
         args.checkpoint, args.num, args.seed, step=args.step, sweep=args.sweep, classes=args.classes,
         templates=args.templates,
     )  # fmt: skip
-    _show(made, out)
+    show(made, out)
 
 
 def _compare(args) -> None:
     from unclip_jax.evaluation import report
 
     out = report.check_files(args.out, args.overwrite) if args.out is not None else None
-    _show(report.compare(*args.compare), out)
+    show(report.compare(*args.compare), out)
 
 
 def _people(args, mode: str) -> None:
@@ -140,10 +140,10 @@ def _people(args, mode: str) -> None:
     if args.key is None:
         raise UserError("--votes needs --key", "give the .key.json that was written beside the page")
     out = report.check_files(args.out, args.overwrite) if args.out is not None else None
-    _show(pairs.analyse(args.votes, args.key), out)
+    show(pairs.analyse(args.votes, args.key), out)
 
 
-def _show(made, out: Path | None) -> None:
+def show(made, out: Path | None) -> None:
     """Prints a report's tables, and writes it where that was asked for."""
     from unclip_jax.evaluation import report
 

@@ -5,12 +5,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from unclip_jax.cli.evaluate import _show
+from unclip_jax.cli.arguments import given_settings
+from unclip_jax.cli.evaluate import show
 from unclip_jax.errors import UserError
 
+# What a sweep may vary, and how its values are read.
 TYPES = {
     "guidance": float, "steps": int, "sampler": str, "prior_guidance": float, "prior_steps": int, "candidates": int,
-    "upsample_steps": int, "model": str,
+    "upsample_steps": int, "prior": str, "prior_sampler": str, "prior_temperature": float, "prior_top_p": float,
+    "rescale": float, "threshold": float, "model": str,
 }  # fmt: skip
 
 
@@ -38,7 +41,7 @@ def run(args) -> None:
     with _work(args) as folder:
         made = _measure(args, combinations, folder)
     if distributed.is_main():
-        _show(made, out)
+        show(made, out)
 
 
 class _work:
@@ -73,19 +76,13 @@ def _models_exist(args, combinations) -> None:
     """Every stack and setting is looked at before the first picture is drawn."""
     if args.images is not None:
         return
-    from unclip_jax.pipeline import Settings
+    from unclip_jax.settings import Settings
     from unclip_jax.stack import open_stack
 
     for name in {c.get("model", args.model) for c in combinations}:
         open_stack(name)
     for combination in combinations:
-        Settings(**{k: v for k, v in {**_given(args), **combination}.items() if k != "model"})
-
-
-def _given(args) -> dict:
-    """The settings of sampling that were given as flags."""
-    names = [name for name in TYPES if name != "model"]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        Settings(**{k: v for k, v in {**given_settings(args), **combination}.items() if k != "model"})
 
 
 def _measure(args, combinations, folder: Path):
@@ -150,7 +147,7 @@ def _stacks(args, combinations) -> dict:
         pipe = pipe.without_upsamplers() if args.base else pipe
         made[name] = pipe.spread(), identity(name)
     for combination in combinations:
-        settings = {k: v for k, v in {**_given(args), **combination}.items() if k != "model"}
+        settings = {k: v for k, v in {**given_settings(args), **combination}.items() if k != "model"}
         made[combination.get("model", args.model)][0].settings(**settings)
     return made
 
@@ -166,7 +163,7 @@ def _points(args, combinations, stacks, captions, size):
     for combination in combinations:
         name = combination.get("model", args.model)
         pipe, identity = stacks[name]
-        settings = {k: v for k, v in {**_given(args), **combination}.items() if k != "model"}
+        settings = {k: v for k, v in {**given_settings(args), **combination}.items() if k != "model"}
 
         def draw(texts, first, pipe=pipe, settings=settings):
             with warnings.catch_warnings():

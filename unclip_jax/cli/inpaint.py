@@ -2,22 +2,8 @@
 
 import argparse
 
-from unclip_jax.cli.arguments import (
-    add_model,
-    add_output,
-    add_settings,
-    at_most,
-    command,
-    count,
-    done,
-    facts_of,
-    load,
-    name_of,
-    prompts_of,
-    read_picture,
-    share,
-    told,
-)
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of, share
+from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 from unclip_jax.errors import UserError
 
 MAX_BORDER = 10_000
@@ -43,7 +29,6 @@ def add(commands) -> None:
 def run(args) -> None:
     """Draws the pictures into a folder, the input beside them in the grid."""
     from unclip_jax import gallery
-    from unclip_jax.gallery import Picture
 
     at_most(args.num)
     out = gallery.check_folder(args.out, args.overwrite)
@@ -57,13 +42,10 @@ def run(args) -> None:
         [image], None if hole is None else [hole], prompts, args.seed,
         num=args.num, batch_size=args.batch_size, **own, **settings,
     )  # fmt: skip
-    name, what = name_of(args.image), prompts[0] if prompts else "as it is"
-    row = [Picture(pipe.squares([image], pipe.size)[0], name, {"image": name, "role": "input"})]
-    for i, drawn in enumerate(images):
-        row.append(Picture(drawn, what, {"image": name, "role": "painted", "prompt": what, "index": i}))
-    rows = [(name, row)]
-    gallery.write(out, rows, {**facts_of(args, pipe.settings(**settings)), **own}, page=args.html)
-    print(told(out, rows))
+    what = prompts[0] if prompts else "as it is"
+    columns = [(what, {"role": "painted", "prompt": what, "index": i}) for i in range(args.num)]
+    rows = beside([args.image], pipe.squares([image], pipe.size), images, columns)
+    finish(args, out, rows, pipe.settings(**settings), **own)
 
 
 def canvas(args):

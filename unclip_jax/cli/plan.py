@@ -39,7 +39,7 @@ def run(args) -> int:
     from unclip_jax import plan, tasks
 
     clip = None
-    if config.task in tasks.WITH_CLIP:
+    if tasks.needs_clip(config):
         beside = Path(args.config.partition(":")[0]).with_name("clip.py")
         if not (args.clip or beside.is_file()):
             raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip FILE[:VARIANT]")

@@ -4,18 +4,14 @@ from unclip_jax.cli.arguments import (
     add_model,
     add_output,
     add_settings,
-    at_most,
     checked_text,
     command,
     count,
     done,
-    facts_of,
     listed,
     load,
-    name_of,
-    read_picture,
-    told,
 )
+from unclip_jax.cli.pictures import at_most, beside, finish, name_of, read_picture
 from unclip_jax.errors import UserError
 
 
@@ -35,7 +31,6 @@ def add(commands) -> None:
 def run(args) -> None:
     """Prints the odds, and draws the pictures' variations into a folder."""
     from unclip_jax import gallery
-    from unclip_jax.gallery import Picture
 
     at_most(len(args.image) * args.num)
     labels = [checked_text(label, "label") for label in args.labels]
@@ -49,15 +44,13 @@ def run(args) -> None:
     pipe, settings = load(args)
     odds = pipe.probe(images, labels, args.template, batch_size=args.batch_size)
     drawn = pipe.variations(images, args.seed, num=args.num, batch_size=args.batch_size, **settings)
-    rows = []
-    for p, (path, image) in enumerate(zip(args.image, pipe.squares(images, pipe.size), strict=True)):
-        name, own = name_of(path), dict(zip(labels, map(float, odds[p].round(4)), strict=True))
+    inputs = []
+    for path, row in zip(args.image, odds.round(4), strict=True):
+        own = dict(zip(labels, map(float, row), strict=True))
         ranked = sorted(own.items(), key=lambda item: -item[1])
-        print(f"{name}: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in ranked))
-        about = {"image": name, "odds": own, "template": args.template}
-        row = [Picture(image, f"{name}: {ranked[0][0]} {100 * ranked[0][1]:.0f} %", {**about, "role": "input"})]
-        for i, variation in enumerate(drawn[p * args.num : (p + 1) * args.num]):
-            row.append(Picture(variation, "variation", {**about, "role": "variation", "index": i}))
-        rows.append((name, row))
-    gallery.write(out, rows, facts_of(args, pipe.settings(**settings)), page=args.html)
-    print(told(out, rows))
+        print(f"{name_of(path)}: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in ranked))
+        label = f"{name_of(path)}: {ranked[0][0]} {100 * ranked[0][1]:.0f} %"
+        inputs.append((label, {"odds": own, "template": args.template}))
+    columns = [("variation", {"role": "variation", "index": i}) for i in range(args.num)]
+    rows = beside(args.image, pipe.squares(images, pipe.size), drawn, columns, inputs)
+    finish(args, out, rows, pipe.settings(**settings))

@@ -1,20 +1,7 @@
 """`unclip reconstruct`."""
 
-from unclip_jax.cli.arguments import (
-    add_model,
-    add_output,
-    add_settings,
-    at_most,
-    command,
-    count,
-    counts,
-    done,
-    facts_of,
-    load,
-    name_of,
-    read_picture,
-    told,
-)
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, counts, done, load
+from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 from unclip_jax.errors import UserError
 
 
@@ -35,7 +22,6 @@ def add(commands) -> None:
 def run(args) -> None:
     """Writes a row for each picture: itself, then what is drawn from its first components."""
     from unclip_jax import data, gallery
-    from unclip_jax.gallery import Picture
 
     out = gallery.check_folder(args.out, args.overwrite)
     if args.data is None and args.data_path is not None:
@@ -51,13 +37,8 @@ def run(args) -> None:
     dims = args.dims or [*(2**k for k in range(1, 12) if 2**k < available), available]
     at_most(len(images) * (1 + len(dims)))
     drawn = pipe.reconstruct(images, dims, args.seed, pca=pca, batch_size=args.batch_size, **settings)
-    rows = []
-    for p, (path, square) in enumerate(zip(args.image, pipe.squares(images, pipe.size), strict=True)):
-        name = name_of(path)
-        row = [Picture(square, name, {"image": name, "role": "input"})]
-        for k, own in zip(dims, drawn[p * len(dims) : (p + 1) * len(dims)], strict=True):
-            row.append(Picture(own, f"{k} dims", {"image": name, "role": "reconstruction", "dims": k}))
-        rows.append((name, row))
+    columns = [(f"{k} dims", {"role": "reconstruction", "dims": k}) for k in dims]
     used = {name: value for name, value in pipe.settings(**settings).items() if not name.startswith("prior")}
-    gallery.write(out, rows, {**facts_of(args, used), "components": args.data or "of the prior"}, page=args.html)
-    print(f"{told(out, rows)}; {available} components")
+    rows = beside(args.image, pipe.squares(images, pipe.size), drawn, columns)
+    finish(args, out, rows, used, components=args.data or "of the prior")
+    print(f"there are {available} components")

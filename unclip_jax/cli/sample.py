@@ -2,20 +2,8 @@
 
 import argparse
 
-from unclip_jax.cli.arguments import (
-    MAX_PICTURES,
-    add_model,
-    add_output,
-    add_settings,
-    command,
-    count,
-    done,
-    facts_of,
-    load,
-    prompts_of,
-    told,
-)
-from unclip_jax.errors import UserError
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of
+from unclip_jax.cli.pictures import at_most, finish
 
 DEMO = (
     "a red circle",
@@ -59,9 +47,7 @@ def sample(args) -> None:
     from unclip_jax import gallery
 
     prompts = prompts_of(args)
-    if len(prompts) * args.num > MAX_PICTURES:
-        raise UserError(f"{len(prompts)} prompts x {args.num} are more than {MAX_PICTURES} pictures",
-                        "draw them in several calls")  # fmt: skip
+    at_most(len(prompts) * args.num)
     out = gallery.check_folder(args.out, args.overwrite)
     pipe, settings = load(args)
     images = pipe.generate(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
@@ -70,8 +56,7 @@ def sample(args) -> None:
         own = images[p * args.num : (p + 1) * args.num]
         about = [{"prompt": prompt, "prompt_index": p, "index": i} for i in range(args.num)]
         rows.append((prompt, [gallery.Picture(image, prompt, a) for image, a in zip(own, about, strict=True)]))
-    gallery.write(out, rows, facts_of(args, pipe.settings(**settings)), page=args.html)
-    print(told(out, rows))
+    finish(args, out, rows, pipe.settings(**settings))
 
 
 def demo(args) -> None:

@@ -1,20 +1,7 @@
 """`unclip vary`."""
 
-from unclip_jax.cli.arguments import (
-    add_model,
-    add_output,
-    add_settings,
-    at_most,
-    command,
-    count,
-    done,
-    facts_of,
-    load,
-    name_of,
-    read_picture,
-    share,
-    told,
-)
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, share
+from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 
 
 def add(commands) -> None:
@@ -36,7 +23,6 @@ def add(commands) -> None:
 def run(args) -> None:
     """Draws variations of the pictures into a folder."""
     from unclip_jax import gallery
-    from unclip_jax.gallery import Picture
 
     at_most(len(args.image) * args.num)
     out = gallery.check_folder(args.out, args.overwrite)
@@ -45,13 +31,6 @@ def run(args) -> None:
     eta = None if args.white_noise else args.eta
     used = pipe.settings(**settings) if args.white_noise else pipe.exact_settings(settings)
     drawn = pipe.variations(images, args.seed, num=args.num, eta=eta, batch_size=args.batch_size, **settings)
-    rows = []
-    for p, (path, image) in enumerate(zip(args.image, pipe.squares(images, pipe.size), strict=True)):
-        name = name_of(path)
-        row = [Picture(image, name, {"image": name, "role": "input"})]
-        for i, own in enumerate(drawn[p * args.num : (p + 1) * args.num]):
-            label = "white noise" if eta is None else f"eta {eta:g}"
-            row.append(Picture(own, label, {"image": name, "role": "variation", "eta": eta, "index": i}))
-        rows.append((name, row))
-    gallery.write(out, rows, facts_of(args, used), page=args.html)
-    print(told(out, rows))
+    label = "white noise" if eta is None else f"eta {eta:g}"
+    columns = [(label, {"role": "variation", "eta": eta, "index": i}) for i in range(args.num)]
+    finish(args, out, beside(args.image, pipe.squares(images, pipe.size), drawn, columns), used)

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from unclip_jax.data.images import SUFFIXES, center_crop_resize, open_image
-from unclip_jax.data.source import Source
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.data.source import Source, check_arguments
+from unclip_jax.errors import UserError
 
 SPLITS = ("train", "test", "heldout", "all")
 HELD_OUT_PERCENT = 2
@@ -56,12 +56,7 @@ class Folder(Source):
         captions: bool = True,
         max_bad: float = 0.1,
     ):
-        if not path:
-            raise UserError("the source 'folder' needs data.path", "set it to a folder of pictures")
-        if split not in SPLITS:
-            raise UserError(f"data.split='{split}' is not a split of 'folder'", suggest(split, SPLITS))
-        if not 0 <= max_bad <= 1:
-            raise UserError(f"data.max_bad={max_bad} must be in 0 … 1")
+        check_arguments("folder", "a folder of pictures", path, split, SPLITS, max_bad)
         self.path, self.split, self.size, self.max_bad = Path(path), split, size, max_bad
         if not self.path.is_dir():
             raise UserError(f"data.path='{path}' is not a folder", "give a folder that holds pictures")

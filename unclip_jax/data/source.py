@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
+
+from unclip_jax.errors import UserError, suggest
 
 
 class Source(abc.ABC):
@@ -23,3 +26,17 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, i: int) -> dict:
         """Record i in [0, len); IndexError outside."""
+
+
+def check_arguments(name: str, what: str, path: str, split: str, splits: Sequence[str], max_bad: float) -> None:
+    """Raises UserError for what sources of files do not take; `splits` empty: any split.
+
+    Args:
+      name: of the source. what: what its path is to be.
+    """
+    if not path:
+        raise UserError(f"the source '{name}' needs data.path", f"set it to {what}")
+    if splits and split not in splits:
+        raise UserError(f"data.split='{split}' is not a split of '{name}'", suggest(split, splits))
+    if isinstance(max_bad, bool) or not isinstance(max_bad, (int, float)) or not 0 <= max_bad <= 1:
+        raise UserError(f"data.max_bad={max_bad} must be in 0 … 1")

@@ -2,7 +2,7 @@
 
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source
+from unclip_jax.data.source import Source, check_arguments
 from unclip_jax.errors import UserError
 
 PREPARE = "prepare it with: tfds build NAME --data_dir=DIR --file_format=array_record"
@@ -36,8 +36,7 @@ class Tfds(Source):
         caption_key: str = "captions",
         max_bad: float = 0.1,
     ):
-        if not path:
-            raise UserError("the source 'tfds' needs data.path", "set it to a name such as coco_captions/2014")
+        check_arguments("tfds", "a name such as coco_captions/2014", path, split, (), max_bad)
         self.split, self.size, self.max_bad = split, size, max_bad
         self.image_key, self.caption_key = image_key, caption_key
         builder = _builder(path, data_dir)

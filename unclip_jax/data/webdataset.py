@@ -6,12 +6,11 @@ is run (a `pipe:` address is refused).
 
 import json
 
+from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source
+from unclip_jax.data.source import Source, check_arguments
 from unclip_jax.data.tar_index import Files, open_index
-from unclip_jax.errors import UserError, suggest
-
-SPLITS = ("train", "test", "heldout", "all")
+from unclip_jax.errors import UserError
 
 
 class WebDataset(Source):
@@ -43,14 +42,9 @@ class WebDataset(Source):
         caption_key: str = "caption",
         max_bad: float = 0.1,
     ):
-        if not path:
-            raise UserError("the source 'webdataset' needs data.path", "set it to tar shards: shards/{0000..0099}.tar")
+        check_arguments("webdataset", "tar shards: shards/{0000..0099}.tar", path, split, SPLITS, max_bad)
         if path.startswith("pipe:") or "::" in path:
             raise UserError(f"data.path={path!r} asks for a command or a chain", "give paths or addresses of tar files")
-        if split not in SPLITS:
-            raise UserError(f"data.split='{split}' is not a split of 'webdataset'", suggest(split, SPLITS))
-        if not 0 <= max_bad <= 1:
-            raise UserError(f"data.max_bad={max_bad} must be in 0 … 1")
         self.split, self.size, self.caption_key, self.max_bad = split, size, caption_key, max_bad
         self.files = Files(path)
         shards = self.files.expand(path)

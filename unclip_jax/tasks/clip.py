@@ -115,6 +115,14 @@ def drop_captions(batch, keep):
     return {**batch, **{k: jnp.where(rows(a), batch[k], a) for k, a in batch["empty"].items() if k in batch}}
 
 
+def caption_of(model, batch):
+    """What a prior's network takes of captions: tokens where it has a vocabulary, else CLIP's states."""
+    name = "tokens" if model.vocab_size else "states"
+    if name not in batch:
+        raise ValueError("these embeddings hold no caption states: make them with --states")
+    return batch[name]
+
+
 def unit(z: jax.Array) -> jax.Array:
     """z / |z| along the last axis."""
     return z * jax.lax.rsqrt(jnp.sum(jnp.square(z), -1, keepdims=True) + 1e-12)

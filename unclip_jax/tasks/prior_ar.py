@@ -14,7 +14,7 @@ from unclip_jax import pca
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
-from unclip_jax.tasks.clip import ask, matrix_picture, unit
+from unclip_jax.tasks.clip import ask, caption_of, matrix_picture, unit
 from unclip_jax.tasks.prior_diffusion import best, candidate_keys, cosines
 
 PREPARE_BATCHES = 64
@@ -90,9 +90,6 @@ class PriorARTask:
     def encode(self, frozen, batch):
         return ask(self.clip, frozen["clip"], batch)
 
-    def _caption(self, batch):
-        return batch["tokens"] if self.model.vocab_size else batch["states"]
-
     def codes(self, params, z_img: jax.Array) -> jax.Array:
         """z_img f32[B, D] → i32[B, K]."""
         return pca.to_codes(self.pca(params).project(z_img), params["std"], self.model.buckets)
@@ -105,7 +102,7 @@ class PriorARTask:
         codes = self.codes(params, batch["z_img"])
         dot = jnp.searchsorted(params["dots"], jnp.sum(batch["z_txt"] * batch["z_img"], -1))
         keep = jax.random.uniform(rng, dot.shape) >= self.text_drop
-        args = (codes, dot, self._caption(batch), batch["mask"], batch["z_txt"], keep)
+        args = (codes, dot, caption_of(self.model, batch), batch["mask"], batch["z_txt"], keep)
         logits = self.model.apply({"params": params["net"]}, *args)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, codes)
         right = (logits.argmax(-1) == codes).mean(0)
@@ -126,7 +123,7 @@ class PriorARTask:
         variables = {"params": params["net"]}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if guidance == 1 else 2
-        args = (self._caption(cond), cond["mask"], cond["z_txt"])
+        args = (caption_of(self.model, cond), cond["mask"], cond["z_txt"])
         args = [jnp.concatenate([a] * halves) for a in args]
         kv, mask = self.model.apply(variables, *args, jnp.arange(b * halves) < b, method="prefix")
         kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)

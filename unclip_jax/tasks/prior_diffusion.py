@@ -13,7 +13,7 @@ from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
-from unclip_jax.tasks.clip import ask, ask_empty, drop_captions, matrix_picture, unit
+from unclip_jax.tasks.clip import ask, ask_empty, caption_of, drop_captions, matrix_picture, unit
 
 PREPARE_BATCHES = 32
 
@@ -75,12 +75,6 @@ class PriorTask:
         batch = ask(self.clip, frozen["clip"], batch)
         return ask_empty(self.clip, frozen["clip"], batch) if self.empty_caption else batch
 
-    def _caption(self, batch):
-        name = "tokens" if self.model.vocab_size else "states"
-        if name not in batch:
-            raise ValueError("these embeddings hold no caption states: make them with --states")
-        return batch[name]
-
     def x0_and_denoise(self, params, batch, keep=None):
         """An encoded batch's whitened embeddings, and the network that knows the captions where keep; None: all."""
         x0 = (batch["z_img"] - params["mean"][None]) / params["std"][None]
@@ -89,7 +83,7 @@ class PriorTask:
             batch, keep = drop_captions(batch, keep), None
 
         def denoise(xt, time):
-            args = (self._caption(batch), batch["mask"], batch["z_txt"], keep)
+            args = (caption_of(self.model, batch), batch["mask"], batch["z_txt"], keep)
             return Out(self.model.apply({"params": params["net"]}, xt, time, *args))
 
         return jax.lax.stop_gradient(x0), denoise
