@@ -90,6 +90,55 @@ def test_traffic_of_a_written_program():
     assert Collective("reduce-scatter", 4, 1, 25.0).wire_bytes == 100 * 3 / 4
 
 
+TPU = """HloModule m
+
+%all-reduce-scatter.3 (input: f32[16,8]) -> f32[4,8] {
+  %input = f32[16,8]{1,0} parameter(0)
+  %ar = f32[16,8]{1,0} all-reduce(%input), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %ds = f32[4,8]{1,0} dynamic-slice(%ar, %c), dynamic_slice_sizes={4,8}
+}
+
+%begin (p: bf16[4,8]) -> (bf16[16,8]) {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %ag.1 = bf16[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %s = (bf16[16,8]{1,0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%end (p: bf16[16,8]) -> bf16[16,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %ag.2 = bf16[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %d = bf16[16,8]{1,0} custom-call(%ag.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%cond (p: (s32[], bf16[4,8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(24)
+  %p = (s32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %g = bf16[4,8]{1,0} get-tuple-element(%p), index=1
+  %f1 = (bf16[16,8]{1,0}) fusion(%g), kind=kCustom, calls=%begin
+  %f2 = bf16[16,8]{1,0} fusion(%f1), kind=kCustom, calls=%end
+  %f3 = f32[4,8]{1,0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i, %g)
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %w = (s32[], bf16[4,8]{1,0}) while(%init), condition=%cond, body=%body
+  ROOT %out = bf16[4,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_what_a_tpus_compiler_hides_is_found_once_for_each_round_of_the_loop():
+    rows = {(c.kind, c.group): (c.count, c.bytes) for c in read_hlo(TPU).collectives}
+    assert rows == {("all-gather", 4): (24, 24 * 16 * 8 * 2), ("reduce-scatter", 4): (24, 24 * 4 * 8 * 4)}
+
+
 def test_collectives_of_a_compiled_program():
     """Eight simulated devices: a scan of 5 products with weights split over them gathers or reduces 5 times."""
     mesh = sharding.make_mesh(fsdp=8, data=1)

@@ -90,36 +90,68 @@ class _Instruction(NamedTuple):
 
 
 def read_hlo(text: str) -> Traffic:
-    """The traffic of a compiled module, from its text; bodies of loops count as often as they run."""
+    """The traffic of a compiled module, from its text; bodies of loops count as often as they run.
+
+    A TPU's compiler hides collectives in fusions, one at their start, at their end and in what runs meanwhile: those of
+    one channel are one.
+    """
     computations, entry = _computations(text)
     collectives: dict[tuple[str, int], list[float]] = {}
     total = 0.0
 
     def visit(name: str, times: float) -> None:
         nonlocal total
-        body = computations.get(name, {})
-        for one in body.values():
-            read = sum(body[name].bytes for name in one.operands if name in body)
-            kind = one.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
-                found = collectives.setdefault((kind, _group_size(one.line)), [0, 0.0])
-                found[0] += int(times)
-                # a start gives its operand beside its result, but for an all-reduce, which has one shape
-                found[1] += times * (one.bytes - (read if kind != one.kind and kind != "all-reduce" else 0))
+        body, channels = computations.get(name, {}), {}
+        for label, one in body.items():
+            if one.kind not in FREE and not one.kind.endswith("-done"):
+                total += times * (one.bytes + _read(body, one))
             if one.kind == "while":
-                visit(_named(one.line, "body"), times * _trips(one.line))
+                visit(_named(one.line, "body"), times * _trips(one.line, computations))
             elif one.kind == "conditional":
-                branches = re.findall(r"%([\w.\-]+)", one.line.partition("branch_computations={")[2].partition("}")[0])
-                for branch in branches[:1]:
-                    visit(branch, times)
+                visit(re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", one.line)[1], times)
             elif one.kind == "call":
                 visit(_named(one.line, "to_apply"), times)
-            if one.kind not in FREE and not one.kind.endswith("-done"):
-                total += times * (one.bytes + read)
+            elif one.kind in ("fusion", "async-start"):
+                _hidden(one, computations, channels)
+            else:
+                _own(label, one, body, channels)
+        for kind, group, size in channels.values():
+            found = collectives.setdefault((kind, group), [0, 0.0])
+            found[0] += int(times)
+            found[1] += times * size
 
     visit(entry, 1.0)
     rows = [Collective(kind, group, int(n), size) for (kind, group), (n, size) in sorted(collectives.items())]
     return Traffic(total, tuple(rows))
+
+
+def _own(label: str, one: _Instruction, body, channels: dict) -> None:
+    """Notes an instruction in `channels` {channel: (kind, group, bytes of its result)} if it is a collective."""
+    kind = one.kind.removesuffix("-start")
+    if kind in COLLECTIVES:
+        # a start gives its operand beside its result, but for an all-reduce, which has one shape
+        size = one.bytes - (_read(body, one) if kind != one.kind and kind != "all-reduce" else 0)
+        channel = re.search(r"channel_id=(\d+)", one.line)
+        channels.setdefault(channel[1] if channel else label, (kind, _group_size(one.line), size))
+
+
+def _hidden(one: _Instruction, computations, channels: dict) -> None:
+    """Notes the collectives inside what a fusion calls."""
+    callee = _named(one.line, "calls")
+    inner: dict = {}
+    for label, own in computations.get(callee, {}).items():
+        if own.kind in ("fusion", "async-start"):
+            _hidden(own, computations, inner)
+        else:
+            _own(f"{callee}/{label}", own, computations[callee], inner)
+    for channel, (kind, group, size) in inner.items():
+        if callee.startswith("all-reduce-scatter"):  # an all-reduce of which each device keeps its part
+            kind, size = "reduce-scatter", one.bytes
+        channels.setdefault(channel, (kind, group, size))
+
+
+def _read(body, one: _Instruction) -> float:
+    return sum(body[name].bytes for name in one.operands if name in body)
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -171,9 +203,17 @@ def _named(line: str, key: str) -> str:
     return found[1] if found else ""
 
 
-def _trips(line: str) -> float:
+def _trips(line: str, computations) -> float:
+    """How often a loop runs: as the compiler says, or the bound that its condition compares with; else once."""
     found = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-    return float(found[1]) if found else 1.0
+    if found:
+        return float(found[1])
+    condition = computations.get(_named(line, "condition"), {})
+    for one in condition.values():
+        if one.kind == "compare" and "direction=LT" in one.line:
+            bounds = [re.match(r"constant\((\d+)\)", condition[n].line) for n in one.operands if n in condition]
+            return next((float(bound[1]) for bound in bounds if bound), 1.0)
+    return 1.0
 
 
 def _group_size(line: str) -> int:

@@ -14,6 +14,7 @@ from unclip_jax import tasks
 from unclip_jax.diffusion.sample import initial_noise, step_noise
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.tasks import prior_diffusion
+from unclip_jax.tasks.clip import caption_of
 from unclip_jax.tasks.prior_diffusion import PriorTask
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -246,6 +247,6 @@ def test_captions_may_enter_as_clips_states():
     with config.unlocked():
         config.model.caption = "states"
     task = tasks.make(config, clip)
-    assert task.model.vocab_size == 0 and task._caption({"tokens": 1, "states": 2}) == 2
+    assert task.model.vocab_size == 0 and caption_of(task.model, {"tokens": 1, "states": 2}) == 2
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     assert "states_in" in shapes["net"] and "token_embed" not in shapes["net"]
