@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
+            # Orbax leaves coroutines behind where a restore fails, found whenever memory is swept: no user's concern.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             args = parse(argv)
             return args.run(args) or 0
