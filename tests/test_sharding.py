@@ -7,8 +7,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from unclip_jax import sharding
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
+from unclip_jax import config, plan, sharding
 from unclip_jax.errors import UserError
+from unclip_jax.nn.rows import rows
+from unclip_jax.plan_count import read_hlo
 
 
 def _shape(*shape):
@@ -150,3 +153,32 @@ def test_abstract_carries_shape_dtype_and_sharding():
     shardings = sharding.infer(shapes, ((".*", "fsdp"),), mesh)
     out = sharding.abstract(shapes, shardings)["a"]
     assert (out.shape, out.dtype, out.sharding) == ((512, 512), jnp.bfloat16, shardings["a"])
+
+
+def test_rows_are_split_where_a_mesh_is_set_and_the_batch_divides():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    split = jax.jit(sharding.split_rows(lambda x: rows(x) * 2, mesh))
+    x = jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    assert split(x).sharding.spec[0] == ("data", "fsdp")
+    assert split(x[:3]).shape == (3, 6)  # cannot be split
+    assert jax.make_jaxpr(rows)(x).eqns == []
+
+
+def test_a_gradient_moves_weights_and_never_activations(quick_compiles):  # noqa: F811
+    """Else XLA splits features over fsdp, as the embedding table is, and sums activations in every layer."""
+    c = config.load_config("configs/shapes/clip.py:tiny")
+    with c.unlocked():
+        c.batch_size, c.mesh.fsdp = 2048, 8
+        tower = dict(width=256, layers=2, heads=4)
+        c.model.update(vision={**c.model.vision, **tower}, text={**c.model.text, **tower})
+        c.tokenizer.update(vocab_size=512, max_len=16)
+    run = plan.abstract(c, jax.devices())
+    shardings = jax.tree.map(lambda a: a.sharding, run.state.params)
+    key = jax.random.key(0)
+    gradient = sharding.split_rows(jax.grad(lambda p, batch: run.task.loss(p, batch, key)[0]), run.mesh)
+    compiled = jax.jit(gradient, out_shardings=shardings).lower(run.state.params, run.batch).compile()
+    moved = read_hlo(compiled.as_text())
+    weights = sum(4 * a.size for a in jax.tree.leaves(run.state.params))
+    layer = 4 * (c.batch_size // 8) * 16 * 256  # activations of one device in one layer
+    assert layer > weights / 8
+    assert sum(one.bytes for one in moved.collectives) < 5 * weights

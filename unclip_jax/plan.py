@@ -22,7 +22,7 @@ from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.plan_count import Collective, count_flops, read_hlo
-from unclip_jax.train import TrainState, init_state, make_train_step
+from unclip_jax.train import TrainState, compile_step, init_state, make_train_step
 
 GIB = 1 << 30
 
@@ -198,7 +198,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True) -> Report:
         gradients = held["parameters"]
         return dataclasses.replace(base, peak=sum(held.values()) + gradients + _residuals(run) + _held(run.batch))
     shardings = jax.tree.map(lambda a: a.sharding, run.state)
-    return _compile(base, jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)), args)
+    return _compile(base, compile_step(run.step, run.mesh, shardings), args)
 
 
 def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
@@ -216,7 +216,7 @@ def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
                   flops, flops, held, None, CHIPS[chip].memory)  # fmt: skip
     if not compiled:
         return dataclasses.replace(base, peak=sum(held.values()) + _held(run.batch))
-    return _compile(base, jax.jit(draw), args)
+    return _compile(base, jax.jit(sharding.split_rows(draw, run.mesh)), args)
 
 
 def _compile(report: Report, function, args) -> Report:

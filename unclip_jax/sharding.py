@@ -1,13 +1,13 @@
 """Sharding as data: a mesh (data, fsdp, tensor) and ordered rules from array paths to partitions.
 
-Models hold no axis names. Batches are split over data x fsdp, arrays over fsdp (and tensor where a rule says
-so); the same rules serve the optimizer's moments and the averaged weights, whose paths end in that of their
-parameter.
+Models hold no axis names, but that `nn.rows` keeps activations split as batches. Batches are split over data x fsdp,
+arrays over fsdp (and tensor where a rule says so); the same rules serve the optimizer's moments and the averaged
+weights, whose paths end in that of their parameter.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -99,6 +99,16 @@ def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches: the first axis split over data x fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def split_rows(function: Callable, mesh: Mesh | AbstractMesh) -> Callable:
+    """`function`, traced for jax.jit so that activations stay split as batches are; see `nn.rows`."""
+
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

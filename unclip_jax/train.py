@@ -75,6 +75,11 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
     return step
 
 
+def compile_step(step: Callable, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """A train step for jax: split over the mesh, its state's buffers used again."""
+    return jax.jit(sharding.split_rows(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
+
+
 class Run(NamedTuple):
     """All that a training run is made of."""
 
@@ -151,7 +156,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if start >= config.num_steps:
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, None))
+        step_fn = compile_step(step_fn, run.mesh, run.shardings)
         logs, checks, meta = Logs(config, run.workdir, start), Checks(run, batches), _meta(run)
         stop = distributed.install_signal_handlers()
         stream = batches(start)

@@ -28,7 +28,7 @@ def run_steps(run, tx, mesh) -> tuple:
     state = jax.device_put(host, shardings)
     frozen = jax.device_put(jax.device_get(run.frozen), sharding.replicated(mesh))
     step = train.make_train_step(run.task, tx, 0.9, seed=3)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step = train.compile_step(step, mesh, shardings)
     stream = loader.batches(run.source, run.tokenizer, 8, seed=1)
     metrics = []
     for index in range(STEPS):

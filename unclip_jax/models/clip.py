@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.models.text import TextEncoder
+from unclip_jax.nn.rows import rows
 from unclip_jax.nn.transformer import LayerNorm, Transformer
 
 HALF = (0.5, 0.5, 0.5)
@@ -86,7 +87,7 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
 
     def _leave(self, z: jax.Array) -> jax.Array:
-        z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        z = rows(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
         return z if self.norm is None else z * self.norm * jax.lax.rsqrt(jnp.sum(z * z, -1, keepdims=True) + 1e-12)
 
     def embed_image(self, image: jax.Array) -> jax.Array:

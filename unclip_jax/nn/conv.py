@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
+from unclip_jax.nn.rows import rows
 
 
 class GroupNorm(nn.Module):
@@ -69,7 +70,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False) -> jax.Array:
         """x [B, H, W, C], emb [B, E] → [B, H', W', channels]."""
-        resample = RESAMPLE[self.resample]
+        x, resample = rows(x), RESAMPLE[self.resample]
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
         h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
         width = self.channels * (2 if self.scale_shift else 1)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
+from unclip_jax.nn.rows import rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -55,6 +56,7 @@ class Block(nn.Module):
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
         small = nn.initializers.normal(self.out_std)
+        x = rows(x)
         h = LayerNorm(self.dtype, name="norm1")(x)
         names = ("query", "key", "value")
         q, k, v = (nn.DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
