@@ -71,6 +71,7 @@ def get_config(variant: str = ""):
             norm=17.2,
             dtype="bfloat16",
         ),
+        objective=dict(loss="softmax", chunk=4096),
         tokenizer=dict(path="", **shared.CLIP_TOKENS),
         optim=dict(lr=v["lr"], warmup=2000, schedule="cosine", weight_decay=0.2, b1=0.9, b2=0.98, eps=1e-6),
         ema_decay=0.0,  # CLIP is not averaged
