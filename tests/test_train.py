@@ -107,6 +107,44 @@ def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):
     assert bits(held) == bits(state) and np.isnan(metrics["loss"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_climbs_before_it_descends(task, accumulate):
+    """SAM on (m - c - jitter)^2 + mean(wide^2), SGD, in numpy: both gradients see the same batch and the same noise."""
+    rho, lr = 0.2, 0.1
+    tx = optax.MultiSteps(optax.sgd(lr), accumulate) if accumulate > 1 else optax.sgd(lr)
+    step = jax.jit(train.make_train_step(task, tx, 0.5, 5, sam_rho=rho))
+    state = start(task, tx)
+    state = state._replace(params={**state.params, "wide": jnp.full(4, 0.3)})
+    state = state._replace(opt=tx.init(state.params))
+    p = np.concatenate([state.params["colour"], state.params["wide"]]).astype(np.float64)
+    held = []
+    for n in range(4):
+        m = math.cos(n)
+        jitter = 0.1 * np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(5), n), (3,)), np.float64)
+        slope = lambda at, m=m, j=jitter: np.concatenate([-2 * (m - at[:3] - j), 2 * at[3:] / 4])  # noqa: E731
+        here = slope(p)
+        held.append(slope(p + rho * here / np.linalg.norm(here)))
+        loss = np.square(m - p[:3] - jitter).sum() + np.square(p[3:]).mean()
+        state, metrics = step(state, {}, grey(m), n)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(held[-1]), rtol=1e-4)
+        if len(held) == accumulate:
+            p, held = p - lr * np.mean(held, axis=0), []
+        np.testing.assert_allclose(np.concatenate([state.params["colour"], state.params["wide"]]), p, rtol=1e-4)
+    held, metrics = step(state, {}, grey(math.nan), 4)
+    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+
+
+def test_a_gradient_that_is_not_finite_above_counts_as_a_bad_loss(task, monkeypatch):
+    """sqrt(0.1 - c) is real at c = 0 and slopes away from where c is 0.1."""
+    monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (-jnp.sqrt(0.1 - p["colour"][0]), {}))
+    tx = optax.sgd(0.1)
+    state = start(task, tx)
+    state = state._replace(params={**state.params, "colour": jnp.zeros(3)})
+    held, metrics = jax.jit(train.make_train_step(task, tx, 0.9, 0, sam_rho=0.2))(state, {}, grey(0.5), 0)
+    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+
+
 def test_the_step_and_the_loop_stay_readable():
     assert len(inspect.getsource(train.make_train_step).splitlines()) < 40
     assert len(inspect.getsource(train.train).splitlines()) < 70

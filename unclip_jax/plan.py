@@ -22,7 +22,7 @@ from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.plan_count import Collective, count_flops, read_hlo
-from unclip_jax.train import TrainState, init_state, make_train_step
+from unclip_jax.train import TrainState, init_state, step_of
 
 GIB = 1 << 30
 
@@ -161,7 +161,7 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None) -> Abs
     frozen = {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = alike(frozen, sharding.replicated(mesh))
     batch = alike(_batch(config, teacher), sharding.batch_sharding(mesh))
-    return Abstract(config, task, mesh, state, frozen, batch, make_train_step(task, tx, config.ema_decay, config.seed))
+    return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
 
 
 def _batch(config: ConfigDict, teacher) -> dict[str, jax.ShapeDtypeStruct]:

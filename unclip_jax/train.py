@@ -30,7 +30,7 @@ from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
 MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "sampler.")
-MAY_CHANGE += ("loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
+MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -50,7 +50,9 @@ def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Arra
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
-def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int) -> Callable:
+def make_train_step(
+    task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int, sam_rho: float = 0.0
+) -> Callable:
     """(state, frozen, batch, index) → (state, metrics), pure; the batch is number `index` of the run, from 0.
 
     The average is ema += (1 - d) (params - ema) with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run
@@ -61,7 +63,8 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
     def step(state: TrainState, frozen: Mapping, batch: Mapping, index: jax.Array) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.encode(frozen, batch)
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, rng)
+        gradient = jax.value_and_grad(lambda params: task.loss(params, batch, rng), has_aux=True)
+        (loss, metrics), grads = optim.sharpness_aware(gradient, sam_rho)(state.params)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -73,6 +76,11 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
         return new, {"loss": jnp.where(jnp.isfinite(norm), loss, jnp.nan), "grad_norm": norm, **metrics}
 
     return step
+
+
+def step_of(config: ConfigDict, task: tasks.Task, tx: optax.GradientTransformation) -> Callable:
+    """`make_train_step` with the numbers of a config."""
+    return make_train_step(task, tx, config.ema_decay, config.seed, config.optim.get("sam_rho", 0.0))
 
 
 class Run(NamedTuple):
@@ -141,7 +149,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     run = make_run(config, workdir)
     config, every = run.config, run.config.every
     batches = functools.partial(_batches, run)
-    step_fn = make_train_step(run.task, run.tx, config.ema_decay, config.seed)
+    step_fn = step_of(config, run.task, run.tx)
     _rehearse(run, step_fn, batches)
     with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
         _write_once(run)
