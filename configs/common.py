@@ -25,6 +25,7 @@ def base(task: str, **blocks) -> ConfigDict:
         "loader": {"num_workers": 0, "num_threads": 2, "crop": None},
         "tokenizer": None,
         "optim": {
+            "name": "adamw",
             "lr": 1e-3,
             "warmup": 100,
             "schedule": "cosine",

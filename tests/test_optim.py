@@ -72,6 +72,56 @@ def test_follows_the_paper():
         np.testing.assert_allclose(result[name], expected[name], rtol=2e-5, atol=2e-6)
 
 
+def _orthogonal(matrix):
+    """Jordan et al. 2024: five iterations of X <- a X + b (X Xt) X + c (X Xt)^2 X, from X of Frobenius norm 1."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
+    return x
+
+
+KERNELS = {  # as they lie in a network, and as the matrices [how many, in, out] that they are
+    "dense": ((6, 4), (1, 6, 4)),
+    "conv": ((3, 3, 2, 5), (1, 18, 5)),
+    "query": ((6, 2, 3), (1, 6, 6)),
+    "out": ((2, 3, 6), (1, 6, 6)),
+    "blocks/fc": ((2, 6, 4), (2, 6, 4)),
+    "blocks/value": ((2, 6, 2, 3), (2, 6, 6)),
+}
+
+
+def test_muon_makes_the_momentum_of_each_kernels_matrix_orthogonal():
+    rng = np.random.default_rng(4)
+    flat = {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in KERNELS.items()}
+    steps = [{name: rng.normal(size=v.shape).astype(np.float32) for name, v in flat.items()} for _ in range(3)]
+
+    def nested(values):
+        tree = {"blocks": {}, "norm": {"scale": values["dense"][0]}, "embed": {"embedding": values["dense"]}}
+        for name, value in values.items():
+            *outer, last = name.split("/")
+            (tree["blocks"] if outer else tree)[last] = {"kernel": value}
+        return tree
+
+    tx = optim.make(3, name="muon", lr=0.1, schedule="constant", weight_decay=0.3, clip_norm=None)
+    result = _run(tx, nested(flat), [nested(step) for step in steps])
+    for name, (shape, matrices) in KERNELS.items():
+        expected, m = flat[name].astype(np.float64), np.zeros(shape)
+        for t, gradient in enumerate(steps, start=1):
+            m = 0.95 * m + 0.05 * gradient[name]
+            ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * gradient[name] / (1 - 0.95**t)
+            o = np.stack([_orthogonal(one) for one in ahead.reshape(matrices)]).reshape(shape)
+            expected -= 0.1 * (0.2 * math.sqrt(max(matrices[1:])) * o + 0.3 * expected)
+        *outer, last = name.split("/")
+        got = (result["blocks"] if outer else result)[last]["kernel"]
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=name)
+    adam = optax.nadamw(0.1, b1=0.9, b2=0.999, weight_decay=0.0)
+    rest = {name: nested(flat)[name] for name in ("norm", "embed")}
+    rest = _run(adam, rest, [{name: nested(step)[name] for name in rest} for step in steps])
+    for name in rest:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), result[name], rest[name])
+
+
 def test_zero_gradients_leave_undecayed_arrays_bit_identical():
     params = _params(np.random.default_rng(1))
     params["mean"] = np.array([0.0, -0.0, 1e-37, -3e38], np.float32)
@@ -145,6 +195,7 @@ def test_sharpness_aware_gradients_are_those_of_two_steps():
     "change, told",
     [
         ({"lr": 0.0}, "optim.lr=0.0"),
+        ({"name": "moun"}, "did you mean 'muon'"),
         ({"lr": -1e-3}, "> 0"),
         ({"lr": math.nan}, "nan"),
         ({"lr": math.inf}, "inf"),

@@ -1,4 +1,4 @@
-"""The optimizer of every stage: AdamW (Loshchilov & Hutter 2019), warm-up, clipping, gradient accumulation.
+"""The optimizer of every stage: AdamW (Loshchilov & Hutter 2019) or Muon, warm-up, clipping, gradient accumulation.
 
 Weight decay is decoupled and reaches weight matrices only. Two step counts exist where gradients are
 accumulated: `num_steps` counts batches, as the training loop does; warm-up and decay count optimizer
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from unclip_jax.errors import UserError, suggest
 
@@ -19,6 +20,10 @@ SCHEDULES: dict[str, Callable] = {
     "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
     "linear": lambda progress: 1 - progress,
 }
+NAMES = ("adamw", "muon")
+MUON_RMS = 0.2  # of an update per learning rate: AdamW's, so that both take the same rates (Liu et al. 2025)
+# Kernels [width, heads, D] of `nn.DenseGeneral`, all others having one last axis for what comes out.
+BY_HEADS = frozenset({"query", "key", "value", "context_key", "context_value"})
 # Told by name because layers stacked for a scan turn their biases and scales into matrices.
 UNDECAYED = frozenset({"bias", "scale", "mean", "std", "components", "dots", "logit_scale"})
 
@@ -26,6 +31,7 @@ UNDECAYED = frozenset({"bias", "scale", "mean", "std", "components", "dots", "lo
 def make(
     num_steps: int,
     *,
+    name: str = "adamw",
     lr: float,
     warmup: int = 0,
     schedule: str = "cosine",
@@ -38,10 +44,17 @@ def make(
     accumulate: int = 1,
     sam_rho: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW: clip by global norm, then p -= lr_t (m / (sqrt(v) + eps) + weight_decay p).
+    """Clip by global norm, then AdamW: p -= lr_t (m / (sqrt(v) + eps) + weight_decay p).
+
+    Or Muon (Jordan et al. 2024): for each kernel as a matrix [in, out] (`matrices`), p -= lr_t (0.2 sqrt(max(in, out)) O
+    + weight_decay p), where O is m (decay 0.95, Nesterov) made nearly orthogonal by five Newton-Schulz iterations; the
+    scale is Liu et al.'s (2025, arXiv 2502.16982), who thus keep AdamW's learning rates. All else follows Adam with
+    Nesterov's momentum. It learns more of each batch for more work in a step, which counts where a matrix lies over many
+    devices: each step gathers it.
 
     Args:
       num_steps: batches the whole run takes, >= 1.
+      name: "adamw" or "muon".
       lr: the highest learning rate, > 0.
       warmup: updates over which the rate rises linearly to `lr`; the first update already has lr / warmup.
       schedule: "cosine", "linear" or "constant" after the warm-up.
@@ -54,8 +67,10 @@ def make(
       sam_rho: >= 0; where it is not 0 the gradients come from `sharpness_aware`, of which the step takes care.
 
     Raises:
-      UserError: a number outside its range, or an unknown schedule.
+      UserError: a number outside its range, or an unknown name or schedule.
     """
+    if name not in NAMES:
+        raise UserError(f"optim.name={name!r} is unknown", suggest(name, NAMES))
     _number("optim.weight_decay", weight_decay, low=0)
     _number("optim.b1", b1, low=0, below=1)
     _number("optim.b2", b2, low=0, below=1)
@@ -64,10 +79,19 @@ def make(
     if clip_norm is not None:
         _number("optim.clip_norm", clip_norm, above=0)
     rate = _update_rate(num_steps, lr, warmup, schedule, final, accumulate)
-    tx = optax.chain(
-        optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed),
-    )
+    if name == "muon":
+        descend = optax.contrib.muon(
+            rate,
+            eps=eps,
+            weight_decay=weight_decay,
+            adam_b1=b1,
+            adam_b2=b2,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        descend = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    tx = optax.chain(optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm), descend)
     return (
         optax.MultiSteps(tx, every_k_schedule=accumulate).gradient_transformation() if accumulate > 1 else tx
     )
@@ -114,6 +138,20 @@ def decayed(params) -> dict:
         return array.ndim >= 2 and jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def matrices(params) -> dict:
+    """As what matrix Muon sees each kernel: a tree of MuonDimensionNumbers like `params`, None where AdamW stays."""
+
+    def see(path, array):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        axes = tuple(range("blocks" in names, array.ndim))  # the first of a scan's counts layers
+        if names[-1] != "kernel" or len(axes) < 2:
+            return None
+        ins = 1 if names[-2] in BY_HEADS else len(axes) - 1
+        return MuonDimensionNumbers(axes[:ins], axes[ins:])
+
+    return jax.tree_util.tree_map_with_path(see, params)
 
 
 def _update_rate(num_steps, lr, warmup, schedule, final, accumulate) -> optax.Schedule:

@@ -221,8 +221,8 @@ def _group_size(line: str) -> int:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return len(listed[1].split(","))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
-    if named:  # mesh['a'=8,'b'=2] {'a','b':(1)2}: whole axes, or a part of one
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
+    if named:  # mesh['a'=8,'b'=2], device_ids=(…) {'a','b':(1)2}: whole axes, or a part of one
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)

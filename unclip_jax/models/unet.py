@@ -60,6 +60,8 @@ class UNet(nn.Module):
       outer: channels of a level around all that at full resolution, for folded pixels: a stem beside the fold and,
         after the unfolding, a residual block over both. In folded pixels every place within a block is learned by
         itself; these few convolutions see pixels alike wherever they lie, which edges need. 0: none.
+      positions: adds a learned vector at every place after the stem. The paper's network knows places by what its
+        convolutions pad with alone, which in few folded pixels is slow to become "in the top left corner".
       extra: so many of the input's channels, the last ones, start without effect, their weights being zero.
     """
 
@@ -75,6 +77,7 @@ class UNet(nn.Module):
     remat: bool = False
     patch: int = 1
     outer: int = 0
+    positions: bool = False
     extra: int = 0
     dtype: jnp.dtype = jnp.float32
 
@@ -123,6 +126,8 @@ class UNet(nn.Module):
         init = without_effect(self.extra, self.patch)
         stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
         h = stem(fold(x, self.patch).astype(dtype))
+        if self.positions:
+            h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:]).astype(dtype)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
             for i in range(self.blocks):
