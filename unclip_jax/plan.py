@@ -187,7 +187,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True) -> Report:
         "parameters": _held(run.state.params), "average": _held(run.state.ema), "optimizer": _held(run.state.opt),
         "frozen CLIP": _held(run.frozen),
     }  # fmt: skip
-    plain = dataclasses.replace(run, task=_without_remat(run))
+    plain = dataclasses.replace(run, task=tasks.without_remat(run.task, run.config))
     model_flops = count_flops(jax.value_and_grad(plain.task.loss, has_aux=True), run.state.params, *_encoded(plain))
     base = Report(
         "train", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
@@ -252,18 +252,6 @@ def _residuals(run: Abstract) -> float:
     total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept))
     own = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(run.state.params))
     return max(total - own, 0.0) / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
-
-
-def _without_remat(run: Abstract):
-    """The same task, none of whose networks recomputes anything."""
-
-    def off(block):
-        return {k: off(v) if isinstance(v, dict) else False if k == "remat" else v for k, v in block.items()}
-
-    config = run.config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model = ConfigDict(off(config.model.to_dict()))
-    return tasks.make(config, getattr(run.task, "clip", None))
 
 
 def search(

@@ -25,7 +25,9 @@ from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.logs import Checks, Logs, say
+from unclip_jax.logs import Checks, Logs, Trace, say
+from unclip_jax.meter import Meter
+from unclip_jax.plan_count import count_flops
 from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
@@ -136,15 +138,17 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> int:
+def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = None) -> int:
     """Trains to `config.num_steps`, resuming what is in `workdir`. Returns an exit code: 0, or 75 after a stop signal.
 
-    Writes checkpoints/, config.json, tokenizer.json, metrics.jsonl, tb/ and previews/ into `workdir`.
+    Writes checkpoints/, config.json, tokenizer.json, metrics.jsonl, tb/ and previews/ into `workdir`, and a profiler's
+    trace of a few steps into the folder `profile` if there is one.
 
     Raises:
       UserError: a config that does not fit, with nothing written; a workdir in use; a loss that is not finite, with
         the state before it saved.
     """
+    meter = Meter()
     distributed.initialize()
     run = make_run(config, workdir)
     config, every = run.config, run.config.every
@@ -159,38 +163,60 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if start >= config.num_steps:
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(run.shardings, None))
-        logs, checks, meta = Logs(config, run.workdir, start), Checks(run, batches), _meta(run)
+        meter.go_on(restored[1] if restored else {})
+        logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
+        trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
         stop = distributed.install_signal_handlers()
         stream = batches(start)
+        meter.lap("start")
         try:
             for number in range(start + 1, config.num_steps + 1):
-                state, metrics = step_fn(state, run.frozen, next(stream), number - 1)
+                batch = next(stream)
+                meter.lap("input")
+                if number == start + 1:
+                    step_fn, meter.flops = _compile(run, step_fn, (state, run.frozen, batch, start))
+                    meter.lap("compile")
+                trace.before(number)
+                state, metrics = step_fn(state, run.frozen, batch, number - 1)
                 logs.add(metrics)
+                trace.after(number, metrics)
                 last = number == config.num_steps
                 preempted = distributed.reached_preemption(number)
                 save = number % every.save == 0 or last or preempted
                 if (number % every.log == 0 or save) and not logs.write(number):
                     good = int(state.step)
-                    saved.save(good, state, {**meta, "data_step": good})
+                    saved.save(good, state, {**meta, **meter.stored(), "data_step": good})
                     what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
                     fix = "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir"
                     raise UserError(what, fix)
                 if save:
-                    saved.save(number, state, {**meta, "data_step": number})
+                    saved.save(number, state, {**meta, **meter.stored(), "data_step": number})
+                    meter.lap("checkpoint")
                 if preempted and not last:
                     saved.wait()
                     say(f"stop signal: step {number} is saved; the same command goes on from there")
                     return PREEMPTED
                 if every.preview and (number % every.preview == 0 or last):
                     checks.preview(state.ema, number)
+                    meter.lap("checks")
                 if every.eval and (number % every.eval == 0 or last):
                     logs.record(number, checks.evaluate(state.ema))
+                    meter.lap("checks")
+                meter.lap("step")
         finally:
             stop()
+            trace.close()
             logs.close()
             stream.close()
     return 0
+
+
+def _compile(run: Run, step: Callable, args: tuple) -> tuple[Callable, float]:
+    """(step compiled for such arguments, which gives up its state; its FLOPs on each device, without recomputation)."""
+    made = jax.jit(step, donate_argnums=0, out_shardings=(run.shardings, None))
+    plain = tasks.without_remat(run.task, run.config)
+    flops = count_flops(made if plain is run.task else step_of(run.config, plain, run.tx), *args)
+    return made.lower(*args).compile(), flops / run.mesh.size
 
 
 def _check_embedded(source: Source, clip) -> None:
