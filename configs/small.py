@@ -116,11 +116,12 @@ def decoder(v: dict, data: dict):
     folded pixels and few channels has no room to carry through (Li & He 2025, arXiv 2511.13720). The variance is not
     learned, for small errors of x0 are vast at the last steps, where the bound divides them by the smallest variances.
     """
+    added = {"add_text_embedding": True} if v["text"] is None else {}
     return common.base(
         "decoder",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"]),
+        model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"], **added),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS, shift=v.get("shift", 1.0)),
         objective=dict(
             target="x0",
@@ -133,7 +134,7 @@ def decoder(v: dict, data: dict):
         sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
-        optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.01),
+        optim={"lr": 1e-3, "warmup": min(200, v["num_steps"] // 4), "weight_decay": 0.01, **v.get("optim", {})},
         every=dict(preview=1000, eval=1000),
     )
 

@@ -287,6 +287,14 @@ def test_fingerprints_do_not_depend_on_sharding():
     assert fingerprint(jax.tree.map(np.asarray, state)) == expected
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_an_array_of_the_host_is_hashed_by_rows_to_the_same(monkeypatch, dtype):
+    monkeypatch.setattr(checkpoint, "CHUNK", 40)
+    array = np.random.default_rng(3).integers(0, 100, (7, 3, 5)).astype(dtype)
+    turned = array.transpose(2, 1, 0)
+    assert fingerprint({"a": array, "b": turned}) == {"a": _reference(array), "b": _reference(turned)}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "bool"])
 def test_every_single_bit_and_every_exchange_shows(dtype):
     rng = np.random.default_rng(0)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import struct
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from unclip_jax import config, weights
+from unclip_jax import config, storage, weights
 from unclip_jax.errors import UserError
 from unclip_jax.weights import load_stack, save_stack
 
@@ -193,6 +195,24 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, stack, monkeypatch):
     assert "No space left" in _refused(save_stack, tmp_path / "new", _stages(), "{}")
     assert {p.name: p.read_bytes() for p in stack.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["stack"]
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    assert "MB needed, 0.0 MB free" in _refused(save_stack, tmp_path / "new", _stages(), "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_arrays_are_written_by_rows_to_the_same_bytes(tmp_path, monkeypatch):
+    array = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32).transpose(1, 0, 2)
+    whole = storage.write_arrays(tmp_path / "a.safetensors", {"a": array, "none": np.zeros((0, 3))})
+    monkeypatch.setattr(storage, "CHUNK", 20)
+    assert storage.write_arrays(tmp_path / "b.safetensors", {"a": array, "none": np.zeros((0, 3))}) == whole
+    place = storage.read_header(tmp_path / "b.safetensors")["a"]
+    np.testing.assert_array_equal(storage.read_array(tmp_path / "b.safetensors", place), array)
+    array[2, 4, 3] = np.inf
+    with pytest.raises(ValueError, match="a holds NaN or infinite"):
+        storage.write_arrays(tmp_path / "c.safetensors", {"a": array})
 
 
 @pytest.mark.parametrize(

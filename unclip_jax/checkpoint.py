@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from unclip_jax.errors import UserError
 
 FORMAT_VERSION = 1
+CHUNK = 2**22  # elements of a host's array that are hashed at once
 
 
 class _Damaged(Exception):
@@ -182,9 +183,8 @@ def fingerprint(tree) -> dict[str, int]:
 
     Runs where the arrays lie and does not depend on their sharding. A change in one element always shows.
     """
-    # An array of the host is waited for, or copies of all of them would be on the device at once.
     prints = [
-        (path, _hash(array) if isinstance(array, jax.Array) else jax.block_until_ready(_hash(array)))
+        (path, _hash(array) if isinstance(array, jax.Array) else _host_hash(np.asarray(array)))
         for path, array in _leaves(tree)
     ]
     return {
@@ -193,10 +193,20 @@ def fingerprint(tree) -> dict[str, int]:
     }
 
 
+def _host_hash(x: np.ndarray) -> np.uint32:
+    """`_hash` of an array of the host, by rows, so that little of it is on the device at once."""
+    if x.size <= CHUNK or x.ndim < 2:
+        return np.uint32(_hash(x))
+    width = (x.size // len(x)) * (2 if jax.dtypes.canonicalize_dtype(x.dtype).itemsize == 8 else 1)
+    rows = max(1, CHUNK // width)
+    parts = [int(_hash(x[k : k + rows], np.uint32(k * width % 2**32))) for k in range(0, len(x), rows)]
+    return np.uint32(sum(parts) % 2**32)
+
+
 @jax.jit
-def _hash(x):
+def _hash(x, start=0):
     bits = _bits(x)
-    position, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    position, stride = jnp.full(bits.shape, start, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]

@@ -46,11 +46,11 @@ def make(
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW: p -= lr_t (m / (sqrt(v) + eps) + weight_decay p).
 
-    Or Muon (Jordan et al. 2024): for each kernel as a matrix [in, out] (`matrices`), p -= lr_t (0.2 sqrt(max(in, out)) O
-    + weight_decay p), where O is m (decay 0.95, Nesterov) made nearly orthogonal by five Newton-Schulz iterations; the
-    scale is Liu et al.'s (2025, arXiv 2502.16982), who thus keep AdamW's learning rates. All else follows Adam with
-    Nesterov's momentum. It learns more of each batch for more work in a step, which counts where a matrix lies over many
-    devices: each step gathers it.
+    Or Muon (Jordan et al. 2024): for each kernel as a matrix [in, out] (`matrices`)
+    p -= lr_t (0.2 sqrt(max(in, out)) O + weight_decay p), where O is m (decay 0.95, Nesterov) made nearly orthogonal by
+    five Newton-Schulz iterations; the scale is Liu et al.'s (2025, arXiv 2502.16982), who thus keep AdamW's learning
+    rates. All else follows Adam with Nesterov's momentum. It learns more of each batch for more work in a step, which
+    counts where a matrix lies over many devices: each step gathers it.
 
     Args:
       num_steps: batches the whole run takes, >= 1.

@@ -125,6 +125,7 @@ def tpu_devices(topology: str, slices: int = 1):
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the lock guards a TPU, and none is used
     extra = {"num_slices": slices} if slices > 1 else {}
     if math.prod(map(int, shape.split("x"))) == 1:
         extra["chips_per_host_bounds"] = (1, 1, 1)

@@ -6,6 +6,7 @@ its header is read here, so that arrays of any dtype NumPy can hold can be fetch
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from unclip_jax.errors import UserError
 
+CHUNK = 2**22  # elements of an array that are turned into bytes at once
 MAX_JSON_BYTES = 16 * 2**20  # a safetensors header or an index; real ones are below 4 MB
 DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
@@ -88,6 +90,7 @@ def write_arrays(
 
     Raises:
       ValueError: an array holds NaN or an infinite value.
+      OSError: the disk has no room for it, found before anything is written; or writing fails.
     """
     kinds = {name: np.dtype((dtypes or {}).get(name, array.dtype)) for name, array in arrays.items()}
     order = sorted(arrays, key=lambda name: (-kinds[name].itemsize, name))  # wide ones first: each starts aligned
@@ -98,10 +101,13 @@ def write_arrays(
         header[name] = {"dtype": _NAMES[kinds[name]], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    size, free = 8 + len(text) + end, shutil.disk_usage(file.parent).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"No space left on device: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
     digest = hashlib.sha256()
     with file.open("wb") as stream:
         shown = tqdm(order, f"writing {file.name}", unit=" arrays", disable=None, leave=False)
-        parts = (_bytes(name, arrays[name], kinds[name]) for name in shown)
+        parts = (part for name in shown for part in _bytes(name, arrays[name], kinds[name]))
         for part in itertools.chain((len(text).to_bytes(8, "little"), text), parts):
             digest.update(part)
             stream.write(part)
@@ -171,11 +177,14 @@ def read_array(file: Path, place: Place) -> np.ndarray:
     return data.view(kind).reshape(place.shape)
 
 
-def _bytes(name: str, array, kind: np.dtype) -> memoryview:
+def _bytes(name: str, array, kind: np.dtype) -> Iterator[memoryview]:
+    """An array's bytes in `kind`, some rows at a time, so that there is no second copy of a large one."""
     array = np.asarray(array)
-    if array.dtype.kind not in "biu" and not np.isfinite(array).all():
-        raise ValueError(f"array {name} holds NaN or infinite values")
-    return memoryview(np.ascontiguousarray(array, kind).reshape(-1).view(np.uint8))
+    rows = max(1, CHUNK * len(array) // max(1, array.size)) if array.ndim > 1 else 0
+    for part in [array] if not rows else (array[k : k + rows] for k in range(0, len(array), rows)):
+        if part.dtype.kind not in "biu" and not np.isfinite(part).all():
+            raise ValueError(f"array {name} holds NaN or infinite values")
+        yield memoryview(np.ascontiguousarray(part, kind).reshape(-1).view(np.uint8))
 
 
 def _swap_in(temporary: Path, out: Path) -> None:

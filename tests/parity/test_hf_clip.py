@@ -110,6 +110,12 @@ def test_the_two_halves_of_a_pipeline_join(theirs, ours, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, want.params)
     with pytest.raises(UserError, match="holds 'clip_vision_model'; expected 'clip_text_model'"):
         hf_clip.read_halves(tmp_path / "vision", tmp_path / "text", folder, folder)
+    alone = weights.load_stack(convert.convert_in("hf-clip", str(tmp_path / "text"), tmp_path / "alone", str(folder)))
+    assert alone.stages["clip"].config.model.vision is None
+    for part in ("textual", "text_projection"):
+        jax.tree.map(np.testing.assert_array_equal, alone.stages["clip"].params[part], want.params[part])
+    with pytest.raises(UserError, match="expected 'clip' or 'clip_text_model'"):
+        convert.convert_in("hf-clip", str(tmp_path / "vision"), tmp_path / "no", str(folder))
 
 
 def test_ours_loads_there_and_comes_back_bit_for_bit(theirs, ours, tmp_path):

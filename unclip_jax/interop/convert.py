@@ -81,7 +81,7 @@ def _formats_of(path: Path) -> list[str]:
     marks["glide"] = ("base.pt", "base.safetensors")
     found = [name for name, files in marks.items() if any((path / file).is_file() for file in files)]
     with contextlib.suppress(UserError):  # a config.json that cannot be read is no mark
-        if read_json(path / "config.json").get("model_type") == "clip":
+        if read_json(path / "config.json").get("model_type") in hf_clip.KINDS:
             found.append("hf-clip")
     return found
 

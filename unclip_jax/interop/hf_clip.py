@@ -1,5 +1,7 @@
 """transformers' CLIPModel, in and out, and its two halves with projections, as diffusers' pipelines carry them.
 
+The half of captions may also come alone, a CLIP of captions only.
+
 `eos_token_id` = 2 in a config makes transformers read a caption at its largest token number, which is EOS in CLIP's
 vocabulary; any other number is looked for. Here a caption is read at the last True of its mask, its EOS: the same.
 Under the causal mask nothing after EOS reaches it, so the number that pads does not matter.
@@ -58,6 +60,8 @@ VISION = prefixed("visual/", "vision_model.", [
 ]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
 TEMPERATURE = Entry("logit_scale", "logit_scale", SAME)
 TABLE = [*TEXT, *VISION, TEMPERATURE]
+TEXT_HALF = "clip_text_model"
+KINDS = ("clip", TEXT_HALF)  # the model types that are read
 OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
 EMBEDDING = "textual/embed/embedding"
 IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -65,6 +69,8 @@ IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
     """Our CLIP of a directory with a CLIPModel: config.json, weights, tokenizer files, preprocessor_config.json.
+
+    Or of one with a CLIPTextModelWithProjection.
 
     Args:
       source: of `files.locate`.
@@ -77,14 +83,21 @@ def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a directory with config.json", "give the whole directory")
     about = _config(folder)
+    if about["model_type"] == TEXT_HALF:
+        params, config, words = read_halves(folder, None, Path(tokenizer or folder).expanduser(), folder)
+    else:
+        params, config, words = _read_whole(folder, about, tokenizer)
+    licence = stages.stated_licence(folder, about)
+    stage = stages.clip_stage(params, config, source.name, "hf-clip", licence)
+    return stages.Converted([("clip", stage)], words.to_json())
+
+
+def _read_whole(folder: Path, about: Mapping, tokenizer: str | None) -> tuple[dict, ConfigDict, Tokenizer]:
     text, vision = (block(about, *of) for of in (("text_config", TEXT_DEFAULTS), ("vision_config", VISION_DEFAULTS)))
     width = stages.whole({"projection_dim": 512, **about}, "projection_dim", "config.json")
     config, words = _clip(text, vision, width, pixels(folder), folder, tokenizer, **_own(about))
     with open_weights(folder) as arrays:
-        params = stages.read_params(config, TABLE, arrays, IGNORED)
-    licence = stages.stated_licence(folder, about)
-    stage = stages.clip_stage(params, config, source.name, "hf-clip", licence)
-    return stages.Converted([("clip", stage)], words.to_json())
+        return stages.read_params(config, TABLE, arrays, IGNORED), config, words
 
 
 def read_halves(
@@ -267,8 +280,9 @@ def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
 def _config(folder: Path) -> dict:
     config = read_json(folder / "config.json", "the config of a CLIPModel")
     kind = config.get("model_type")
-    if kind != "clip":
-        raise UserError(f"{folder} holds a model of the type {kind!r}; expected 'clip'", "give a CLIPModel's directory")
+    if kind not in KINDS:
+        what = f"{folder} holds a model of the type {kind!r}; expected {' or '.join(map(repr, KINDS))}"
+        raise UserError(what, "give the directory of a CLIPModel or a CLIPTextModelWithProjection")
     return config
 
 
