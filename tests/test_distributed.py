@@ -32,6 +32,7 @@ FULL = {"UNCLIP_COORDINATOR": "127.0.0.1:9", "UNCLIP_PROCESSES": "2", "UNCLIP_PR
         ({"UNCLIP_PROCESS_ID": "2"}, "UNCLIP_PROCESS_ID=2 must be below UNCLIP_PROCESSES=2"),
         ({"UNCLIP_PROCESS_ID": "-1"}, ">= 0"),
         ({"UNCLIP_TIMEOUT": "soon"}, "UNCLIP_TIMEOUT='soon'"),
+        ({"UNCLIP_HEARTBEAT": "2"}, "UNCLIP_HEARTBEAT='2' must be a whole number >= 5"),
     ],
 )
 def test_bad_settings_are_refused(monkeypatch, change, told):
@@ -152,6 +153,44 @@ def test_two_processes_stop_together(tmp_path, number):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         state, _, _ = checkpoints.restore(abstract)
     np.testing.assert_array_equal(state["params"]["w"], expected)
+
+
+WAITING = """
+    import sys, time
+    from unclip_jax import distributed
+    distributed.initialize()
+    print("READY", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_dead_process_ends_the_other(dies):
+    """Killed without a word, the coordinator or not: the other ends by itself, and not as if all were well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "UNCLIP_COORDINATOR": f"127.0.0.1:{port}",
+        "UNCLIP_PROCESSES": "2",
+        "UNCLIP_TIMEOUT": "30",
+        "UNCLIP_HEARTBEAT": "5",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(WAITING)]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    workers = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"UNCLIP_PROCESS_ID": str(i)}, **quiet) for i in range(2)
+    ]
+    try:
+        for worker in workers:
+            _line(worker, "READY")
+        workers[dies].kill()
+        assert workers[1 - dies].wait(timeout=120) != 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()
 
 
 def test_an_absent_coordinator_is_told_in_time(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci/run"]
+# Beside the interpreter where pip installed it.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 ARGUMENTS = ["--config", "a folder/clip.py:tiny", "--workdir", "runs/$HOME;x"]
 # Says what it got as one JSON line, then ends: with 7 if it is process $FAILS, with 75 after "saved" at
 # SIGTERM, else with 0.
@@ -72,6 +75,13 @@ def help_of_train() -> str:
 def test_scripts_parse_and_are_executable(path):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
     assert path.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed (extra [dev])")
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_shellcheck_finds_nothing(path):
+    done = subprocess.run([SHELLCHECK, "--shell=bash", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda p: p.name)

@@ -170,6 +170,27 @@ def test_learning_rate_by_batch():
     np.testing.assert_allclose([slow(i) for i in range(8)], [0.5] * 4 + [1.0] * 4)
 
 
+def test_sharpness_aware_gradients_are_those_of_two_steps():
+    """Of sum (a p)^4 / 4 over two arrays, in float64; at a place without slope the gradient is plain."""
+    rng = np.random.default_rng(4)
+    factors = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=3)}
+    params = {k: rng.normal(size=v.shape) for k, v in factors.items()}
+    slope = lambda at: {k: factors[k] ** 4 * at[k] ** 3 for k in at}  # noqa: E731
+    here, rho = slope(params), 0.3
+    norm = math.sqrt(sum((g**2).sum() for g in here.values()))
+    expected = slope({k: params[k] + rho * here[k] / norm for k in params})
+    value = sum(((factors[k] * params[k]) ** 4).sum() / 4 for k in params)
+    loss = lambda p: sum(jnp.sum((factors[k].astype(np.float32) * p[k]) ** 4) / 4 for k in p)  # noqa: E731
+    low = jax.tree.map(np.float32, params)
+    got = jax.jit(optim.sharpness_aware(jax.value_and_grad(loss), rho))(low)
+    np.testing.assert_allclose(got[0], value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got[1], expected)
+    flat = optim.sharpness_aware(jax.value_and_grad(loss), rho)(jax.tree.map(jnp.zeros_like, low))[1]
+    assert all((g == 0).all() for g in flat.values())
+    plain = jax.value_and_grad(loss)
+    assert optim.sharpness_aware(plain, 0.0) is plain
+
+
 @pytest.mark.parametrize(
     "change, told",
     [
@@ -194,6 +215,8 @@ def test_learning_rate_by_batch():
         ({"eps": 0.0}, "eps"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
+        ({"sam_rho": -0.1}, "optim.sam_rho=-0.1"),
+        ({"sam_rho": math.nan}, "optim.sam_rho=nan"),
     ],
 )
 def test_refuses(change, told):

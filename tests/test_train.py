@@ -4,7 +4,9 @@ Most runs here train `tests/toy.py`, a stage that compiles at once; the real one
 """
 
 import fcntl
+import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from PIL import Image
 
 from tests import tiny_runs, tiny_stack, toy
 from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
-from unclip_jax import checkpoint, cli, logs, optim, train, weights
+from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, weights
 from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError
@@ -107,9 +109,60 @@ def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):
     assert bits(held) == bits(state) and np.isnan(metrics["loss"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_climbs_before_it_descends(task, accumulate):
+    """SAM on (m - c - jitter)^2 + mean(wide^2), SGD, in numpy: both gradients see the same batch and the same noise."""
+    rho, lr = 0.2, 0.1
+    tx = optax.MultiSteps(optax.sgd(lr), accumulate) if accumulate > 1 else optax.sgd(lr)
+    step = jax.jit(train.make_train_step(task, tx, 0.5, 5, sam_rho=rho))
+    state = start(task, tx)
+    state = state._replace(params={**state.params, "wide": jnp.full(4, 0.3)})
+    state = state._replace(opt=tx.init(state.params))
+    p = np.concatenate([state.params["colour"], state.params["wide"]]).astype(np.float64)
+    held = []
+    for n in range(4):
+        m = math.cos(n)
+        jitter = 0.1 * np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(5), n), (3,)), np.float64)
+        slope = lambda at, m=m, j=jitter: np.concatenate([-2 * (m - at[:3] - j), 2 * at[3:] / 4])  # noqa: E731
+        here = slope(p)
+        held.append(slope(p + rho * here / np.linalg.norm(here)))
+        loss = np.square(m - p[:3] - jitter).sum() + np.square(p[3:]).mean()
+        state, metrics = step(state, {}, grey(m), n)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+        np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(held[-1]), rtol=1e-4)
+        if len(held) == accumulate:
+            p, held = p - lr * np.mean(held, axis=0), []
+        np.testing.assert_allclose(np.concatenate([state.params["colour"], state.params["wide"]]), p, rtol=1e-4)
+    held, metrics = step(state, {}, grey(math.nan), 4)
+    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+
+
+def test_climbing_on_eight_devices_is_climbing_on_one(task):
+    tx, config = optax.sgd(0.1), toy.config()
+    state = train.init_state(task, tx, jax.random.key(0))
+    step = train.make_train_step(task, tx, 0.5, 5, sam_rho=0.2)
+    expected = jax.jit(step)(state, {}, grey(0.3, 8), 0)[0]
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    shardings = sharding.infer(state, config.rules, mesh)
+    batch = jax.device_put(grey(0.3, 8), sharding.batch_sharding(mesh))
+    got = jax.jit(step, out_shardings=(shardings, None))(jax.device_put(state, shardings), {}, batch, 0)[0]
+    assert not got.params["wide"].is_fully_replicated
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
+
+
+def test_a_gradient_that_is_not_finite_above_counts_as_a_bad_loss(task, monkeypatch):
+    """sqrt(0.1 - c) is real at c = 0 and slopes away from where c is 0.1."""
+    monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (-jnp.sqrt(0.1 - p["colour"][0]), {}))
+    tx = optax.sgd(0.1)
+    state = start(task, tx)
+    state = state._replace(params={**state.params, "colour": jnp.zeros(3)})
+    held, metrics = jax.jit(train.make_train_step(task, tx, 0.9, 0, sam_rho=0.2))(state, {}, grey(0.5), 0)
+    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+
+
 def test_the_step_and_the_loop_stay_readable():
     assert len(inspect.getsource(train.make_train_step).splitlines()) < 40
-    assert len(inspect.getsource(train.train).splitlines()) < 70
+    assert len(inspect.getsource(train.train).splitlines()) < 80
 
 
 # One run.
@@ -137,7 +190,12 @@ def test_what_a_run_writes(task, tmp_path, capsys):
     written = lines(workdir)
     losses = [line for line in written if "loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 9))
-    assert {"loss", "grad_norm", "jitter", "images_per_second", "learning_rate"} < losses[0].keys()
+    assert {"loss", "grad_norm", "jitter", "learning_rate"} < losses[0].keys()
+    for line in losses:
+        assert 0 <= line["input_wait"] <= 1 and 0 < line["goodput"] < 1 and line["checkpoint_seconds"] >= 0
+        assert line["images_per_second"] > 0 and "mfu" not in line  # a CPU's peak is not known
+        assert line["device_flops_per_second"] == 0  # no products of matrices
+    assert losses[3]["checkpoint_seconds"] > losses[2]["checkpoint_seconds"] == 0  # every third step is saved
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert sorted(p.name for p in (workdir / "previews").iterdir()) == ["step_0000005.png", "step_0000008.png"]
     assert any((workdir / "tb").iterdir())
@@ -273,6 +331,71 @@ def test_a_stage_without_clip_trains_its_tokenizer_once(tmp_path, monkeypatch):
     assert other != run.tokenizer.to_json()  # nothing was saved yet, so nothing is kept
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     assert train.make_run(config, tmp_path).tokenizer.to_json() == run.tokenizer.to_json()
+
+
+def test_speeds_told_are_by_a_clock_and_a_closed_form(task, tmp_path, monkeypatch):
+    """A product of 256 x 256 matrices and its two gradients, on eight devices; the clock ticks from lap to lap."""
+    ticks, plain = itertools.count(), toy.Toy.loss
+    monkeypatch.setattr(train, "Meter", lambda: meter.Meter(clock=lambda: next(ticks)))
+    monkeypatch.setattr(meter, "PEAKS", {"cpu": 1e9})
+
+    def loss(self, params, batch, rng):
+        square = params["wide"].reshape(256, 256)
+        value, told = plain(self, params, batch, rng)
+        return value + 1e-9 * jnp.sum(square @ square), told
+
+    monkeypatch.setattr(toy.Toy, "loss", loss)
+    assert train.train(toy.config(num_steps=3, every__save=50), tmp_path) == 0
+    for line in lines(tmp_path)[1:]:  # input, and what is left of the step before and after the line of the log
+        assert line["images_per_second"] == pytest.approx(8 / 3) and line["input_wait"] == pytest.approx(1 / 3)
+        assert line["device_flops_per_second"] == pytest.approx(3 * 2 * 256**3 / 8 / 3)
+        assert line["mfu"] == pytest.approx(2 * 256**3 / 8 / 1e9)
+
+
+def test_recomputation_is_no_use():
+    """What is counted for the FLOPs told does not depend on it; a step that recomputes has more."""
+    made, counts = tiny_stack.configs()["clip"], []
+    for remat in (False, True):
+        made.model.vision.remat = made.model.text.remat = remat
+        task = tasks.make(made)
+        plain = tasks.without_remat(task, made)
+        assert (plain is task) != remat
+        batch = {"image": jnp.ones((2, 16, 16, 3)), "tokens": jnp.ones((2, 32), int), "mask": jnp.ones((2, 32), bool)}
+        slope = lambda params, task=task: jax.grad(lambda p: task.loss(p, batch, None)[0])(params)  # noqa: B023, E731
+        params = tiny_stack.weights(made)
+        counts.append(plan_count.count_flops(slope, params))
+    assert counts[0] < counts[1]
+    counts.append(plan_count.count_flops(functools.partial(slope, task=plain), params))
+    assert counts[0] == counts[2]
+
+
+@pytest.mark.parametrize(("steps", "first", "last"), [(8, 2, 4), (3, 2, 3), (1, 1, 1)])
+def test_a_profile_of_a_few_steps(steps, first, last, task, tmp_path, monkeypatch, capsys):
+    traced, before = [], logs.Trace.before
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: traced.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("end"))
+
+    def spy(self, number):
+        before(self, number)
+        traced.append(number) if self.running else None
+
+    monkeypatch.setattr(logs.Trace, "before", spy)
+    assert train.train(toy.config(num_steps=steps), tmp_path / "run", tmp_path / "trace") == 0
+    assert traced == [str(tmp_path / "trace"), *range(first, last + 1), "end"]
+    assert f"steps {first} to {last} are traced in {tmp_path / 'trace'}" in capsys.readouterr().err
+
+
+def test_the_command_writes_a_trace(task, tmp_path, monkeypatch, capsys):
+    config = toy.config(num_steps=5)
+    monkeypatch.setattr(configs, "load_config", lambda spec, overrides: config)
+    trace = str(tmp_path / "a/trace")
+    command = ["train", "--config", "toy.py", "--workdir", str(tmp_path / "run"), "--profile", trace]
+    assert cli.main(command) == 0
+    (written,) = (tmp_path / "a/trace").rglob("*.xplane.pb")
+    assert written.stat().st_size > 1000
+    (tmp_path / "file").touch()
+    assert cli.main([*command[:-1], str(tmp_path / "file")]) == 2
+    assert "must be a folder that can be written" in capsys.readouterr().err
 
 
 # What does not fit: one error in one line, and not even the folder is made.
@@ -452,6 +575,32 @@ def test_lists_in_a_config_are_the_tuples_that_are_stored(task, tmp_path):
     with config.unlocked(), config.ignore_type():
         config.rules = [[".*", "fsdp"]]
     assert train.train(config, tmp_path) == train.train(config, tmp_path) == 0
+
+
+def test_a_step_takes_its_states_memory(task, tmp_path):
+    """Donation: every array of the old state is given up, and the compiler keeps each where it was."""
+    run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
+    state, batch = train._fresh(run, functools.partial(train._batches, run)), next(train._batches(run, 0))
+    step, _ = train._compile(run, train.step_of(run.config, run.task, run.tx), (state, {}, batch, 0))
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
+    assert step.memory_analysis().alias_size_in_bytes >= held
+    after, _ = step(state, {}, batch, 0)
+    assert all(a.is_deleted() for a in jax.tree.leaves(state)) and int(after.step) == 1
+
+
+@pytest.mark.parametrize(("moment", "stops_at"), [("_compile", 1), ("evaluate", 5)])
+def test_a_stop_signal_is_heard_at_any_time(moment, stops_at, task, tmp_path, monkeypatch):
+    """While the first step is compiled, or held-out metrics are taken after the fourth: the next step is saved."""
+    owner = train if moment == "_compile" else logs.Checks
+    plain = getattr(owner, moment)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    assert train.train(toy.config(every__eval=4, every__save=50), tmp_path) == train.PREEMPTED
+    assert checkpoint.peek(tmp_path)[1] == stops_at
 
 
 def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):

@@ -18,6 +18,7 @@ from unclip_jax.errors import UserError
 
 COORDINATOR, PROCESSES, PROCESS_ID = "UNCLIP_COORDINATOR", "UNCLIP_PROCESSES", "UNCLIP_PROCESS_ID"
 TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where unset
+HEARTBEAT = "UNCLIP_HEARTBEAT"  # seconds without a word after which a process counts as dead; 100 where unset
 
 _stop = threading.Event()
 
@@ -42,11 +43,12 @@ def initialize() -> None:
     if explicit is not None and explicit["num_processes"] == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    timeout = _whole(os.environ, TIMEOUT, 300, low=1)
+    timeout, heartbeat = _whole(os.environ, TIMEOUT, 300, low=1), _whole(os.environ, HEARTBEAT, 100, low=5)
     if explicit is not None and explicit["process_id"] > 0:
         _await_coordinator(explicit["coordinator_address"], timeout)
     try:
-        jax.distributed.initialize(**(explicit or {}), initialization_timeout=timeout)
+        waits = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(**(explicit or {}), **waits)
     except (RuntimeError, ValueError) as error:
         address = explicit["coordinator_address"] if explicit else "found by jax"
         raise UserError(

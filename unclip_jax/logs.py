@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from unclip_jax import distributed, optim, sharding, tasks
 from unclip_jax.data import images
+from unclip_jax.meter import Meter
 
 
 class Logs:
@@ -26,13 +26,14 @@ class Logs:
       config: of the run.
       workdir: where the files go.
       start: steps done before; what an earlier process logged after them is dropped, as it is done again.
+      meter: of the run's time.
     """
 
-    def __init__(self, config, workdir: Path, start: int):
+    def __init__(self, config, workdir: Path, start: int, meter: Meter):
         self.pending: list[dict] = []
         self.batch_size = config.batch_size
         self.rate = optim.learning_rate(config.num_steps, **config.optim)
-        self.clock, self.number = time.perf_counter(), start
+        self.meter, self.number = meter, start
         self.main = distributed.is_main()
         settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1}
         self.bar = tqdm(total=config.num_steps, initial=start, **settings)
@@ -53,14 +54,14 @@ class Logs:
         if not self.pending:
             return True
         fetched = jax.device_get(self.pending)
+        self.meter.lap("step")
         self.pending = []
-        now = time.perf_counter()
-        steps = number - self.number
+        steps, self.number = number - self.number, number
         means = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
-        means["images_per_second"] = steps * self.batch_size / (now - self.clock)
+        means |= self.meter.read(steps, self.batch_size, jax.devices()[0].device_kind)
         means["learning_rate"] = float(self.rate(number - 1))
-        self.clock, self.number = now, number
-        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s")
+        speed = f"{means['images_per_second']:.0f} images/s" + (f", MFU {means['mfu']:.1%}" if "mfu" in means else "")
+        self.bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed}")
         self.bar.update(steps)
         self.record(number, means)
         return bool(np.isfinite([m["loss"] for m in fetched]).all())
@@ -119,6 +120,41 @@ class Checks:
         stream = self.batches(0, self.run.held_out, self.run.config.batch_size, num_workers=0)
         measured = self.measure(self.run.frozen, params, stream, self.settings.batches)
         return {f"eval/{name}": value for name, value in measured.items()}
+
+
+class Trace:
+    """A profiler's trace of a few steps of each process, the second of it and those after.
+
+    Args:
+      folder: where it goes; None: nowhere, and all methods do nothing.
+      start, end: steps done before, and the run's last one.
+    """
+
+    STEPS = 3
+
+    def __init__(self, folder: Path | None, start: int, end: int):
+        self.folder = folder
+        self.first, self.last = min(start + 2, end), min(start + 1 + self.STEPS, end)
+        self.running = False
+
+    def before(self, number: int) -> None:
+        """Of step `number`."""
+        if self.folder is not None and number == self.first:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, number: int, result) -> None:
+        """Of step `number`, whose result is waited for where it is the last one traced."""
+        if self.running and number == self.last:
+            jax.block_until_ready(result)
+            self.close()
+            say(f"steps {self.first} to {self.last} are traced in {self.folder} (xprof --logdir {self.folder})")
+
+    def close(self) -> None:
+        """Writes what there is."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
 
 
 def say(text: str) -> None:

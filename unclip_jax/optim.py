@@ -42,6 +42,7 @@ def make(
     eps: float = 1e-8,
     clip_norm: float | None = 1.0,
     accumulate: int = 1,
+    sam_rho: float = 0.0,
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW: p -= lr_t (m / (sqrt(v) + eps) + weight_decay p).
 
@@ -63,6 +64,7 @@ def make(
       eps: > 0.
       clip_norm: the greatest global gradient norm, > 0, or None for no clipping.
       accumulate: batches whose mean gradient makes one update, >= 1.
+      sam_rho: >= 0; where it is not 0 the gradients come from `sharpness_aware`, of which the step takes care.
 
     Raises:
       UserError: a number outside its range, or an unknown name or schedule.
@@ -73,6 +75,7 @@ def make(
     _number("optim.b1", b1, low=0, below=1)
     _number("optim.b2", b2, low=0, below=1)
     _number("optim.eps", eps, above=0)
+    _number("optim.sam_rho", sam_rho, low=0)
     if clip_norm is not None:
         _number("optim.clip_norm", clip_norm, above=0)
     rate = _update_rate(num_steps, lr, warmup, schedule, final, accumulate)
@@ -107,6 +110,25 @@ def learning_rate(
     """The rate `make` uses, by batch count (for logs): i32[] -> f32[]. Takes the same keywords."""
     rate = _update_rate(num_steps, lr, warmup, schedule, final, accumulate)
     return lambda step: rate(jnp.asarray(step) // accumulate)
+
+
+def sharpness_aware(gradient: Callable, rho: float) -> Callable:
+    """SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2 and 3): the gradient at p + rho g / |g|, where g is that at p.
+
+    Args:
+      gradient: parameters -> (value, gradient), as of jax.value_and_grad; it is asked twice.
+      rho: how far is climbed, in the Euclidean norm over all parameters; 0: `gradient` as it is.
+
+    Returns:
+      parameters -> (value at p, gradient above). A gradient at p that is 0 is the one above.
+    """
+
+    def above(params):
+        value, here = gradient(params)
+        step = rho / jnp.maximum(optax.global_norm(here), jnp.finfo(jnp.float32).tiny)
+        return value, gradient(jax.tree.map(lambda p, g: p + (step * g).astype(p.dtype), params, here))[1]
+
+    return above if rho else gradient
 
 
 def decayed(params) -> dict:

@@ -22,7 +22,7 @@ from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.plan_count import Collective, count_flops, read_hlo
-from unclip_jax.train import TrainState, compile_step, init_state, make_train_step
+from unclip_jax.train import TrainState, compile_step, init_state, step_of
 
 GIB = 1 << 30
 
@@ -162,7 +162,7 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None) -> Abs
     frozen = {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = alike(frozen, sharding.replicated(mesh))
     batch = alike(_batch(config, teacher), sharding.batch_sharding(mesh))
-    return Abstract(config, task, mesh, state, frozen, batch, make_train_step(task, tx, config.ema_decay, config.seed))
+    return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
 
 
 def _batch(config: ConfigDict, teacher) -> dict[str, jax.ShapeDtypeStruct]:
@@ -188,7 +188,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True) -> Report:
         "parameters": _held(run.state.params), "average": _held(run.state.ema), "optimizer": _held(run.state.opt),
         "frozen CLIP": _held(run.frozen),
     }  # fmt: skip
-    plain = dataclasses.replace(run, task=_without_remat(run))
+    plain = dataclasses.replace(run, task=tasks.without_remat(run.task, run.config))
     model_flops = count_flops(jax.value_and_grad(plain.task.loss, has_aux=True), run.state.params, *_encoded(plain))
     base = Report(
         "train", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
@@ -253,18 +253,6 @@ def _residuals(run: Abstract) -> float:
     total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept))
     own = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(run.state.params))
     return max(total - own, 0.0) / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
-
-
-def _without_remat(run: Abstract):
-    """The same task, none of whose networks recomputes anything."""
-
-    def off(block):
-        return {k: off(v) if isinstance(v, dict) else False if k == "remat" else v for k, v in block.items()}
-
-    config = run.config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model = ConfigDict(off(config.model.to_dict()))
-    return tasks.make(config, getattr(run.task, "clip", None))
 
 
 def search(

@@ -25,12 +25,14 @@ from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.logs import Checks, Logs, say
+from unclip_jax.logs import Checks, Logs, Trace, say
+from unclip_jax.meter import Meter
+from unclip_jax.plan_count import count_flops
 from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
 MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "sampler.")
-MAY_CHANGE += ("loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
+MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -50,7 +52,9 @@ def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Arra
     return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
 
 
-def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int) -> Callable:
+def make_train_step(
+    task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int, sam_rho: float = 0.0
+) -> Callable:
     """(state, frozen, batch, index) → (state, metrics), pure; the batch is number `index` of the run, from 0.
 
     The average is ema += (1 - d) (params - ema) with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run
@@ -61,7 +65,8 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
     def step(state: TrainState, frozen: Mapping, batch: Mapping, index: jax.Array) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.encode(frozen, batch)
-        (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, batch, rng)
+        gradient = jax.value_and_grad(lambda params: task.loss(params, batch, rng), has_aux=True)
+        (loss, metrics), grads = optim.sharpness_aware(gradient, sam_rho)(state.params)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -78,6 +83,11 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, ema_deca
 def compile_step(step: Callable, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
     """A train step for jax: split over the mesh, its state's buffers used again."""
     return jax.jit(sharding.split_rows(step, mesh), donate_argnums=0, out_shardings=(shardings, None))
+
+
+def step_of(config: ConfigDict, task: tasks.Task, tx: optax.GradientTransformation) -> Callable:
+    """`make_train_step` with the numbers of a config."""
+    return make_train_step(task, tx, config.ema_decay, config.seed, config.optim.get("sam_rho", 0.0))
 
 
 class Run(NamedTuple):
@@ -133,20 +143,22 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
-def train(config: ConfigDict, workdir: str | Path) -> int:
+def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = None) -> int:
     """Trains to `config.num_steps`, resuming what is in `workdir`. Returns an exit code: 0, or 75 after a stop signal.
 
-    Writes checkpoints/, config.json, tokenizer.json, metrics.jsonl, tb/ and previews/ into `workdir`.
+    Writes checkpoints/, config.json, tokenizer.json, metrics.jsonl, tb/ and previews/ into `workdir`, and a profiler's
+    trace of a few steps into the folder `profile` if there is one.
 
     Raises:
       UserError: a config that does not fit, with nothing written; a workdir in use; a loss that is not finite, with
         the state before it saved.
     """
+    meter = Meter()
     distributed.initialize()
     run = make_run(config, workdir)
     config, every = run.config, run.config.every
     batches = functools.partial(_batches, run)
-    step_fn = make_train_step(run.task, run.tx, config.ema_decay, config.seed)
+    step_fn = step_of(config, run.task, run.tx)
     _rehearse(run, step_fn, batches)
     with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
         _write_once(run)
@@ -156,38 +168,60 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         if start >= config.num_steps:
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
-        step_fn = compile_step(step_fn, run.mesh, run.shardings)
-        logs, checks, meta = Logs(config, run.workdir, start), Checks(run, batches), _meta(run)
+        meter.go_on(restored[1] if restored else {})
+        logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
+        trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
         stop = distributed.install_signal_handlers()
         stream = batches(start)
+        meter.lap("start")
         try:
             for number in range(start + 1, config.num_steps + 1):
-                state, metrics = step_fn(state, run.frozen, next(stream), number - 1)
+                batch = next(stream)
+                meter.lap("input")
+                if number == start + 1:
+                    step_fn, meter.flops = _compile(run, step_fn, (state, run.frozen, batch, start))
+                    meter.lap("compile")
+                trace.before(number)
+                state, metrics = step_fn(state, run.frozen, batch, number - 1)
                 logs.add(metrics)
+                trace.after(number, metrics)
                 last = number == config.num_steps
                 preempted = distributed.reached_preemption(number)
                 save = number % every.save == 0 or last or preempted
                 if (number % every.log == 0 or save) and not logs.write(number):
                     good = int(state.step)
-                    saved.save(good, state, {**meta, "data_step": good})
+                    saved.save(good, state, {**meta, **meter.stored(), "data_step": good})
                     what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
                     fix = "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir"
                     raise UserError(what, fix)
                 if save:
-                    saved.save(number, state, {**meta, "data_step": number})
+                    saved.save(number, state, {**meta, **meter.stored(), "data_step": number})
+                    meter.lap("checkpoint")
                 if preempted and not last:
                     saved.wait()
                     say(f"stop signal: step {number} is saved; the same command goes on from there")
                     return PREEMPTED
                 if every.preview and (number % every.preview == 0 or last):
                     checks.preview(state.ema, number)
+                    meter.lap("checks")
                 if every.eval and (number % every.eval == 0 or last):
                     logs.record(number, checks.evaluate(state.ema))
+                    meter.lap("checks")
+                meter.lap("step")
         finally:
             stop()
+            trace.close()
             logs.close()
             stream.close()
     return 0
+
+
+def _compile(run: Run, step: Callable, args: tuple) -> tuple[Callable, float]:
+    """(step compiled for such arguments, which gives up its state; its FLOPs on each device, without recomputation)."""
+    made = compile_step(step, run.mesh, run.shardings)
+    plain = tasks.without_remat(run.task, run.config)
+    flops = count_flops(made if plain is run.task else step_of(run.config, plain, run.tx), *args)
+    return made.lower(*args).compile(), flops / run.mesh.size
 
 
 def _check_embedded(source: Source, clip) -> None:

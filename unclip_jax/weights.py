@@ -27,7 +27,7 @@ from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_h
 FORMAT_VERSION = 1
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
-STATISTICS = frozenset({"mean", "std", "components", "dots", "logit_scale", "x0_variance"})
+STATISTICS = frozenset({"mean", "std", "components", "dots", "logit_scale", "logit_bias", "x0_variance"})
 _STAGE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 

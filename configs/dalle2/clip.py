@@ -15,7 +15,9 @@ captions. Prior and decoder take vocabulary and caption length, 77 tokens, from 
 | vit_b32 | 224 px | 768, 12 | 512, 12 | 512 | 151,277,313 |
 
 The last three are OpenAI's released networks to the parameter. The unCLIP paper gives no heads for ViT-H/16: 16, as in
-open_clip's. Unlike the paper: AdamW without sharpness-aware minimisation (rho = 0.1). Embeddings leave with norm 17.2.
+open_clip's. It is trained with sharpness-aware minimisation, rho = 0.1, two gradients a step (plain AdamW:
+`--config.optim.sam_rho=0`). Unlike the paper: it climbs along the gradient of the whole batch; the paper's replicas
+climb each along that of their own 64 pictures. Embeddings leave with norm 17.2.
 `num_steps` is CLIP's 32 epochs: of 400M pictures, and for vit_h16 of the 650M that unCLIP's encoder saw.
 """
 
@@ -29,6 +31,7 @@ VARIANTS = {
         vision=dict(image_size=256, patch=16, width=1280, layers=32, heads=16),
         text=dict(width=1024, layers=24, heads=16),
         lr=3e-4,
+        sam_rho=0.1,
         pictures=650e6,
     ),
     "vit_l14": dict(
@@ -71,7 +74,17 @@ def get_config(variant: str = ""):
             norm=17.2,
             dtype="bfloat16",
         ),
+        objective=dict(loss="softmax", chunk=4096),
         tokenizer=dict(path="", **shared.CLIP_TOKENS),
-        optim=dict(lr=v["lr"], warmup=2000, schedule="cosine", weight_decay=0.2, b1=0.9, b2=0.98, eps=1e-6),
+        optim=dict(
+            lr=v["lr"],
+            warmup=2000,
+            schedule="cosine",
+            weight_decay=0.2,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-6,
+            sam_rho=v.get("sam_rho", 0.0),
+        ),
         ema_decay=0.0,  # CLIP is not averaged
     )

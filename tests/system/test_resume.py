@@ -16,18 +16,18 @@ from tests import tiny_runs, toy
 from tests.tiny_runs import one_device, quick_compiles  # noqa: F401 (fixtures)
 from unclip_jax import checkpoint, logs, sharding, train
 
+OF_TIME = {"images_per_second", "device_flops_per_second", "input_wait", "checkpoint_seconds", "goodput"}
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def final(config, workdir):
-    """Every array of the last checkpoint, by its path, and the lines of metrics.jsonl without the speed."""
+    """Every array of the last checkpoint, by its path, and the lines of metrics.jsonl but for the times."""
     run = train.make_run(config, workdir)
     with checkpoint.Checkpoints(workdir, config.keep) as saved:
         state, meta, step = saved.restore(sharding.abstract(run.shapes, run.shardings))
     assert step == meta["data_step"] == int(state.step) == config.num_steps
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    for line in lines:
-        assert line.pop("images_per_second") > 0
+    lines = [{name: value for name, value in line.items() if name not in OF_TIME} for line in lines]
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, lines
 

@@ -16,7 +16,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 # Inner widths of transformer blocks and of residual blocks over the axis "tensor", where the mesh has one.
 MLP, CONV = (r"blocks/fc1/kernel$", (None, None, "tensor")), (r"conv1/kernel$", (None, None, None, "tensor"))
 TENSOR = {"clip": [MLP], "prior_diffusion": [MLP], "prior_ar": [MLP], "decoder": [MLP, CONV], "upsampler": [CONV]}
-STEPS = 2
+STEPS = 5
 
 
 def run_steps(run, tx, mesh) -> tuple:

@@ -1,6 +1,10 @@
 """`unclip train`."""
 
+import os
+from pathlib import Path
+
 from unclip_jax.cli.arguments import command, done
+from unclip_jax.errors import UserError
 
 
 def add(commands) -> None:
@@ -13,6 +17,7 @@ def add(commands) -> None:
     sub.add_argument(
         "--workdir", required=True, metavar="DIR", help="of the run; a run in it is gone on with"
     )
+    sub.add_argument("--profile", metavar="DIR", help="trace a few steps with jax's profiler into this folder")
     sub.set_defaults(block="config")
     done(sub)
 
@@ -21,7 +26,15 @@ def run(args) -> int:
     """Trains one stage; 0, or 75 when it was stopped and saved."""
     from unclip_jax.config import load_config
 
+    if args.profile is not None and not _can_hold(Path(args.profile).expanduser()):
+        raise UserError(f"--profile={args.profile!r} must be a folder that can be written", "choose another")
     config = load_config(args.config, args.overrides)
     from unclip_jax.train import train as loop
 
-    return loop(config, args.workdir)
+    return loop(config, args.workdir, args.profile)
+
+
+def _can_hold(folder: Path) -> bool:
+    """Whether files can be written into a folder, or it can be made."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    return there.is_dir() and os.access(there, os.W_OK)

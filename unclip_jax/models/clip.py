@@ -70,12 +70,15 @@ class CLIP(nn.Module):
       norm: the length that every embedding leaves with; the unCLIP paper's prior works at 17.2 (App. C), which gives
         components of unit size. None leaves embeddings as projected, as the public Karlo stack uses them. This is the
         only place where embeddings are scaled, in training and in sampling alike.
+      bias: a learned bias of all similarities, as the sigmoid loss wants it, which starts at -10, and the temperature
+        at 1/10 (Zhai et al. 2023, section 3.1). Without, the temperature starts at 0.07.
     """
 
     embed_dim: int
     vision: Mapping[str, Any] | None
     text: Mapping[str, Any]
     norm: float | None = 17.2
+    bias: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -84,7 +87,10 @@ class CLIP(nn.Module):
             self.image_projection = nn.Dense(self.embed_dim, use_bias=False)
         self.textual = TextEncoder(**self.text, dtype=self.dtype)
         self.text_projection = nn.Dense(self.embed_dim, use_bias=False)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+        start = jnp.log(10.0 if self.bias else 1 / 0.07)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(start), ())
+        if self.bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), ())
 
     def _leave(self, z: jax.Array) -> jax.Array:
         z = rows(z.astype(jnp.promote_types(z.dtype, jnp.float32)))

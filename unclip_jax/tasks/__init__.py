@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+from ml_collections import ConfigDict
 
 from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.loss import x0_variance
@@ -30,6 +31,7 @@ from unclip_jax.tasks.upsampler import UpsamplerTask
 __all__ = [
     "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_numbers", "clip_identity", "load_clip",
     "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip",
+    "without_remat",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -132,6 +134,21 @@ def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
         return {name: value / number for name, (value, number) in totals.items()}
 
     return run
+
+
+def without_remat(task: Task, config) -> Task:
+    """The same task, none of whose networks recomputes anything; `task` itself where none does."""
+
+    def off(block):
+        return {k: off(v) if isinstance(v, dict) else False if k == "remat" else v for k, v in block.items()}
+
+    model = off(config.model.to_dict())
+    if model == config.model.to_dict():
+        return task
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.model = ConfigDict(model)
+    return make(plain, getattr(task, "clip", None))
 
 
 def adopt(task: Task, params: Any) -> Any:

@@ -1,31 +1,45 @@
-"""CLIP's contrastive training (Radford et al. 2021, figure 3)."""
+"""CLIP's contrastive training (Radford et al. 2021, figure 3), or SigLIP's (Zhai et al. 2023)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from unclip_jax.data.images import resize
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
+from unclip_jax.tasks import contrast
+
+LOSSES = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipTask:
-    """Symmetric cross-entropy over the similarities of all images with all captions of the global batch."""
+    """Every image of the global batch with every caption (`tasks/contrast.py`).
+
+    Attributes:
+      loss_name: "softmax", CLIP's symmetric cross-entropy; or "sigmoid", SigLIP's, with a learned bias.
+      chunk: captions that meet all images at a time, so that memory stays linear in a device's part of the batch: a
+        divisor of the batch, best a multiple of the devices it is split over. 0: all at once. Results do not depend
+        on it.
+    """
 
     model: CLIP
+    loss_name: str = "softmax"
+    chunk: int = 0
 
     @classmethod
     def from_config(cls, config, clip=None):
-        """Vocabulary and caption length come from `config.tokenizer`."""
+        """Vocabulary and caption length come from `config.tokenizer`, loss and chunk from `config.objective`."""
         model = config.model.to_dict()
         side, patch = ((model["vision"] or {}).get(name) for name in ("image_size", "patch"))
         if side and patch and side % patch:
             raise UserError(f"model.vision.image_size={side} must be a multiple of model.vision.patch={patch}")
+        loss, chunk = _objective(config)
         tokens = {"vocab_size": config.tokenizer.vocab_size, "max_len": config.tokenizer.max_len}
-        return cls(CLIP(**{**model, "text": {**model["text"], **tokens}}))
+        clip = CLIP(**{**model, "text": {**model["text"], **tokens}}, bias=loss == "sigmoid")
+        return cls(clip, loss, chunk)
 
     def init(self, rng):
         tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
@@ -40,42 +54,64 @@ class ClipTask:
     def encode(self, frozen, batch):
         return batch
 
-    def logits(self, params, batch):
-        """f32[B, B]: row = image, column = caption, scaled by the temperature.
+    def embed(self, params, batch):
+        """Unit vectors f32[B, D] of images and of captions, and the temperature's inverse.
 
-        Written over the global batch: under jit with a sharded batch, XLA gathers one side's embeddings, so that every
-        image meets every caption, whatever the devices.
+        The losses are written over the global batch: under jit with a sharded batch, XLA moves captions between
+        devices, so that every image meets every caption, whatever the devices.
         """
         image, text, scale = self.model.apply({"params": params}, batch["image"], batch["tokens"], batch["mask"])
-        return scale * unit(image) @ unit(text).T
+        return unit(image), unit(text), scale
+
+    def logits(self, params, batch):
+        """f32[B, B]: row = image, column = caption, scaled by the temperature, without the bias."""
+        image, text, scale = self.embed(params, batch)
+        return scale * image @ text.T
 
     def loss(self, params, batch, rng):
-        logits = self.logits(params, batch)
-        labels = jnp.arange(logits.shape[0])
-        by_image = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        by_text = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
-        accuracy = (logits.argmax(-1) == labels).mean()
-        temperature = jnp.exp(-jnp.minimum(params["logit_scale"], jnp.log(100.0)))
-        return (by_image + by_text).mean() / 2, {"accuracy": accuracy, "temperature": temperature}
+        loss, seen, scale = self._compare(params, batch)
+        told = {"accuracy": seen.image_hit.mean(), "temperature": 1 / scale}
+        return loss, {**told, "bias": params["logit_bias"]} if self.loss_name == "sigmoid" else told
+
+    def _compare(self, params, batch):
+        image, text, scale = self.embed(params, batch)
+        if self.loss_name == "softmax":
+            return *contrast.softmax_loss(image, text, scale, self.chunk), scale
+        seen = jax.lax.stop_gradient(contrast.see(image, text, scale, self.chunk))
+        return contrast.sigmoid_loss(image, text, scale, params["logit_bias"], self.chunk), seen, scale
 
     def sample(self, params, cond, keys, **over):
         """CLIP draws nothing; its sample is the image embedding z_img f32[B, D]."""
         return self.model.apply({"params": params}, cond["image"], method="embed_image")
 
     def evaluate(self, params, batch, rng):
-        logits = self.logits(params, batch)
-        n = logits.shape[0]
-        hits = lambda scores: jnp.sum(scores.argmax(-1) == jnp.arange(n))  # noqa: E731
-        loss, _ = self.loss(params, batch, rng)
+        loss, seen, _ = self._compare(params, batch)
+        n = len(seen.own)
         return {
-            f"image_to_text_recall@1_of_{n}": (hits(logits), n),
-            f"text_to_image_recall@1_of_{n}": (hits(logits.T), n),
+            f"image_to_text_recall@1_of_{n}": (seen.image_hit.sum(), n),
+            f"text_to_image_recall@1_of_{n}": (seen.text_hit.sum(), n),
             "loss": (loss * n, n),
         }
 
     def preview(self, params, batch, rng):
         """The similarity matrix of the batch as one picture; a bright diagonal is what is wanted."""
         return matrix_picture(self.logits(params, batch))
+
+
+def _objective(config) -> tuple[str, int]:
+    """The loss's name and the chunk of a config's block `objective`, which older ones do not have."""
+    given = dict(config.get("objective") or {})
+    loss, chunk = given.pop("loss", "softmax"), given.pop("chunk", 0)
+    if given:
+        raise UserError(f"config has no key 'objective.{min(given)}'", suggest(min(given), ("loss", "chunk")))
+    if loss not in LOSSES:
+        raise UserError(f"objective.loss={loss!r} is unknown", suggest(str(loss), LOSSES))
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0:
+        raise UserError(f"objective.chunk={chunk!r} must be a whole number >= 0 (0 is no chunks)")
+    batch = config.get("batch_size", chunk)
+    if chunk and batch % chunk:
+        raise UserError(f"objective.chunk={chunk} must divide batch_size={batch}", f"use {math.gcd(chunk, batch)}")
+    return loss, chunk
 
 
 def ask(clip: CLIP, params, batch):

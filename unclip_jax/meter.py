@@ -1,0 +1,80 @@
+"""Where the time of a training run goes, and which part of its devices' peak its steps use.
+
+    images/s           images of the steps / time in steps and in waiting for input
+    input wait         waiting for input / the same time
+    FLOP/s a device    FLOPs of the steps, without recomputation / the same time / devices
+    MFU                that / the device's peak (Chowdhery et al. 2022, App. B)
+    checkpoint stall   seconds that saving held the loop up
+    goodput            time in steps that count / time since the run was first started
+
+Steps count once they are in the state that a run goes on from: what a killed process did after its last checkpoint does
+not, nor does the time until the run is started again. Compiling, saving, previews and held-out metrics are neither
+steps nor input. The clock is the host's, which runs ahead of the devices between two lines of the log; nothing waits
+for them but the log itself, so input wait is the most that it can be: the devices may have been busy all the same.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+# Dense bf16 FLOP/s by the start of jax's device_kind, as in the data sheets (`plan.CHIPS`). Others have no MFU.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device; None where it is not known, as for the parts that a GPU was cut into (MIG)."""
+    fitting = [kind for kind in PEAKS if device_kind == kind or device_kind.startswith((f"{kind} ", f"{kind}-"))]
+    return PEAKS[max(fitting, key=len)] if fitting and "MIG" not in device_kind else None
+
+
+class Meter:
+    """A stopwatch whose every moment belongs to something: "start", "compile", "input", "step", "checkpoint", "checks".
+
+    Args:
+      clock, wall: seconds that never go back, and Unix time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, wall: Callable[[], float] = time.time):
+        self.clock, self.wall = clock, wall
+        self.began, self.useful = wall(), 0.0  # Unix time of the run's first start; seconds of steps that count
+        self.flops = 0.0  # of a step, on each device
+        self.spent: Counter[str] = Counter()  # since the last `read`
+        self.last = clock()
+
+    def go_on(self, meta: Mapping) -> None:
+        """Takes over what an earlier process's checkpoint says (`stored`)."""
+        self.began, self.useful = meta.get("began", self.began), meta.get("useful", self.useful)
+
+    def lap(self, what: str) -> None:
+        """The time since the last lap belongs to `what`."""
+        now = self.clock()
+        self.spent[what] += now - self.last
+        self.useful += (now - self.last) * (what == "step")
+        self.last = now
+
+    def stored(self) -> dict[str, float]:
+        """For a checkpoint, as JSON values."""
+        return {"began": self.began, "useful": self.useful}
+
+    def read(self, steps: int, batch_size: int, device_kind: str) -> dict[str, float]:
+        """What the table above says of the `steps` since the last reading; names are of a unit or of a share."""
+        spent, self.spent = self.spent, Counter()
+        told = {"checkpoint_seconds": spent["checkpoint"], "goodput": self.useful / max(self.wall() - self.began, 1e-9)}
+        seconds = spent["step"] + spent["input"]
+        if steps and seconds > 0:
+            told |= {"images_per_second": steps * batch_size / seconds, "input_wait": spent["input"] / seconds}
+            told["device_flops_per_second"] = steps * self.flops / seconds
+            if peak := peak_flops(device_kind):
+                told["mfu"] = told["device_flops_per_second"] / peak
+        return told
