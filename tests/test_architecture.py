@@ -4,7 +4,7 @@ Ranks (imports run strictly downwards; rank 0 is many small modules that may use
 
     8  cli
     7  plan
-    6  train  evaluation  ui  interop  export  embed  demo
+    6  train  evaluation  ui  interop  export  embed  demo  warm
     5  pipeline
     4  stack  logs  edits  painting  reconstruction
     3  tasks  settings
@@ -32,7 +32,7 @@ RANKS = {
     3: "tasks settings",
     4: "stack logs edits painting reconstruction",
     5: "pipeline",
-    6: "train evaluation ui interop export embed demo",
+    6: "train evaluation ui interop export embed demo warm",
     7: "plan",
     8: "cli",
 }

@@ -232,7 +232,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
             given = jax.tree.map(lambda x, at=chunk: x[at], rows)
             if self.mesh is not None:
                 given = jax.device_put(given, sharding.batch_sharding(self.mesh))
-            parts.append(jax.device_get(program(params, *given)))
+            parts.append(self._call(stage, program, params, given))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
             raise UserError(
@@ -240,6 +240,10 @@ class UnCLIP(Edits, Painting, Reconstruction):
                 "lower the guidance, take more steps, or use dtype float32",
             )
         return out
+
+    def _call(self, stage: str, program, params, given):
+        """One chunk of a stage's rows through its program, to the host."""
+        return jax.device_get(program(params, *given))
 
     def _ask(self, params, rows):
         told = rows

@@ -1,11 +1,16 @@
 """The decoder's conditioning: what dropped parts hide, and where the image embedding enters."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.random_params import draw, run
+from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.models.decoder import Decoder
+from unclip_jax.nn.conv import CONTEXT
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, D, L, W, STATES = 2, 5, 4, 8, 6
 UNET = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=8, groups=4)
@@ -97,3 +102,24 @@ def test_condition_then_denoise_is_the_whole(decoder):
     drawn = run(module, p, X, TIME, cond, method="denoise")
     np.testing.assert_allclose(drawn, output(IMAGE, TEXT, YES, YES), rtol=0, atol=1e-4)
     assert drawn.shape == (B, 8, 8, 6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_the_context_projected_once_is_the_context_projected_by_each_layer(decoder, dtype, bound):
+    """And a step then reads no projection any more: their weights may be anything."""
+    module, p, _ = decoder
+    with jax.enable_x64(dtype == np.float64):
+        module = module.clone(dtype=jnp.dtype(dtype))
+        cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype) if a.dtype == np.float32 else a, tree)  # noqa: E731
+        p, text = cast(p), cast(TEXT)
+        cond = run(module, p, *arguments(cast(IMAGE), text, YES, YES), method="condition")
+        assert set(cond.kv) == {"down1_attn0", "mid_attn", "up1_attn0", "up1_attn1"}
+        nowhere = {
+            name: {part: jax.tree.map(lambda a: a * np.nan, w) if part in CONTEXT else w for part, w in own.items()}
+            for name, own in p["net"].items()
+        }
+        x = X.astype(dtype)
+        once = run(module, {**p, "net": nowhere}, x, TIME, cond, method="denoise")
+        each = run(module, p, x, TIME, cond._replace(kv=None), method="denoise")
+        assert once.dtype == each.dtype == dtype
+        np.testing.assert_allclose(once, each, rtol=0, atol=bound)

@@ -34,16 +34,18 @@ def test_prefix_and_step_give_what_the_whole_sequence_gives(vocab_size):
         prior, caption, p = make(vocab_size)
         for keep in (KEEP, np.array([False, True])):
             whole = run(prior, p, XT, TIME, caption, MASK, Z_TXT, keep)
-            kv, mask = run(prior, p, caption, MASK, Z_TXT, keep, method="prefix")
-            steps = run(prior, p, XT, TIME, kv, mask, method="step")
             assert whole.shape == (B, D) and whole.dtype == np.float64
-            np.testing.assert_allclose(steps, whole, rtol=0, atol=1e-12)
+            times = np.array([3, 500, 800])
+            kv, time_kv, mask = run(prior, p, caption, MASK, Z_TXT, keep, times, method="prefix")
+            own = [np.stack([a[:, row, [at]] for row, at in enumerate((0, 2))], 1) for a in time_kv]  # TIME's
+            kv = tuple(np.concatenate(pair, 2) for pair in zip(kv, own, strict=True))
+            np.testing.assert_allclose(run(prior, p, XT, kv, mask, method="step"), whole, rtol=0, atol=1e-12)
 
 
 def all_keys_and_values(prior, xt, time, caption, mask, z_txt, keep):
     """Keys and values of the whole sequence in every layer, as training computes them."""
     prefix, mask = prior._prefix(caption, mask, z_txt, keep)
-    x = jnp.concatenate([prefix, prior._suffix(xt, time)], axis=1)
+    x = jnp.concatenate([prefix, prior._times(time)[:, None], prior._suffix(xt)], axis=1)
     return jnp.stack(prior.transformer(x, prior._mask(mask, x.shape[1]), return_kv=True)[1])
 
 

@@ -184,14 +184,36 @@ def test_a_sample_does_not_depend_on_its_batch_mates(drawn):
     assert np.abs(again - z)[[0, 1, 3]].max(1).min() > 1e-2
 
 
+def cached(rows, times):
+    """Keys and values of a prefix of two tokens, and of the times: each time's are the time itself."""
+    both = jnp.broadcast_to(times[None, None], (1, rows, len(times)))
+    return (jnp.zeros((1, rows, 2)),) * 2, (both,) * 2
+
+
+def test_each_step_is_given_the_token_of_its_own_time():
+    seen = []
+
+    def step(xt, kv, mask):
+        jax.debug.callback(lambda k: seen.append(k[0, :, -1].tolist()), kv[0])
+        return xt
+
+    prefix = lambda caption, mask, z_txt, keep, times: (*cached(len(caption), times), mask)  # noqa: E731
+    task = with_net(prefix=prefix, step=step)
+    params = {"net": {}, "mean": jnp.zeros(D), "std": jnp.ones(D)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    task.sample(params, encoded(task, next(batches(0, 2))), keys, guidance=1.0, candidates=1, steps=3)
+    jax.effects_barrier()
+    assert seen == [[t, t] for t in respace(task.schedule, 3).timesteps[::-1].tolist()]
+
+
 def test_guidance_one_runs_the_captions_alone():
     calls = stubs.Calls()
 
-    def prefix(caption, mask, z_txt, keep):
+    def prefix(caption, mask, z_txt, keep, times):
         calls.note(rows=len(caption), keep=np.asarray(keep).tolist())
-        return (jnp.zeros((1, len(caption), 2)),) * 2, mask
+        return *cached(len(caption), times), mask
 
-    def step(xt, time, kv, mask):
+    def step(xt, kv, mask):
         calls.note(rows=len(xt), kv=kv[0].shape[1], mask=len(mask))
         return xt
 
@@ -211,8 +233,8 @@ def test_guidance_one_runs_the_captions_alone():
 def test_evaluate_compares_with_what_costs_nothing():
     """With the truth drawn the cosine is 1; text, mean and other pictures give theirs by numpy."""
     task = with_net(
-        prefix=lambda caption, mask, z_txt, keep: ((jnp.zeros((1, len(caption), 2)),) * 2, mask),
-        step=lambda xt, time, kv, mask: truth,
+        prefix=lambda caption, mask, z_txt, keep, times: (*cached(len(caption), times), mask),
+        step=lambda xt, kv, mask: truth,
         __call__=lambda xt, *_: truth,
     )
     batch = encoded(task, next(batches(2, 9)))

@@ -6,6 +6,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError, suggest
 
 MAX_PICTURES = 10_000
@@ -52,10 +53,11 @@ def add_model(sub: Parser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
-def add_output(sub: Parser, default: str | None = None) -> None:
-    """Where pictures go, and how."""
+def add_output(sub: Parser, default: str | None = None, required: bool | None = None) -> None:
+    """Where pictures go, and how; required unless there is a default, or as said."""
     about = "folder for the pictures" + (f" (default {default})" if default else "")
-    sub.add_argument("--out", required=default is None, default=default, metavar="DIR", help=about)
+    required = default is None if required is None else required
+    sub.add_argument("--out", required=required, default=default, metavar="DIR", help=about)
     sub.add_argument("--html", action="store_true", help="write index.html too: all pictures and how they were made")
 
 
@@ -104,6 +106,7 @@ def load(args):
     from unclip_jax.pipeline import UnCLIP
 
     settings = given_settings(args)
+    keep()
     pipe = UnCLIP.load(args.model, low_memory=args.low_memory)
     pipe.settings(**settings)
     return pipe, settings

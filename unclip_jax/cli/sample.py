@@ -4,6 +4,8 @@ import argparse
 
 from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of
 from unclip_jax.cli.pictures import at_most, finish
+from unclip_jax.cli.programs import keep
+from unclip_jax.errors import UserError
 
 DEMO = (
     "a red circle",
@@ -25,7 +27,9 @@ def add_sample(commands) -> None:
     sub.add_argument("prompt", nargs="*", help="one or more texts, each in quotes")
     sub.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     sub.add_argument("--num", type=count, default=4, help="pictures of each prompt (default 4)")
-    add_output(sub)
+    add_output(sub, required=False)
+    about = "compile the programs that this command would run, keep them for later commands, and draw nothing"
+    sub.add_argument("--compile-only", action="store_true", help=about)
     add_model(sub)
     add_settings(sub)
     done(sub)
@@ -38,7 +42,7 @@ def add_demo(commands) -> None:
     add_output(sub, "out/demo")
     add_model(sub)
     add_settings(sub)
-    sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True)
+    sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True, compile_only=False)
     done(sub)
 
 
@@ -48,6 +52,10 @@ def sample(args) -> None:
 
     prompts = prompts_of(args)
     at_most(len(prompts) * args.num)
+    if args.compile_only:
+        return compile_only(args, prompts)
+    if args.out is None:
+        raise UserError("the following arguments are required: --out", "see unclip sample --help")
     out = gallery.check_folder(args.out, args.overwrite)
     pipe, settings = load(args)
     images = pipe.generate(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
@@ -57,6 +65,18 @@ def sample(args) -> None:
         about = [{"prompt": prompt, "prompt_index": p, "index": i} for i in range(args.num)]
         rows.append((prompt, [gallery.Picture(image, prompt, a) for image, a in zip(own, about, strict=True)]))
     finish(args, out, rows, pipe.settings(**settings))
+
+
+def compile_only(args, prompts) -> None:
+    """Prints a line for each program."""
+    from unclip_jax.warm import warm_up
+
+    folder = keep(make=True)
+    pipe, settings = load(args)
+    made = warm_up(pipe, prompts, num=args.num, batch_size=args.batch_size, **settings)
+    for stage, rows, seconds in made:
+        print(f"{stage:12} batch {rows:<4} {seconds:8.1f} s")
+    print(f"{len(made)} programs, {sum(p.seconds for p in made):.1f} s, kept in {folder}")
 
 
 def demo(args) -> None:

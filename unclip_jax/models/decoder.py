@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
+from unclip_jax.nn.conv import KV, context_kv
 from unclip_jax.nn.transformer import LayerNorm
 
 
@@ -22,6 +23,7 @@ class Condition(NamedTuple):
     emb: jax.Array  # f32[B, E], added to the timestep embedding
     context: jax.Array  # [B, M, W], tokens that the attention layers see
     mask: jax.Array | None  # bool[B, M] or None: all seen
+    kv: Mapping[str, KV] | None = None  # of the context in each attention layer, [B, M, …]; None: not projected yet
 
 
 class Decoder(nn.Module):
@@ -72,7 +74,9 @@ class Decoder(nn.Module):
         z_txt: jax.Array | None = None,
         states: jax.Array | None = None,
     ) -> Condition:
-        """Encodes what a sample is drawn from; independent of timestep and noise.
+        """Encodes what a sample is drawn from, down to each attention layer's keys and values of the context.
+
+        Independent of timestep and noise.
 
         Args:
           z_img: f32[B, D], CLIP image embedding; replaced by a learned vector where `keep_image` is False. Not read
@@ -100,14 +104,16 @@ class Decoder(nn.Module):
         if self.add_text_embedding:
             z_txt = z_txt if keep_text is None else jnp.where(keep_text[:, None], z_txt, 0.0)
             emb = emb + self.text_to_time(z_txt)
-        return Condition(emb, context, seen)
+        kv = None if self.is_initializing() else context_kv(self.net.variables["params"], context, self.dtype)
+        return Condition(emb, context, seen, kv)
 
     def denoise(self, xt: jax.Array, time: jax.Array, cond: Condition, train: bool = False) -> jax.Array:
         """xt f32[B, H, W, C], time [B] → f32[B, H, W, 6]: prediction, and the variance's place in [-1, 1].
 
         xt has 3 channels, or 6 where a smaller picture, enlarged, stands behind the noised one (upsamplers).
         """
-        return self.net(xt, time, cond.emb, cond.context, cond.mask, train)
+        context = cond.context if cond.kv is None else cond.kv
+        return self.net(xt, time, cond.emb, context, cond.mask, train)
 
     def __call__(self, xt, time, z_img, keep_image, tokens, mask, keep_text, z_txt=None, states=None, train=False):
         """`condition` and `denoise` in one, as in training."""

@@ -2,8 +2,8 @@
 
     [caption states, L] [CLIP text embedding] [timestep] [noised CLIP image embedding] [query]
 
-whose output at the query predicts the unnoised CLIP image embedding. Nothing before the timestep can see the timestep
-or the noised embedding, so a sampler runs that prefix once (`prefix`) and three tokens a step (`step`).
+whose output at the query predicts the unnoised CLIP image embedding. Nothing before the noised embedding can see it, so
+a sampler runs all that once, with the timestep tokens of all its steps (`prefix`), and two tokens a step (`step`).
 """
 
 import flax.linen as nn
@@ -72,24 +72,37 @@ class Prior(nn.Module):
         x = jnp.concatenate([x, self.text_in(z_txt)[:, None]], axis=1)
         return x + self.position[None, : x.shape[1]], mask
 
-    def _suffix(self, xt, time):
+    def _times(self, times):
+        """Timestep tokens [S, W]."""
+        return self.time(times) + self.position[None, -SUFFIX]
+
+    def _suffix(self, xt):
+        """The noised embedding and the query, [B, 2, W]."""
         query = jnp.broadcast_to(self.query[None, None], (xt.shape[0], 1, self.width))
-        x = jnp.concatenate([self.time(time)[:, None], self.image_in(xt)[:, None], query], axis=1)
-        return x + self.position[None, -SUFFIX:]
+        return jnp.concatenate([self.image_in(xt)[:, None], query], axis=1) + self.position[None, 1 - SUFFIX :]
 
     def prefix(
-        self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array | None
-    ) -> tuple[KV, jax.Array]:
-        """What all steps of a sample share: keys and values [layers, B, L+1, heads, W/heads], and the mask [B, L]."""
-        x, mask = self._prefix(caption, mask, z_txt, keep)
-        queries = self.max_len + 1
-        visible = self._mask(mask, self.max_len + 1 + SUFFIX)[:, :, :queries, :queries]
-        return self.transformer(x, visible, return_kv=True)[1], mask
+        self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array | None, times: jax.Array
+    ) -> tuple[KV, KV, jax.Array]:
+        """What the steps of a sample at `times` [S] share: all tokens before the noised embedding, in one pass.
 
-    def step(self, xt: jax.Array, time: jax.Array, kv: KV, mask: jax.Array) -> jax.Array:
-        """One denoising step against the shared prefix: xt f32[B, D], time [B] → f32[B, D]."""
-        x = self.transformer(self._suffix(xt, time), self._mask(mask, SUFFIX), kv)
-        return self._read(x)
+        Returns:
+          Keys and values of what precedes the timestep [layers, B, L+1, heads, W/heads]; those of the timestep tokens
+          [layers, B, S, heads, W/heads], none of which sees another; the mask [B, L].
+        """
+        x, mask = self._prefix(caption, mask, z_txt, keep)
+        first, tokens = x.shape[1], self._times(times)
+        x = jnp.concatenate([x, jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))], axis=1)
+        place = jnp.arange(x.shape[1])
+        other_time = (place[None] >= first) & (place[None] != place[:, None])
+        visible = caption_mask(mask, len(place), len(place)) & ~other_time[None, None]
+        kv = self.transformer(x, visible, return_kv=True)[1]
+        before, at_times = (tuple(a[:, :, part] for a in kv) for part in (slice(first), slice(first, None)))
+        return before, at_times, mask
+
+    def step(self, xt: jax.Array, kv: KV, mask: jax.Array) -> jax.Array:
+        """One denoising step: xt f32[B, D], kv [layers, B, L+2, …] of all before it, the timestep last → f32[B, D]."""
+        return self._read(self.transformer(self._suffix(xt), self._mask(mask, SUFFIX - 1), kv))
 
     def _read(self, x):
         return self.out(self.final_norm(x[:, -1])).astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -117,6 +130,5 @@ class Prior(nn.Module):
           f32[B, D], the predicted unnoised embedding.
         """
         prefix, mask = self._prefix(caption, mask, z_txt, keep)
-        suffix = self._suffix(xt, time)
-        x = jnp.concatenate([prefix, suffix], axis=1)
+        x = jnp.concatenate([prefix, self._times(time)[:, None], self._suffix(xt)], axis=1)
         return self._read(self.transformer(x, self._mask(mask, x.shape[1])))

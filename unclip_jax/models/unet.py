@@ -4,12 +4,14 @@ Levels go down in resolution by residual blocks that pool, and up by residual bl
 output on the way down, the stem's and the pooled ones' included, is concatenated behind the features on the way up.
 """
 
+from collections.abc import Mapping
+
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.conv import GroupNorm, PixelAttention, ResBlock
+from unclip_jax.nn.conv import KV, GroupNorm, PixelAttention, ResBlock
 from unclip_jax.nn.embed import TimeEmbedding
 
 
@@ -92,7 +94,7 @@ class UNet(nn.Module):
         x: jax.Array,
         time: jax.Array,
         emb: jax.Array | None = None,
-        context: jax.Array | None = None,
+        context: jax.Array | Mapping[str, KV] | None = None,
         context_mask: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
@@ -102,7 +104,7 @@ class UNet(nn.Module):
           x: f32[B, H, W, C], H and W divisible by 2^(levels - 1).
           time: [B], in schedule steps.
           emb: f32[B, 4 channels], added to the embedded time.
-          context: f32[B, M, K], tokens that every attention layer sees.
+          context: f32[B, M, K], tokens that every attention layer sees; or their `context_kv`.
           context_mask: bool[B, M], True where a token is seen; None: all.
 
         Returns:
@@ -121,7 +123,8 @@ class UNet(nn.Module):
             return make(h, t, train)
 
         def attend(h, name):
-            return PixelAttention(self.head_channels, self.groups, dtype, name=name)(h, context, context_mask)
+            seen = context[name] if isinstance(context, Mapping) else context
+            return PixelAttention(self.head_channels, self.groups, dtype, name=name)(h, seen, context_mask)
 
         init = without_effect(self.extra, self.patch)
         stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")

@@ -1,11 +1,16 @@
 """The convolutional parts of the ADM UNet (Dhariwal & Nichol 2021): residual block, attention to pixels and context."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
 from unclip_jax.nn.rows import rows
+
+KV = tuple[jax.Array, jax.Array]
 
 
 class GroupNorm(nn.Module):
@@ -88,6 +93,9 @@ class ResBlock(nn.Module):
         return x + h
 
 
+CONTEXT = ("context_key", "context_value")
+
+
 class PixelAttention(nn.Module):
     """Self-attention over pixels whose keys and values are joined by those of the context (GLIDE's added-KV attention).
 
@@ -99,8 +107,10 @@ class PixelAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-        """x [B, H, W, C], context [B, M, K] or None, mask bool[B, M] or None (all seen) → [B, H, W, C]."""
+    def __call__(self, x: jax.Array, context: jax.Array | KV | None, mask: jax.Array | None) -> jax.Array:
+        """x [B, H, W, C], context [B, M, K], its keys and values or None, mask bool[B, M] or None (all seen) →
+        [B, H, W, C].
+        """
         b, height, width, channels = x.shape
         if channels % self.head_channels:
             raise ValueError(f"channels={channels} must be a multiple of head_channels={self.head_channels}")
@@ -109,9 +119,9 @@ class PixelAttention(nn.Module):
         h = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, pixels, channels)
         q, k, v = (nn.DenseGeneral(split, dtype=self.dtype, name=n)(h) for n in ("query", "key", "value"))
         if context is not None:
-            ck, cv = (
-                nn.DenseGeneral(split, dtype=self.dtype, name=n)(context) for n in ("context_key", "context_value")
-            )
+            if not isinstance(context, tuple):
+                context = tuple(nn.DenseGeneral(split, dtype=self.dtype, name=n)(context) for n in CONTEXT)
+            ck, cv = context
             k, v = jnp.concatenate([ck, k], axis=1), jnp.concatenate([cv, v], axis=1)
             if mask is not None:
                 mask = jnp.concatenate([mask, jnp.ones((b, pixels), bool)], axis=1)[:, None, None]
@@ -120,3 +130,23 @@ class PixelAttention(nn.Module):
             channels, axis=(-2, -1), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out"
         )(h)
         return x + h.reshape(x.shape)
+
+
+def context_kv(params: Mapping[str, Any], context: jax.Array, dtype: jnp.dtype) -> dict[str, KV]:
+    """What every `PixelAttention` among a network's layers makes of a context [B, M, K], by the layer's name.
+
+    It takes that pair in the context's place, so that a network that is run many times on one context projects it once.
+
+    Args:
+      params: of the network, {layer: its parameters}.
+      dtype: of the computation.
+
+    Returns:
+      {layer: (keys, values)}, each [B, M, heads, channels / heads].
+    """
+
+    def project(kernel_and_bias):
+        layer = nn.DenseGeneral(kernel_and_bias["kernel"].shape[1:], dtype=dtype, parent=None)
+        return layer.apply({"params": kernel_and_bias}, context)
+
+    return {layer: tuple(project(own[n]) for n in CONTEXT) for layer, own in params.items() if CONTEXT[0] in own}

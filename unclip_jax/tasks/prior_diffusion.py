@@ -10,7 +10,7 @@ from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
-from unclip_jax.diffusion.schedule import Schedule, make_schedule
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
 from unclip_jax.tasks.clip import ask, ask_empty, caption_of, drop_captions, matrix_picture, unit
@@ -101,7 +101,7 @@ class PriorTask:
         """cond {tokens, mask, z_txt, states} of B captions → z_img f32[B, D].
 
         `candidates` embeddings are drawn for each caption and the one with the largest dot product with z_txt kept
-        (the paper: 2). The prefix of every caption is run once, not in every step, and shared by its candidates.
+        (the paper: 2). The prefix of every caption, with all timesteps' tokens, is run once; its candidates share it.
         """
         settings = {**self.sampler, **over}
         candidates = settings.pop("candidates")
@@ -116,16 +116,20 @@ class PriorTask:
         keep = jnp.arange(b * halves) < b
         if self.empty_caption:
             rows, keep = drop_captions(rows, keep), None
-        kv, mask = self.model.apply(
-            variables, rows[caption], rows["mask"], rows["z_txt"], keep, method="prefix"
-        )
-        kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)
+        times = jnp.asarray(respace(self.schedule, settings["steps"]).timesteps)
+        args = (rows[caption], rows["mask"], rows["z_txt"], keep, times)
+        kv, time_kv, mask = self.model.apply(variables, *args, method="prefix")
+        kv, time_kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), (kv, time_kv))
         mask = jnp.repeat(mask, candidates, axis=0)
 
         def denoise(xt, time):
             n = xt.shape[0]  # all rows, or the first half of them
-            own = jax.tree.map(lambda a: a[:, :n], kv)
-            return Out(self.model.apply(variables, xt, time, own, mask[:n], method="step"))
+            at = jnp.searchsorted(times, time[0])
+            join = lambda a, b: jnp.concatenate(  # noqa: E731
+                [a[:, :n], jax.lax.dynamic_slice_in_dim(b[:, :n], at, 1, axis=2)], axis=2
+            )
+            own = jax.tree.map(join, kv, time_kv)
+            return Out(self.model.apply(variables, xt, own, mask[:n], method="step"))
 
         z = draw(
             self.schedule,
