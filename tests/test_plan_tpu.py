@@ -1,6 +1,7 @@
 """The paper's priors compiled for the slice that the plan's manual names, without a TPU: they fit, and are split.
 
-Needs libtpu, the compiler (extra [tpu], 0.7 GB); some two minutes of a core for each.
+Needs libtpu, the compiler (extra [tpu], 0.7 GB), and two minutes of a core for the diffusion prior, five for
+the autoregressive one.
 """
 
 import json
