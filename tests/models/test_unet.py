@@ -129,3 +129,14 @@ def test_the_outer_level_sees_pixels_alike_wherever_they_lie():
 def test_sizes_that_do_not_halve_are_refused():
     with pytest.raises(ValueError, match="image 6x8 must be divisible by 4"):
         jax.eval_shape(lambda: UNet(**SIZES, patch=2).init(jax.random.key(0), jnp.zeros((1, 6, 8, 3)), TIME[:1]))
+
+
+def test_positions_are_a_vector_for_every_folded_place():
+    """Far from the edges an even picture is even without them, and not with them."""
+    net = UNet(**{**SIZES, "attention": ()}, patch=2, positions=True)
+    even = np.full((1, 128, 128, 3), 0.3, np.float32)
+    p = draw(net, even, TIME[:1])
+    assert p["positions"].shape == (64, 64, SIZES["channels"])
+    for params, alike in ((p, False), ({**p, "positions": np.zeros_like(p["positions"])}, True)):
+        inner = run(net, params, even, TIME[:1])[0, 60:68, 60:68].reshape(2, 4, 2, 4, -1)
+        assert (np.ptp(inner, axis=(0, 2)).max() < 1e-4) == alike

@@ -130,7 +130,7 @@ class UNet(nn.Module):
         stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
         h = stem(fold(x, self.patch).astype(dtype))
         if self.positions:
-            h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:]).astype(dtype)
+            h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:])[None].astype(dtype)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
             for i in range(self.blocks):

@@ -149,4 +149,5 @@ def context_kv(params: Mapping[str, Any], context: jax.Array, dtype: jnp.dtype) 
         layer = nn.DenseGeneral(kernel_and_bias["kernel"].shape[1:], dtype=dtype, parent=None)
         return layer.apply({"params": kernel_and_bias}, context)
 
-    return {layer: tuple(project(own[n]) for n in CONTEXT) for layer, own in params.items() if CONTEXT[0] in own}
+    layers = {layer: own for layer, own in params.items() if isinstance(own, Mapping) and CONTEXT[0] in own}
+    return {layer: tuple(project(own[n]) for n in CONTEXT) for layer, own in layers.items()}
