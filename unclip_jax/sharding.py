@@ -5,6 +5,7 @@ arrays over fsdp (and tensor where a rule says so); the same rules serve the opt
 weights, whose paths end in that of their parameter.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -104,6 +105,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def split_rows(function: Callable, mesh: Mesh | AbstractMesh) -> Callable:
     """`function`, traced for jax.jit so that activations stay split as batches are; see `nn.rows`."""
 
+    @functools.wraps(function)
     def traced(*args):
         with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
             return function(*args)
