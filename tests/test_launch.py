@@ -180,6 +180,8 @@ def test_local_passes_a_signal_to_every_process(environment, number):
         ["bash", str(LAUNCH / "local.sh"), "--processes", "3", *ARGUMENTS],
         env=environment | {"SLEEP": "50"},
         start_new_session=True,
+        # as a terminal's children have it; those of a shell's background job are deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         text=True,
     )
