@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from unclip_jax import checkpoint, config, sharding
+from unclip_jax import checkpoint, config, sharding, storage
 from unclip_jax.checkpoint import Checkpoints, fingerprint, load_params, peek
 from unclip_jax.errors import UserError
 
@@ -289,7 +289,7 @@ def test_fingerprints_do_not_depend_on_sharding():
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_an_array_of_the_host_is_hashed_by_rows_to_the_same(monkeypatch, dtype):
-    monkeypatch.setattr(checkpoint, "CHUNK", 40)
+    monkeypatch.setattr(storage, "CHUNK", 40)
     array = np.random.default_rng(3).integers(0, 100, (7, 3, 5)).astype(dtype)
     turned = array.transpose(2, 1, 0)
     assert fingerprint({"a": array, "b": turned}) == {"a": _reference(array), "b": _reference(turned)}

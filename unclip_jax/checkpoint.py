@@ -20,9 +20,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from unclip_jax.errors import UserError
+from unclip_jax.storage import by_rows
 
 FORMAT_VERSION = 1
-CHUNK = 2**22  # elements of a host's array that are hashed at once
 
 
 class _Damaged(Exception):
@@ -195,12 +195,12 @@ def fingerprint(tree) -> dict[str, int]:
 
 def _host_hash(x: np.ndarray) -> np.uint32:
     """`_hash` of an array of the host, by rows, so that little of it is on the device at once."""
-    if x.size <= CHUNK or x.ndim < 2:
-        return np.uint32(_hash(x))
-    width = (x.size // len(x)) * (2 if jax.dtypes.canonicalize_dtype(x.dtype).itemsize == 8 else 1)
-    rows = max(1, CHUNK // width)
-    parts = [int(_hash(x[k : k + rows], np.uint32(k * width % 2**32))) for k in range(0, len(x), rows)]
-    return np.uint32(sum(parts) % 2**32)
+    words = 2 if jax.dtypes.canonicalize_dtype(x.dtype).itemsize == 8 else 1  # in which an element's bits are hashed
+    total = start = 0
+    for part in by_rows(x):
+        total += int(_hash(part, np.uint32(start * words % 2**32)))
+        start += part.size
+    return np.uint32(total % 2**32)
 
 
 @jax.jit

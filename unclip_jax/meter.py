@@ -17,19 +17,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-# Dense bf16 FLOP/s by the start of jax's device_kind, as in the data sheets (`plan.CHIPS`). Others have no MFU.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
+# Dense bf16 FLOP/s of a chip, as in the data sheets that `plan.CHIPS` names.
+FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "a100": 312e12, "h100": 989e12, "h200": 989e12}
+# The chip by the start of jax's device_kind. Others have no MFU.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
 }
+PEAKS = {kind: FLOPS[chip] for kind, chip in KINDS.items()}
 
 
 def peak_flops(device_kind: str) -> float | None:

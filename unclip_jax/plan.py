@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.meter import FLOPS
 from unclip_jax.plan_count import Collective, count_flops, read_hlo
 from unclip_jax.train import TrainState, compile_step, init_state, step_of
 
@@ -39,13 +40,13 @@ class Chip(NamedTuple):
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (links: all of a chip's, one direction). GPUs: NVIDIA's data
 # sheets of the SXM boards, dense bf16, NVLink in one direction.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.228e12, 0.15e12),
-    "v5e": Chip(197e12, 16 * GIB, 0.819e12, 0.1e12),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 0.3e12),
-    "v6e": Chip(918e12, 32 * GIB, 1.640e12, 0.224e12),
-    "a100": Chip(312e12, 80e9, 2.039e12, 0.3e12),
-    "h100": Chip(989e12, 80e9, 3.35e12, 0.45e12),
-    "h200": Chip(989e12, 141e9, 4.8e12, 0.45e12),
+    "v4": Chip(FLOPS["v4"], 32 * GIB, 1.228e12, 0.15e12),
+    "v5e": Chip(FLOPS["v5e"], 16 * GIB, 0.819e12, 0.1e12),
+    "v5p": Chip(FLOPS["v5p"], 95 * GIB, 2.765e12, 0.3e12),
+    "v6e": Chip(FLOPS["v6e"], 32 * GIB, 1.640e12, 0.224e12),
+    "a100": Chip(FLOPS["a100"], 80e9, 2.039e12, 0.3e12),
+    "h100": Chip(FLOPS["h100"], 80e9, 3.35e12, 0.45e12),
+    "h200": Chip(FLOPS["h200"], 141e9, 4.8e12, 0.45e12),
 }
 TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("a100", "h100", "h200")
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from unclip_jax.errors import UserError
 
-CHUNK = 2**22  # elements of an array that are turned into bytes at once
+CHUNK = 2**22  # elements of a host's array that are turned into bytes, or hashed, at once
 MAX_JSON_BYTES = 16 * 2**20  # a safetensors header or an index; real ones are below 4 MB
 DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
@@ -177,11 +177,15 @@ def read_array(file: Path, place: Place) -> np.ndarray:
     return data.view(kind).reshape(place.shape)
 
 
+def by_rows(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A large array some rows at a time, about CHUNK elements; a small one, or a vector, whole."""
+    rows = max(1, CHUNK * len(array) // max(1, array.size)) if array.ndim > 1 else 0
+    return (array[k : k + rows] for k in range(0, len(array), rows)) if rows else iter([array])
+
+
 def _bytes(name: str, array, kind: np.dtype) -> Iterator[memoryview]:
     """An array's bytes in `kind`, some rows at a time, so that there is no second copy of a large one."""
-    array = np.asarray(array)
-    rows = max(1, CHUNK * len(array) // max(1, array.size)) if array.ndim > 1 else 0
-    for part in [array] if not rows else (array[k : k + rows] for k in range(0, len(array), rows)):
+    for part in by_rows(np.asarray(array)):
         if part.dtype.kind not in "biu" and not np.isfinite(part).all():
             raise ValueError(f"array {name} holds NaN or infinite values")
         yield memoryview(np.ascontiguousarray(part, kind).reshape(-1).view(np.uint8))
