@@ -1,0 +1,185 @@
+"""What the rows of `benchmarks.run` are made of: inputs, networks with the same weights on both sides, loops.
+
+Where both have the same network (diffusers; open_clip) they have the same weights, random ones, drawn by the peer and
+converted. Inputs are random and of the same shapes. A row's sides are made apart, so that one can be measured alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.sizes import LENGTH
+
+GUIDANCE = {"prior": 4.0, "decoder": 8.0}
+STEPS = {"decoder": 25, "upsampler": 7}
+
+
+class Row(NamedTuple):
+    """One comparison. `peer()` makes the peer's networks, `theirs(networks)` and `ours(networks | None)` what is timed.
+
+    Without networks our weights are zeros, which take the same time and memory.
+    """
+
+    name: str
+    package: str  # whose
+    what: str  # shapes and counts, for the table
+    peer: Callable[[], tuple]
+    theirs: Callable[[tuple], Callable[[], Any]]
+    ours: Callable[[tuple | None], Callable[[], Any]]
+
+
+# Inputs.
+
+
+def texts(s: dict, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Captions as CLIP tells of them: states, mask, z_txt, z_img, tokens (not read)."""
+    rng, d = np.random.default_rng(seed), s["prior"]["embed_dim"]
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+    mask = np.arange(LENGTH)[None] < rng.integers(8, LENGTH, batch)[:, None]
+    tokens = np.zeros((batch, LENGTH), np.int32)
+    made = {"states": normal(batch, LENGTH, d), "mask": mask, "z_txt": normal(batch, d), "z_img": normal(batch, d)}
+    return {**made, "tokens": tokens}
+
+
+def with_empty(s: dict, batch: int) -> dict:
+    """`texts`, and those of the empty caption, as guided sampling takes them."""
+    return {**texts(s, batch), "empty": {k: v for k, v in texts(s, batch, 1).items() if k != "z_img"}}
+
+
+def halves(cond: dict, *names: str) -> list:
+    """torch tensors of the empty captions and, behind them, the given ones."""
+    import torch
+
+    return [torch.from_numpy(np.concatenate([cond["empty"][n], cond[n]])) for n in names]
+
+
+# Both sides' networks.
+
+
+def tensors(models: tuple) -> Callable[[str], tuple]:
+    """Parameters of ours from diffusers' networks, by the stage's name."""
+    from flax.traverse_util import unflatten_dict
+
+    from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
+    from unclip_jax.interop.layout import read
+
+    def convert(stage, *of):
+        shapes = {"prior": prior_shapes, "decoder": decoder_shapes, "upsampler": upsampler_shapes}[stage](*of)
+        out = {}
+        for (_, table), model in zip(TABLES[stage](shapes).items(), models, strict=True):
+            arrays = {name: p.detach().numpy() for name, p in model.state_dict().items()}
+            out |= read(table, {e.path: shapes[e.path] for e in table}, arrays, arrays.__getitem__)
+        return unflatten_dict(out, sep="/")
+
+    return convert
+
+
+def on_device(task, converted=None):
+    """A task's parameters: these, or zeros."""
+    import jax
+    import jax.numpy as jnp
+
+    if converted is not None:
+        return jax.tree.map(jnp.asarray, converted)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
+
+
+def diffusers_model(cls: str, config: dict):
+    """A network of diffusers with random weights, for sampling."""
+    import diffusers
+    from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
+
+    made = UnCLIPTextProjModel if cls == "UnCLIPTextProjModel" else getattr(diffusers, cls)
+    return made.from_config(config).eval()
+
+
+def diffusers_stage(s: dict, stage: str) -> tuple:
+    """diffusers' networks of one stage, in the order that the converter wants them in."""
+    from unclip_jax.interop import karlo_json
+
+    if stage == "prior":
+        return (diffusers_model("PriorTransformer", karlo_json.prior_json(s["prior"])),)
+    if stage == "decoder":
+        unet, text_proj = karlo_json.decoder_json(s["decoder"], s["side"])
+        models = {"UnCLIPTextProjModel": text_proj, "UNet2DConditionModel": unet}
+        return tuple(diffusers_model(cls, config) for cls, config in models.items())
+    config = karlo_json.upsampler_json(s["upsampler"], s["large"])
+    return tuple(diffusers_model("UNet2DModel", config) for _ in range(2))
+
+
+def our_task(s: dict, stage: str, steps: int = 1):
+    """Our task of one stage, in Karlo's form; without a CLIP, as what CLIP says is given."""
+    from types import SimpleNamespace
+
+    from unclip_jax.diffusion.schedule import make_schedule
+    from unclip_jax.models.decoder import Decoder
+    from unclip_jax.models.prior import Prior
+    from unclip_jax.models.unet import UNet
+    from unclip_jax.tasks.decoder import DecoderTask
+    from unclip_jax.tasks.prior_diffusion import PriorTask
+    from unclip_jax.tasks.upsampler import UpsamplerTask
+
+    schedule, width = make_schedule("cosine"), s["prior"]["embed_dim"]
+    clip = SimpleNamespace(embed_dim=width, text={"max_len": LENGTH, "width": width}, vision=None)
+    sampler = {"name": "ddpm", "steps": steps}
+    if stage == "prior":
+        sampler |= {"guidance": GUIDANCE["prior"], "candidates": 1}
+        return PriorTask(Prior(**s["prior"]), schedule, clip, sampler, empty_caption=True)
+    if stage == "decoder":
+        sampler |= {"guidance": GUIDANCE["decoder"]}
+        return DecoderTask(Decoder(**s["decoder"]), schedule, clip, s["side"], sampler, empty_caption=True)
+    factor = s["large"] // s["side"]
+    return UpsamplerTask(UNet(**s["upsampler"]), schedule, s["large"], sampler, factor=factor, last_steps=1)
+
+
+def our_params(s: dict, stage: str, models: tuple | None, task):
+    """Our parameters of one stage, those of diffusers' networks if given."""
+    if models is None:
+        return on_device(task)
+    sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
+    return on_device(task, tensors(models)(stage, *sizes[stage]))
+
+
+def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: dict, batch: int):
+    """One compiled program, all steps in it; the result is waited for."""
+    import jax
+
+    task = our_task(s, stage, steps)
+    params, keys = our_params(s, stage, models, task), jax.random.split(jax.random.key(0), batch)
+    program = jax.jit(task.sample)
+    return lambda: np.asarray(program(params, cond, keys))
+
+
+# diffusers' loops, those of UnCLIPPipeline.
+
+
+def scheduler(stage: str, steps: int):
+    """UnCLIPScheduler as Karlo's pipelines set it."""
+    from diffusers import UnCLIPScheduler
+
+    kinds = {
+        "prior": dict(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0),
+        "decoder": dict(variance_type="learned_range", prediction_type="epsilon"),
+        "upsampler": dict(variance_type="fixed_small_log", prediction_type="epsilon"),
+    }
+    made = UnCLIPScheduler(**kinds[stage])
+    made.set_timesteps(steps)
+    return made
+
+
+def their_loop(stage: str, steps: int, shape: tuple, predict: Callable):
+    """predict(x, t, last) → what the scheduler takes, at each step."""
+    import torch
+
+    def run():
+        made = scheduler(stage, steps)
+        times = made.timesteps
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            for i, t in enumerate(times):
+                before = times[i + 1] if i + 1 < len(times) else None
+                x = made.step(predict(x, t, before is None), t, x, prev_timestep=before).prev_sample
+        return x.numpy()
+
+    return run
