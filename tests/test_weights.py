@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -201,6 +202,22 @@ def test_a_disk_without_room_is_found_before_anything_is_written(tmp_path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
     assert "MB needed, 0.0 MB free" in _refused(save_stack, tmp_path / "new", _stages(), "{}")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_stage_at_a_time_is_in_memory(tmp_path):
+    alive = []
+
+    def stages():
+        for name in ("first", "second"):
+            assert not [array for array in alive if array() is not None], "an earlier stage is still held"
+            array = np.ones(1000, np.float32)
+            alive.append(weakref.ref(array))
+            stage = ({"kernel": array}, CONFIG, 1, {})
+            del array
+            yield name, stage
+            del stage
+
+    assert set(load_stack(save_stack(tmp_path / "made", stages(), "{}")).stages) == {"first", "second"}
 
 
 def test_large_arrays_are_written_by_rows_to_the_same_bytes(tmp_path, monkeypatch):

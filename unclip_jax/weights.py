@@ -81,6 +81,7 @@ def save_stack(
         }
         for name, (params, config, step, extra) in pairs:
             index["stages"][name] = _write_stage(temporary, name, params, config, step, extra, dtype)
+            del params  # or they would lie beside those of the stage that comes next
         if not index["stages"]:
             raise UserError("a stack must have at least one stage")
         (temporary / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from unclip_jax.errors import UserError
+from unclip_jax.interop import files
 from unclip_jax.interop.files import check_sha256, locate, open_weights, read_json
 from unclip_jax.storage import read_header, write_arrays
 
@@ -85,6 +86,17 @@ def test_torch_files_are_read_as_they_are(tmp_path):
         same(open_weights(tmp_path / "ddp.pt"), want)
     save({"model": tensors, "ema": tensors}, tmp_path / "both.pt")
     assert "several sets of weights: ema, model" in refused(open_weights, tmp_path / "both.pt")
+
+
+def test_a_torch_file_is_mapped_anew_after_so_many_bytes(tmp_path, monkeypatch):
+    torch().save({name: torch().from_numpy(array.copy()) for name, array in ARRAYS.items()}, tmp_path / "a.pt")
+    mapped, times = files._mapped, []
+    monkeypatch.setattr(files, "_mapped", lambda file: times.append(file) or mapped(file))
+    for limit, at_least in ((2**28, 2), (0, 1 + len(ARRAYS))):
+        times.clear()
+        monkeypatch.setattr(files._Taker, "LIMIT", limit)
+        same(open_weights(tmp_path / "a.pt"), ARRAYS)
+        assert at_least <= len(times) <= 1 + 2 * len(ARRAYS) and (len(times) == 2) == bool(limit)
 
 
 def test_safetensors_come_first_and_variants_by_name(tmp_path):

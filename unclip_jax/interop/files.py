@@ -237,18 +237,47 @@ def _torch(file: Path) -> Iterator[tuple]:
     _check_zip(file)
     try:
         unsafe = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
-        content = None if unsafe else torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = None if unsafe else _mapped(file)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError and others
         what = " ".join(str(error).split())[:200]
         raise UserError(f"{file} cannot be read as weights ({what})", "give the same weights as safetensors") from None
     if unsafe:
         what = f"{file} holds more than weights: {', '.join(unsafe[:5])}; reading it could run code"
         raise UserError(what, "give safetensors, or a file that torch.save made of a state_dict alone")
-    for name, tensor in _state(file, content).items():
+    state = _state(file, content)
+    for name, tensor in state.items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.layout is not torch.strided or kind not in _TORCH_DTYPES:
             _refuse_dtype(file, name, kind)
-        yield name, (tuple(tensor.shape), lambda tensor=tensor: _array(tensor))
+    shapes, taker = {name: tuple(tensor.shape) for name, tensor in state.items()}, _Taker(file)
+    del content, state, tensor
+    yield from ((name, (shape, lambda name=name: taker.take(name))) for name, shape in shapes.items())
+
+
+def _mapped(file: Path):
+    """What a torch file holds, its tensors mapped from it."""
+    import torch
+
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+class _Taker:
+    """Copies of a torch file's tensors by name. Pages of a mapped file that were read count as memory of the process as
+    long as it is mapped, so after every `LIMIT` bytes it is mapped anew."""
+
+    LIMIT = 2**28
+
+    def __init__(self, file: Path):
+        self.file, self.state, self.read = file, None, 0
+
+    def take(self, name: str) -> np.ndarray:
+        if self.state is None:
+            self.state = _state(self.file, _mapped(self.file))
+        array = _array(self.state[name])
+        self.read += array.nbytes
+        if self.read > self.LIMIT:
+            self.state, self.read = None, 0
+        return array
 
 
 _TORCH_DTYPES = {str(dtype) for dtype in DTYPES.values()}
