@@ -512,6 +512,22 @@ def test_weights_to_start_from_must_be_of_the_same_network(tmp_path):
         train.make_run(changed("upsampler", {"init": "no/run"}), tmp_path / "run")
 
 
+def test_part_of_a_network_can_be_started_from(tmp_path):
+    made = tiny_runs.config("upsampler")
+    params = jax.tree.map(np.float32, tiny_stack.weights(made))
+    tiny_runs.save(tmp_path / "first", made, {**params, "x0_variance": np.ones(3, np.float32)}, None)
+    init = {"init": str(tmp_path / "first"), "init_partly": True}
+
+    run = train.make_run(changed("upsampler", {**init, "model.positions": True}), tmp_path / "run")
+    state = train._fresh(run, None)
+    positions = state.params.pop("positions")
+    assert np.std(positions) > 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+
+    with pytest.raises(UserError, match="is .*, and config.model asks for"):
+        train.make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
+
+
 def test_a_workdir_with_another_config_is_refused(task, tmp_path):
     train.train(toy.config(num_steps=2), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

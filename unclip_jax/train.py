@@ -31,7 +31,7 @@ from unclip_jax.plan_count import count_flops
 from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
-MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "sampler.")
+MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "init_partly:", "sampler.")
 MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
@@ -104,7 +104,7 @@ class Run(NamedTuple):
     frozen: Mapping
     shardings: TrainState
     shapes: TrainState
-    initial: Any | None  # the weights that config.init names
+    initial: dict[str, jax.Array] | None  # the weights that config.init names, by name
 
 
 def make_run(config: ConfigDict, workdir: str | Path) -> Run:
@@ -264,7 +264,10 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed))  # noqa: E731
     state = jax.jit(make, out_shardings=run.shardings)()
-    params = run.initial or run.task.prepare(run.frozen, state.params, batches(0))
+    if run.initial:
+        params = _over(state.params, run.initial)
+    else:
+        params = run.task.prepare(run.frozen, state.params, batches(0))
     if params is state.params:
         return state
     params = jax.device_put(params, run.shardings.params)
@@ -272,21 +275,34 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
 
 
 def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
-    """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays."""
+    """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays.
+
+    With `config.init_partly` only those arrays of theirs that this network has too; UserError unless there are any, each
+    of the same shape.
+    """
     params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    found, wanted = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, shapes))
-    )
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            here, there = (str(side.get(name, "no array")) for side in (wanted, found))
+    found, wanted = _by_name(params), _by_name(shapes)
+    both = found.keys() & wanted.keys()
+    for name in sorted(both if config.get("init_partly") and both else found.keys() | wanted.keys()):
+        here, there = (str(side[name].shape) if name in side else "no array" for side in (wanted, found))
+        if here != there:
             raise UserError(
                 f"init={config.init!r} holds another network: {name} is {there}, and config.model asks for {here}",
-                "take the config.model that those weights were trained with",
+                "take the config.model that those weights were trained with, or, where that network has more arrays or "
+                "fewer but those of one name have one shape, --config.init_partly=True",
             )
-    return params
+    return {name: found[name] for name in both}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _over(params: Any, named: dict[str, Any]) -> Any:
+    """`params` with the arrays of `named` in place of those of the same names."""
+    return jax.tree.unflatten(jax.tree.structure(params), [named.get(k, a) for k, a in _by_name(params).items()])
 
 
 def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:
