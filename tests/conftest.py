@@ -1,13 +1,15 @@
-"""Tests run on eight simulated CPU devices, unless JAX_PLATFORMS says otherwise, with strict broadcasting."""
+"""Tests run on eight simulated CPU devices, unless JAX_PLATFORMS says otherwise, with strict broadcasting.
+
+LLVM does not optimise what is compiled here: most of a test's time is compiling, of programs that run for a moment.
+"""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.items() if k not in given)]).strip()
 
 import jax  # noqa: E402 (reads both when imported)
 
