@@ -58,9 +58,9 @@ def test_a_signal_asks_for_a_stop(number):
     before = signal.getsignal(number)
     restore = distributed.install_signal_handlers()
     try:
-        assert not distributed.reached_preemption(0)
+        assert not distributed.reached_preemption()
         os.kill(os.getpid(), number)
-        assert distributed.reached_preemption(1) and distributed.reached_preemption(2)
+        assert distributed.reached_preemption() and distributed.reached_preemption()
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
@@ -69,7 +69,7 @@ def test_a_signal_asks_for_a_stop(number):
         restore()
     assert signal.getsignal(number) is before
     distributed.install_signal_handlers()()
-    assert not distributed.reached_preemption(3)
+    assert not distributed.reached_preemption()
 
 
 WORKER = """
@@ -94,7 +94,7 @@ WORKER = """
         if number == 3:
             print("READY", flush=True)
         time.sleep(0.01)
-        if distributed.reached_preemption(number):
+        if distributed.reached_preemption():
             break
     with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
         checkpoints.save(number, {"params": params}, {"config": "{}"})

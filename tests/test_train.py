@@ -604,9 +604,9 @@ def test_a_step_takes_its_states_memory(task, tmp_path):
     assert all(a.is_deleted() for a in jax.tree.leaves(state)) and int(after.step) == 1
 
 
-@pytest.mark.parametrize(("moment", "stops_at"), [("_compile", 1), ("evaluate", 5)])
+@pytest.mark.parametrize(("moment", "stops_at"), [("_compile", 1), ("evaluate", 4)])
 def test_a_stop_signal_is_heard_at_any_time(moment, stops_at, task, tmp_path, monkeypatch):
-    """While the first step is compiled, or held-out metrics are taken after the fourth: the next step is saved."""
+    """While the first step is compiled: it is saved. In an evaluation after the fourth: it is left."""
     owner = train if moment == "_compile" else logs.Checks
     plain = getattr(owner, moment)
 
@@ -617,6 +617,7 @@ def test_a_stop_signal_is_heard_at_any_time(moment, stops_at, task, tmp_path, mo
     monkeypatch.setattr(owner, moment, interrupted)
     assert train.train(toy.config(every__eval=4, every__save=50), tmp_path) == train.PREEMPTED
     assert checkpoint.peek(tmp_path)[1] == stops_at
+    assert not any("eval/" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
 def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):

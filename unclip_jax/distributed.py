@@ -21,6 +21,7 @@ TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where
 HEARTBEAT = "UNCLIP_HEARTBEAT"  # seconds without a word after which a process counts as dead; 100 where unset
 
 _stop = threading.Event()
+_asked = 0  # how often
 
 
 def initialize() -> None:
@@ -87,7 +88,9 @@ def install_signal_handlers() -> Callable[[], None]:
     Among several processes jax's own service hears SIGTERM and tells the others; Ctrl-C is passed on to it.
     Returns a function that puts the previous handlers back. Outside the main thread nothing is installed.
     """
+    global _asked
     _stop.clear()
+    _asked = 0
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     several = jax.distributed.is_initialized()
@@ -110,13 +113,15 @@ def install_signal_handlers() -> Callable[[], None]:
     return restore
 
 
-def reached_preemption(step: int) -> bool:
-    """Whether to save and stop after `step`; True at the same step on every host.
+def reached_preemption() -> bool:
+    """Whether to save and stop now; True at the same asking on every host.
 
-    Every process must ask at every step, in increasing order, from the same first one.
+    Every process must ask equally often from `install_signal_handlers` on, and stop where the answer is True.
     """
+    global _asked
+    _asked += 1
     if jax.distributed.is_initialized():
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(multihost_utils.reached_preemption_sync_point(_asked))
     return _stop.is_set()
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -116,10 +116,25 @@ class Checks:
             images.save_png(path, images.grid(pictures, min(len(pictures), size)), {"step": str(number)})
 
     def evaluate(self, params) -> dict[str, float]:
-        """{"eval/metric": value} over `eval.batches` batches of the evaluation split."""
+        """{"eval/metric": value} over `eval.batches` batches of the evaluation split.
+
+        Raises:
+          Stopped: a signal asks for a stop before all are measured.
+        """
         stream = self.batches(0, self.run.held_out, self.run.config.batch_size, num_workers=0)
-        measured = self.measure(self.run.frozen, params, stream, self.settings.batches)
+        measured = self.measure(self.run.frozen, params, _unless_stopped(stream), self.settings.batches)
         return {f"eval/{name}": value for name, value in measured.items()}
+
+
+class Stopped(Exception):
+    """A stop was asked for in the midst of an evaluation."""
+
+
+def _unless_stopped(stream: Iterator) -> Iterator:
+    for batch in stream:
+        if distributed.reached_preemption():
+            raise Stopped
+        yield batch
 
 
 class Trace:

@@ -25,7 +25,7 @@ from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.logs import Checks, Logs, Trace, say
+from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
 from unclip_jax.plan_count import count_flops
 from unclip_jax.tokenizer import Tokenizer
@@ -171,6 +171,10 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
         meter.go_on(restored[1] if restored else {})
         logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
         trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
+
+        def store(step, state):
+            saved.save(step, state, {**meta, **meter.stored(), "data_step": step})
+
         stop = distributed.install_signal_handlers()
         stream = batches(start)
         meter.lap("start")
@@ -186,27 +190,32 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 logs.add(metrics)
                 trace.after(number, metrics)
                 last = number == config.num_steps
-                preempted = distributed.reached_preemption(number)
+                preempted = distributed.reached_preemption()
                 save = number % every.save == 0 or last or preempted
                 if (number % every.log == 0 or save) and not logs.write(number):
                     good = int(state.step)
-                    saved.save(good, state, {**meta, **meter.stored(), "data_step": good})
+                    store(good, state)
                     what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
                     fix = "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir"
                     raise UserError(what, fix)
                 if save:
-                    saved.save(number, state, {**meta, **meter.stored(), "data_step": number})
+                    store(number, state)
                     meter.lap("checkpoint")
-                if preempted and not last:
+                try:
+                    if preempted and not last:
+                        raise Stopped
+                    if every.preview and (number % every.preview == 0 or last):
+                        checks.preview(state.ema, number)
+                        meter.lap("checks")
+                    if every.eval and (number % every.eval == 0 or last):
+                        logs.record(number, checks.evaluate(state.ema))
+                        meter.lap("checks")
+                except Stopped:
+                    if not save:
+                        store(number, state)
                     saved.wait()
                     say(f"stop signal: step {number} is saved; the same command goes on from there")
                     return PREEMPTED
-                if every.preview and (number % every.preview == 0 or last):
-                    checks.preview(state.ema, number)
-                    meter.lap("checks")
-                if every.eval and (number % every.eval == 0 or last):
-                    logs.record(number, checks.evaluate(state.ema))
-                    meter.lap("checks")
                 meter.lap("step")
         finally:
             stop()
@@ -277,8 +286,8 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
 def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
     """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays.
 
-    With `config.init_partly` only those arrays of theirs that this network has too; UserError unless there are any, each
-    of the same shape.
+    With `config.init_partly` those arrays alone that both networks have; UserError unless there are any, each of the
+    same shape.
     """
     params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
