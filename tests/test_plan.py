@@ -173,6 +173,15 @@ def test_a_compiled_step_reports_what_the_compiler_says():
     assert "fits" in plan.table([report]) and "predicted" in plan.table([report])
 
 
+def test_quick_asks_less_of_the_compiler_while_it_lasts():
+    effort = lambda: (jax.config.jax_exec_time_optimization_effort, jax.config.jax_memory_fitting_effort)  # noqa: E731
+    before = effort()
+    with pytest.raises(KeyError), plan.quick():
+        assert effort() == (-1.0, -1.0)
+        raise KeyError
+    assert effort() == before
+
+
 def run_cli(capsys, *argv):
     code = cli.main(["plan", *map(str, argv)])
     return code, *capsys.readouterr()

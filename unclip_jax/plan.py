@@ -7,6 +7,7 @@ from data sheets, never measurements.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -218,6 +219,20 @@ def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
     if not compiled:
         return dataclasses.replace(base, peak=sum(held.values()) + _held(run.batch))
     return _compile(base, jax.jit(sharding.split_rows(draw, run.mesh)), args)
+
+
+@contextlib.contextmanager
+def quick():
+    """Within it XLA tries less where programs are scheduled and fitted into memory, which takes much of compiling."""
+    names = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name in names:
+            jax.config.update(name, -1.0)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _compile(report: Report, function, args) -> Report:

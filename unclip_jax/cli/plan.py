@@ -1,5 +1,6 @@
 """`unclip plan`."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ def add(commands) -> None:
     sub.add_argument("--slices", type=count, default=1, help="TPU slices joined by the data-centre network (1)")
     sub.add_argument("--clip", metavar="FILE[:VARIANT]", help="config of the CLIP (default: clip.py beside the config)")
     sub.add_argument("--what", default="train", choices=("train", "sample", "both"))
+    sub.add_argument("--quick", action="store_true", help="let the compiler try less: about half the time")
     sub.add_argument("--search", action="store_true", help="try meshes and batch sizes, best first")
     sub.add_argument("--out", metavar="FILE.json", help="write the numbers")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -49,13 +51,14 @@ def run(args) -> int:
         chip, devices = plan.tpu_devices(args.topology, args.slices)
     else:
         chip, devices = plan.gpu_devices(args.device)
-    if args.search:
-        reports = plan.search(config, devices, chip, clip)
-    else:
-        made = plan.abstract(config, devices, clip)
-        kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
-        kinds["both"] = kinds["train"] + kinds["sample"]
-        reports = [kind(made, chip, compiled) for kind in kinds[args.what]]
+    with plan.quick() if args.quick else contextlib.nullcontext():
+        if args.search:
+            reports = plan.search(config, devices, chip, clip)
+        else:
+            made = plan.abstract(config, devices, clip)
+            kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
+            kinds["both"] = kinds["train"] + kinds["sample"]
+            reports = [kind(made, chip, compiled) for kind in kinds[args.what]]
     print(plan.table(reports, f"{args.config}: predictions, not measurements"))
     if report_file:
         rows = [{**dataclasses.asdict(r), "fits": r.fits, "seconds": r.seconds} for r in reports]

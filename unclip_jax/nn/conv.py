@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False) -> jax.Array:
         """x [B, H, W, C], emb [B, E] → [B, H', W', channels]."""
-        x, resample = rows(x), RESAMPLE[self.resample]
+        x, resample = rows(x), lambda a: rows(RESAMPLE[self.resample](a))
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
         h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
         width = self.channels * (2 if self.scale_shift else 1)
