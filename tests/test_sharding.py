@@ -164,6 +164,18 @@ def test_rows_are_split_where_a_mesh_is_set_and_the_batch_divides():
     assert jax.make_jaxpr(rows)(x).eqns == []
 
 
+def _moved(c) -> tuple[float, float]:
+    """Bytes that the gradient of a config's loss moves between eight devices, and bytes of its weights."""
+    run = plan.abstract(c, jax.devices())
+    shardings = jax.tree.map(lambda a: a.sharding, run.state.params)
+    key = jax.random.key(0)
+    loss = lambda p, batch: run.task.loss(p, run.task.encode(run.frozen, batch), key)[0]  # noqa: E731
+    gradient = sharding.split_rows(jax.grad(loss), run.mesh)
+    compiled = jax.jit(gradient, out_shardings=shardings).lower(run.state.params, run.batch).compile()
+    weights = sum(4 * a.size for a in jax.tree.leaves(run.state.params))
+    return sum(one.bytes for one in read_hlo(compiled.as_text()).collectives), weights
+
+
 def test_a_gradient_moves_weights_and_never_activations(quick_compiles):  # noqa: F811
     """Else XLA splits features over fsdp, as the embedding table is, and sums activations in every layer."""
     c = config.load_config("configs/shapes/clip.py:tiny")
@@ -172,13 +184,17 @@ def test_a_gradient_moves_weights_and_never_activations(quick_compiles):  # noqa
         tower = dict(width=256, layers=2, heads=4)
         c.model.update(vision={**c.model.vision, **tower}, text={**c.model.text, **tower})
         c.tokenizer.update(vocab_size=512, max_len=16)
-    run = plan.abstract(c, jax.devices())
-    shardings = jax.tree.map(lambda a: a.sharding, run.state.params)
-    key = jax.random.key(0)
-    gradient = sharding.split_rows(jax.grad(lambda p, batch: run.task.loss(p, batch, key)[0]), run.mesh)
-    compiled = jax.jit(gradient, out_shardings=shardings).lower(run.state.params, run.batch).compile()
-    moved = read_hlo(compiled.as_text())
-    weights = sum(4 * a.size for a in jax.tree.leaves(run.state.params))
+    moved, weights = _moved(c)
     layer = 4 * (c.batch_size // 8) * 16 * 256  # activations of one device in one layer
     assert layer > weights / 8
-    assert sum(one.bytes for one in moved.collectives) < 5 * weights
+    assert moved < 5 * weights
+
+
+def test_resampled_activations_stay_where_they_are(quick_compiles):  # noqa: F811
+    """Else XLA splits the pixels that upsampling repeats, and gathers the whole batch on each device."""
+    c = config.load_config("configs/shapes/upsampler.py:tiny")
+    with c.unlocked():
+        c.batch_size, c.mesh.fsdp = 512, 8
+        c.model.update(channels=64, multipliers=(1, 2), groups=8)
+    moved, weights = _moved(c)
+    assert moved < 5 * weights
