@@ -66,7 +66,7 @@ def test_a_run_that_begins_from_a_plain_decoder_begins_with_its_outputs(patch, t
     def outputs(task, params):
         return jax.jit(lambda params: task.x0_and_denoise(params, cond)[1](jnp.asarray(xt), time))(params)
 
-    got, wanted = outputs(run.task, run.initial), outputs(base, params)
+    got, wanted = outputs(run.task, train._fresh(run, None).params), outputs(base, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, wanted)
 
 
