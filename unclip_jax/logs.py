@@ -102,6 +102,16 @@ class Checks:
         task = self.run.task
         return images.to_uint8(task.preview(params, task.encode(frozen, batch), jax.random.key(self.seed)))
 
+    def due(self, params, number: int, last: bool, logs: Logs) -> bool:
+        """Takes what `config.every` asks for after step `number`; whether it asks for any."""
+        every = self.run.config.every
+        preview, evaluate = (n and (number % n == 0 or last) for n in (every.preview, every.eval))
+        if preview:
+            self.preview(params, number)
+        if evaluate:
+            logs.record(number, self.evaluate(params))
+        return bool(preview or evaluate)
+
     def preview(self, params, number: int) -> None:
         """Writes previews/step_N.png: the same held-out examples and noise each time."""
         parts = self.run.mesh.shape["data"] * self.run.mesh.shape["fsdp"]

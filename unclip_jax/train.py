@@ -204,11 +204,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 try:
                     if preempted and not last:
                         raise Stopped
-                    if every.preview and (number % every.preview == 0 or last):
-                        checks.preview(state.ema, number)
-                        meter.lap("checks")
-                    if every.eval and (number % every.eval == 0 or last):
-                        logs.record(number, checks.evaluate(state.ema))
+                    if checks.due(state.ema, number, last, logs):
                         meter.lap("checks")
                 except Stopped:
                     if not save:
