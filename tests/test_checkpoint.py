@@ -279,7 +279,7 @@ def _reference(array) -> int:
 
 def test_fingerprints_do_not_depend_on_sharding():
     state = _state()
-    expected = {path: _reference(x) for path, x in checkpoint._leaves(state)}
+    expected = {path: _reference(x) for path, x in checkpoint.by_path(state)}
     assert "params/block/kernel" in expected and "opt/1/0/mu/block/kernel" in expected
     assert fingerprint(state) == expected
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, _abstract(state, 8, 8))

@@ -519,7 +519,7 @@ def test_part_of_a_network_can_be_started_from(tmp_path):
     init = {"init": str(tmp_path / "first"), "init_partly": True}
 
     run = train.make_run(changed("upsampler", {**init, "model.positions": True}), tmp_path / "run")
-    state = train._fresh(run, None)
+    state = train._fresh(run, lambda start: None)
     positions = state.params.pop("positions")
     assert np.std(positions) > 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)

@@ -73,7 +73,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         prints = fingerprint(state)
-        arrays = {path: [prints[path], str(x.dtype), list(x.shape)] for path, x in _leaves(state)}
+        arrays = {path: [prints[path], str(x.dtype), list(x.shape)] for path, x in by_path(state)}
         meta = _sealed({**meta, "format_version": FORMAT_VERSION, "arrays": arrays})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         return bool(self._manager.save(step, args=args, force=True))
@@ -185,7 +185,7 @@ def fingerprint(tree) -> dict[str, int]:
     """
     prints = [
         (path, _hash(array) if isinstance(array, jax.Array) else _host_hash(np.asarray(array)))
-        for path, array in _leaves(tree)
+        for path, array in by_path(tree)
     ]
     return {
         path: int(value)
@@ -228,7 +228,7 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-def _leaves(tree) -> list[tuple[str, jax.Array]]:
+def by_path(tree) -> list[tuple[str, jax.Array]]:
     """Every array by its path "params/block/kernel"; the same for a TrainState and for its plain dict."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
@@ -353,7 +353,7 @@ def _check_fingerprints(tree, meta: dict) -> None:
 
 
 def _check_same_arrays(abstract, meta: dict, where: epath.Path) -> None:
-    wanted = {path: [str(x.dtype), list(x.shape)] for path, x in _leaves(abstract)}
+    wanted = {path: [str(x.dtype), list(x.shape)] for path, x in by_path(abstract)}
     stored = {path: kind[1:] for path, kind in meta["arrays"].items()}
     if wanted == stored:
         return

@@ -269,10 +269,12 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed))  # noqa: E731
     state = jax.jit(make, out_shardings=run.shardings)()
-    if run.initial:
-        params = _over(state.params, run.initial)
-    else:
-        params = run.task.prepare(run.frozen, state.params, batches(0))
+    given = run.initial or {}
+    params = state.params
+    if len(given) < len(jax.tree.leaves(params)):
+        params = run.task.prepare(run.frozen, params, batches(0))
+    if given:
+        params = _over(params, given)
     if params is state.params:
         return state
     params = jax.device_put(params, run.shardings.params)
@@ -287,7 +289,7 @@ def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
     """
     params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    found, wanted = _by_name(params), _by_name(shapes)
+    found, wanted = (dict(checkpoint.by_path(tree)) for tree in (params, shapes))
     both = found.keys() & wanted.keys()
     for name in sorted(both if config.get("init_partly") and both else found.keys() | wanted.keys()):
         here, there = (str(side[name].shape) if name in side else "no array" for side in (wanted, found))
@@ -300,14 +302,9 @@ def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
     return {name: found[name] for name in both}
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _over(params: Any, named: dict[str, Any]) -> Any:
     """`params` with the arrays of `named` in place of those of the same names."""
-    return jax.tree.unflatten(jax.tree.structure(params), [named.get(k, a) for k, a in _by_name(params).items()])
+    return jax.tree.unflatten(jax.tree.structure(params), [named.get(k, a) for k, a in checkpoint.by_path(params)])
 
 
 def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:
