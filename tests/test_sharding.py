@@ -53,6 +53,48 @@ def test_bad_meshes_are_refused(axes, told):
     assert told in _refused(sharding.make_mesh, **axes)
 
 
+class _Chip:
+    """What JAX tells of a device where it lies."""
+
+    platform, device_kind, core_on_chip, coords, slice_index = "tpu", "TPU v6 lite", 0, (0, 0, 0), 0
+
+    def __init__(self, number, **told):
+        self.id, self.process_index = number, number // 4
+        vars(self).update(told)
+
+
+def _slices(sides, count=1, **told):
+    places = [(part, tuple(place)) for part in range(count) for place in np.ndindex(*sides)]
+    return [_Chip(i, slice_index=part, coords=place, **told) for i, (part, place) in enumerate(places)]
+
+
+@pytest.mark.parametrize("sides, fsdp", [((16, 16, 1), 8), ((4, 4, 4), 8), ((4, 4, 4), 32), ((2, 2, 1), 4)])
+def test_a_mesh_need_not_fill_the_axes_of_its_slice(sides, fsdp):
+    """Those who share weights lie side by side: a group of `fsdp` chips is a box of so many."""
+    devices = _slices(sides)
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
+    assert mesh.shape["fsdp"] == fsdp and set(mesh.devices.flat) == set(devices)
+    for group in mesh.devices[:, :, 0]:
+        places = np.array([chip.coords for chip in group])
+        assert np.prod(np.ptp(places, axis=0) + 1) == fsdp
+
+
+def test_only_data_spans_slices():
+    devices = _slices((4, 4, 1), count=2, device_kind="TPU v5e")
+    mesh = sharding.make_mesh(fsdp=4, tensor=2, devices=devices)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 4, "tensor": 2} and set(mesh.devices.flat) == set(devices)
+    assert all(len({chip.slice_index for chip in group.flat}) == 1 for group in mesh.devices)
+    told = _refused(sharding.make_mesh, data=1, fsdp=32, devices=devices)
+    assert "data=1 must be a multiple of the 2 slices" in told and "mesh.data=-1" in told
+
+
+def test_hosts_of_a_gpu_cluster_make_one_mesh():
+    """JAX calls what NVLink joins a slice; the others are reached too, and fsdp stays within one."""
+    devices = [_Chip(i, platform="gpu", device_kind="NVIDIA H100", slice_index=i // 8) for i in range(16)]
+    mesh = sharding.make_mesh(fsdp=8, devices=devices)
+    assert [len({chip.slice_index for chip in group.flat}) for group in mesh.devices] == [1, 1]
+
+
 def test_fsdp_takes_the_largest_axis_that_divides():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     shapes = {

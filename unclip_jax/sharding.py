@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.errors import UserError, suggest
@@ -51,7 +52,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
     kinds, shape = (AxisType.Auto,) * len(AXES), tuple(sizes.values())
     if isinstance(devices, int):
         return AbstractMesh(shape, AXES, axis_types=kinds)
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=kinds)
+    return Mesh(_arranged(shape, list(devices)), AXES, axis_types=kinds)
+
+
+def _arranged(shape: tuple[int, int, int], devices: list) -> np.ndarray:
+    """The devices as an array of this shape: neighbours by the fast links, TPU slices apart along `data` alone."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    split = dict(allow_split_physical_axes=True)  # else 8 would have to fill axes of a slice, which may have 4 or 16
+    if len(slices) == 1 or devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, **split)
+    data, *inner = shape
+    if data % len(slices):
+        raise UserError(
+            f"mesh data={data} must be a multiple of the {len(slices)} slices, which data alone may span",
+            "leave mesh.data=-1, and choose fsdp and tensor so that their product divides a slice",
+        )
+    return mesh_utils.create_hybrid_device_mesh((data // len(slices), *inner), (len(slices), 1, 1), devices, **split)
 
 
 def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE):

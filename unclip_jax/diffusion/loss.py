@@ -1,4 +1,4 @@
-"""Training losses of diffusion: squared error, its min-SNR weighting, and the hybrid with a learned variance.
+"""Training losses of diffusion: squared error, weighted by SNR or not, and the hybrid with a learned variance.
 
 Ho et al. 2020 (arXiv 2006.11239): L_simple. Nichol & Dhariwal 2021 (arXiv 2102.09672): L_hybrid = L_simple +
 0.001 L_vlb. Hang et al. 2023 (arXiv 2303.09556): min-SNR-5. All in f32, one number per sample, a mean over
@@ -26,8 +26,8 @@ from unclip_jax.diffusion.schedule import (
 )
 from unclip_jax.errors import UserError, suggest
 
-# gamma of the min-SNR weighting; None: every step weighs 1.
-WEIGHTINGS = {"none": None, "min_snr": 5.0, "min_snr5": 5.0}
+# Between what the weight of the x0 error follows SNR; None: every step weighs 1.
+WEIGHTINGS = {"none": None, "min_snr": (0.0, 5.0), "min_snr5": (0.0, 5.0), "clipped_snr": (1.0, 5.0)}
 
 
 def simple(
@@ -44,22 +44,24 @@ def simple(
 
     Args:
       pred: f32[B, …], the network's output for `target`: "x0", "eps" or "v"; x0, xt, noise alike, t i32[B].
-      weighting: "none" (w = 1) or "min_snr" (or "min_snr5"): min(SNR, 5) times the x0 error for any target.
+      weighting: "none" (w = 1), "min_snr" (or "min_snr5"): min(SNR, 5) times the x0 error for any target; or
+        "clipped_snr": max(1, min(SNR, 5)) times it, which leaves layouts, seen at low SNR, their share (with the lower
+        bound of Salimans & Ho 2022, arXiv 2202.00512).
     """
-    weights = min_snr_weights(sched, target, weighting)
+    weights = snr_weights(sched, target, weighting)
     error = _f32(pred) - _truth(sched, x0, t, noise, target)
     return _mean(jnp.square(error)) * at(weights, t, 1)
 
 
-def min_snr_weights(sched: Schedule, target: str, weighting: str) -> np.ndarray:
-    """w_t, f64[S]: m = min(SNR, 5) for x0, m / SNR for eps, m / (SNR+1) for v (arXiv 2303.09556); or ones."""
+def snr_weights(sched: Schedule, target: str, weighting: str) -> np.ndarray:
+    """w_t, f64[S]: m = SNR within bounds for x0, m / SNR for eps, m / (SNR+1) for v (arXiv 2303.09556); or ones."""
     if weighting not in WEIGHTINGS:
         raise UserError(f"unknown loss weighting '{weighting}'", suggest(weighting, WEIGHTINGS))
     check_target(target)
-    gamma, snr = WEIGHTINGS[weighting], sched.snr
-    if gamma is None:
+    bounds, snr = WEIGHTINGS[weighting], sched.snr
+    if bounds is None:
         return np.ones_like(snr)
-    return np.minimum(snr, gamma) / {"x0": 1.0, "eps": snr, "v": snr + 1}[target]
+    return np.clip(snr, *bounds) / {"x0": 1.0, "eps": snr, "v": snr + 1}[target]
 
 
 def vlb(
@@ -118,7 +120,7 @@ def diffusion_loss(
     if vlb_weight and out.var is None:
         raise UserError(f"vlb_weight={vlb_weight} needs a model that learns its variance",
                         "set vlb_weight=0, or let the model put out a variance")
-    weights = min_snr_weights(sched, target, weighting)
+    weights = snr_weights(sched, target, weighting)
     mse = simple(sched, out.pred, x0, xt, t, noise, target)
     loss = mse * at(weights, t, 1)
     metrics = {"mse": jnp.mean(mse)}
