@@ -7,14 +7,11 @@ import pytest
 
 from tests import tiny_stack
 from tests.test_pipeline import part_of_stack, photo
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.data.images import to_float
 from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.edits import LEAST, Latents
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import UnCLIP
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 FEW = {"steps": 4, "batch_size": 4}
 

@@ -192,7 +192,7 @@ def test_the_command_plans_the_papers_prior_on_gpus(capsys, tmp_path):
     code, said, _ = run_cli(
         capsys, "--config", "configs/dalle2/prior_diffusion.py", "--device", "h100:64", "--out", out)  # fmt: skip
     assert code == 0 and "rough estimate" in said and "fits" in said and out.is_file()
-    code, said, _ = run_cli(capsys, "--config", "configs/dalle2/decoder.py", "--device", "h100:32")
+    code, said, _ = run_cli(capsys, "--config", "configs/dalle2/clip.py", "--device", "h100:8")
     assert code == 1 and "DOES NOT FIT" in said
 
 

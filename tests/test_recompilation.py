@@ -4,12 +4,12 @@ import pytest
 
 from tests import tiny_runs, toy
 from tests.compiling import compiled
-from tests.tiny_runs import one_device, quick_compiles  # noqa: F401 (fixtures)
+from tests.tiny_runs import one_device  # noqa: F401 (fixture)
 from unclip_jax import logs, train
 
 
 @pytest.mark.parametrize("stage", ["toy", "upsampler"])
-@pytest.mark.usefixtures("quick_compiles", "one_device")
+@pytest.mark.usefixtures("one_device")
 def test_nothing_is_compiled_after_the_second_step(stage, tmp_path, monkeypatch):
     """Nor by the saves that come again, nor, of the toy, by previews and measurements."""
     settings = {"every__save": 2, "num_steps": 6}

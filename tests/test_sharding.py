@@ -7,7 +7,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import config, plan, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.nn.rows import rows
@@ -218,7 +217,7 @@ def _moved(c) -> tuple[float, float]:
     return sum(one.bytes for one in read_hlo(compiled.as_text()).collectives), weights
 
 
-def test_a_gradient_moves_weights_and_never_activations(quick_compiles):  # noqa: F811
+def test_a_gradient_moves_weights_and_never_activations():
     """Else XLA splits features over fsdp, as the embedding table is, and sums activations in every layer."""
     c = config.load_config("configs/shapes/clip.py:tiny")
     with c.unlocked():
@@ -232,7 +231,7 @@ def test_a_gradient_moves_weights_and_never_activations(quick_compiles):  # noqa
     assert moved < 5 * weights
 
 
-def test_resampled_activations_stay_where_they_are(quick_compiles):  # noqa: F811
+def test_resampled_activations_stay_where_they_are():
     """Else XLA splits the pixels that upsampling repeats, and gathers the whole batch on each device."""
     c = config.load_config("configs/shapes/upsampler.py:tiny")
     with c.unlocked():

@@ -20,14 +20,10 @@ import pytest
 from PIL import Image
 
 from tests import tiny_runs, tiny_stack, toy
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, weights
 from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 # One step.
 
@@ -288,8 +284,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_good_state_saved(task,
         train.train(toy.config(every__log=4, every__save=50), tmp_path / "bad")
 
 
-def test_the_very_first_batch_may_be_bad(task, tmp_path, poison, monkeypatch):
-    monkeypatch.setattr(train, "_rehearse", lambda *_: None)
+def test_the_very_first_batch_may_be_bad(task, tmp_path, poison):
     poison(0)
     with pytest.raises(UserError, match="at step 1 .* step 0 is saved"):
         train.train(toy.config(), tmp_path)
@@ -596,8 +591,9 @@ def test_lists_in_a_config_are_the_tuples_that_are_stored(task, tmp_path):
 def test_a_step_takes_its_states_memory(task, tmp_path):
     """Donation: every array of the old state is given up, and the compiler keeps each where it was."""
     run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
-    state, batch = train._fresh(run, functools.partial(train._batches, run)), next(train._batches(run, 0))
-    step, _ = train._compile(run, train.step_of(run.config, run.task, run.tx), (state, {}, batch, 0))
+    batches = functools.partial(train._batches, run)
+    state, batch = train._fresh(run, batches), next(batches(0))
+    step, _ = train._compile(run, train._rehearse(run, batches))
     held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(state))
     assert step.memory_analysis().alias_size_in_bytes >= held
     after, _ = step(state, {}, batch, 0)

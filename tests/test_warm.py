@@ -6,11 +6,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests import tiny_stack
 from tests.compiling import events
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import cli
 from unclip_jax.cli import programs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
 

@@ -106,14 +106,6 @@ def state(run: train.Run) -> train.TrainState:
     return train.TrainState(np.zeros((), np.int32), params, params, opt)
 
 
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """Halves the time that XLA takes for a program; what it computes stays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def one_device(monkeypatch):
     """Runs take the first device only."""

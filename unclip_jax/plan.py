@@ -178,29 +178,56 @@ def _batch(config: ConfigDict, teacher) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def plan_train(run: Abstract, chip: str, compiled: bool = True) -> Report:
+class Counts(NamedTuple):
+    """What a train step does, all devices together: the same on every mesh."""
+
+    flops: float
+    model_flops: float  # of them, without recomputation
+    residuals: float  # bytes that the forward pass keeps for the backward pass, without the parameters
+
+
+def count_train(run: Abstract) -> Counts:
+    """By tracing the step, its gradient without recomputation, and its forward pass."""
+    plain = tasks.without_remat(run.task, run.config)
+    batch, key = _encoded(run)
+    gradient = jax.value_and_grad(plain.loss, has_aux=True)
+    pull = lambda p, b, k: jax.vjp(lambda q: run.task.loss(q, b, k)[0], p)[1]  # noqa: E731
+    kept = jax.eval_shape(pull, run.state.params, batch, key)
+    total, own = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (kept, run.state.params))
+    return Counts(
+        count_flops(run.step, *_step_args(run)),
+        count_flops(gradient, run.state.params, batch, key),
+        max(total - own, 0.0),
+    )
+
+
+def _step_args(run: Abstract):
+    return run.state, run.frozen, run.batch, jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts | None = None) -> Report:
     """What a train step takes.
 
     Args:
       chip: a name in CHIPS, for its data sheet.
       compiled: ask the compiler of the mesh's devices; else arithmetic on shapes.
+      counts: of the same step on another mesh, if they are known.
     """
-    args = (run.state, run.frozen, run.batch, jax.ShapeDtypeStruct((), jnp.int32))
+    counts = counts or count_train(run)
     held = {
         "parameters": _held(run.state.params), "average": _held(run.state.ema), "optimizer": _held(run.state.opt),
         "frozen CLIP": _held(run.frozen),
     }  # fmt: skip
-    plain = dataclasses.replace(run, task=tasks.without_remat(run.task, run.config))
-    model_flops = count_flops(jax.value_and_grad(plain.task.loss, has_aux=True), run.state.params, *_encoded(plain))
     base = Report(
         "train", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
-        count_flops(run.step, *args), model_flops, held, None, CHIPS[chip].memory,
+        counts.flops, counts.model_flops, held, None, CHIPS[chip].memory,
     )  # fmt: skip
     if not compiled:
-        gradients = held["parameters"]
-        return dataclasses.replace(base, peak=sum(held.values()) + gradients + _residuals(run) + _held(run.batch))
+        gradients, parts = held["parameters"], run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        peak = sum(held.values()) + gradients + counts.residuals / parts + _held(run.batch)
+        return dataclasses.replace(base, peak=peak)
     shardings = jax.tree.map(lambda a: a.sharding, run.state)
-    return _compile(base, compile_step(run.step, run.mesh, shardings), args)
+    return _compile(base, compile_step(run.step, run.mesh, shardings), _step_args(run))
 
 
 def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
@@ -261,16 +288,6 @@ def _encoded(run: Abstract):
     return jax.eval_shape(run.task.encode, run.frozen, run.batch), jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _residuals(run: Abstract) -> float:
-    """Bytes on one device that the forward pass keeps for the backward pass, without the parameters."""
-    batch, key = _encoded(run)
-    pull = lambda p, b, k: jax.vjp(lambda q: run.task.loss(q, b, k)[0], p)[1]  # noqa: E731
-    kept = jax.eval_shape(pull, run.state.params, batch, key)
-    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(kept))
-    own = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(run.state.params))
-    return max(total - own, 0.0) / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
-
-
 def search(
     config: ConfigDict, devices, chip: str, clip: ConfigDict | None = None, compile_best: int = 3
 ) -> list[Report]:
@@ -278,7 +295,7 @@ def search(
 
     Ranked by predicted seconds a picture by arithmetic on shapes; of those that seem to fit the best are compiled.
     """
-    count, found = devices if isinstance(devices, int) else len(devices), []
+    count, found, known = devices if isinstance(devices, int) else len(devices), [], {}
     for fsdp in [n for n in range(1, count + 1) if count % n == 0]:
         for share in (1, 2, 4):
             changed = config.copy_and_resolve_references()
@@ -289,12 +306,15 @@ def search(
                 run = abstract(changed, devices, clip)
             except UserError:  # such as a batch that does not divide
                 continue
-            found.append((plan_train(run, chip, compiled=False), run))
+            size = changed.batch_size
+            known[size] = known.get(size) or count_train(run)
+            found.append((plan_train(run, chip, False, known[size]), run))
     if not found:
         raise UserError(f"no mesh of {count} devices divides batch_size={config.batch_size}", "change the batch size")
     # Fewer copies over data cost gathers, so the least split that fits comes first, then the largest batch.
     found.sort(key=lambda pair: (not pair[0].fits, pair[0].mesh["fsdp"], -pair[0].batch_size))
-    best = [plan_train(run, chip) for report, run in found[:compile_best] if chip in TPUS]
+    tried = found[:compile_best] if chip in TPUS else []
+    best = [plan_train(run, chip, counts=known[run.config.batch_size]) for _, run in tried]
     return sorted(best, key=lambda r: (not r.fits, _per_picture(r))) + [report for report, _ in found[len(best):]]
 
 

@@ -22,10 +22,11 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 
 def count_flops(function, *args) -> float:
     """Multiplications and additions of matrix products and convolutions in `function(*args)`; args may be shapes."""
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _jaxpr_flops(jaxpr) -> float:
+def jaxpr_flops(jaxpr) -> float:
+    """`count_flops` of what is traced already."""
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -37,7 +38,7 @@ def _jaxpr_flops(jaxpr) -> float:
             kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
             total += 2.0 * eqn.outvars[0].aval.size * math.prod(kernel) / kernel[numbers[0]] / _zeros(eqn)
         else:
-            inner = [_jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
+            inner = [jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
             if inner:
                 total += max(inner) if name == "cond" else sum(inner) * eqn.params.get("length", 1)
     return total

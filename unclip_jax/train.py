@@ -27,7 +27,7 @@ from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
-from unclip_jax.plan_count import count_flops
+from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
@@ -158,8 +158,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     run = make_run(config, workdir)
     config, every = run.config, run.config.every
     batches = functools.partial(_batches, run)
-    step_fn = step_of(config, run.task, run.tx)
-    _rehearse(run, step_fn, batches)
+    traced = _rehearse(run, batches)
     with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
@@ -183,7 +182,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 batch = next(stream)
                 meter.lap("input")
                 if number == start + 1:
-                    step_fn, meter.flops = _compile(run, step_fn, (state, run.frozen, batch, start))
+                    step_fn, meter.flops = _compile(run, traced)
                     meter.lap("compile")
                 trace.before(number)
                 state, metrics = step_fn(state, run.frozen, batch, number - 1)
@@ -221,12 +220,22 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     return 0
 
 
-def _compile(run: Run, step: Callable, args: tuple) -> tuple[Callable, float]:
-    """(step compiled for such arguments, which gives up its state; its FLOPs on each device, without recomputation)."""
-    made = compile_step(step, run.mesh, run.shardings)
+def _compile(run: Run, traced: jax.stages.Traced) -> tuple[Callable, float]:
+    """(the train step, which gives up its state; its FLOPs on each device, without recomputation)."""
     plain = tasks.without_remat(run.task, run.config)
-    flops = count_flops(made if plain is run.task else step_of(run.config, plain, run.tx), *args)
-    return made.lower(*args).compile(), flops / run.mesh.size
+    if plain is run.task:
+        flops = jaxpr_flops(traced.jaxpr)
+    else:
+        flops = jaxpr_flops(_trace(run, plain, traced.args_info[0][2]).jaxpr)
+    return traced.lower().compile(), flops / run.mesh.size
+
+
+def _trace(run: Run, task: tasks.Task, batch: Any) -> jax.stages.Traced:
+    """`task`'s train step on the run's mesh for batches of such shapes."""
+    step = compile_step(step_of(run.config, task, run.tx), run.mesh, run.shardings)
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((run.config.batch_size, *a.shape[1:]), a.dtype), batch)
+    place = jax.tree.map(lambda _: sharding.batch_sharding(run.mesh), batch)
+    return step.trace(sharding.abstract(run.shapes, run.shardings), run.frozen, sharding.abstract(batch, place), 0)
 
 
 def _check_embedded(source: Source, clip) -> None:
@@ -248,8 +257,8 @@ def _batches(run: Run, start: int, source=None, size: int = 0, **over) -> Iterat
             yield sharding.put_batch(batch, place)
 
 
-def _rehearse(run: Run, step: Callable, batches: Callable) -> None:
-    """Traces all that training will compile, on a picture for each device; UserError for what does not fit."""
+def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
+    """The train step, traced; evaluation and preview are tried so as well. UserError for what does not fit."""
     task, config, key = run.task, run.config, jax.random.key(0)
     few = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
 
@@ -260,9 +269,9 @@ def _rehearse(run: Run, step: Callable, batches: Callable) -> None:
     batch = next(batches(0, size=few, num_workers=0))
     held_out = run.held_out and next(batches(0, run.held_out, few, crop=None, num_workers=0))
     with _said_of(f"task {config.task} does not fit its data", "compare config.model and config.data with configs/"):
-        jax.eval_shape(step, run.shapes, run.frozen, batch, 0)
         if run.held_out:
             jax.eval_shape(check, run.shapes.params, held_out)
+        return _trace(run, task, batch)
 
 
 def _fresh(run: Run, batches: Callable) -> TrainState:

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from tests import tiny_stack
-from tests.tiny_runs import quick_compiles  # noqa: F401
 from unclip_jax import cli
 from unclip_jax.data import shapes
 from unclip_jax.evaluation import features, pictures, protocol, reference, sweep, work
@@ -22,7 +21,6 @@ from unclip_jax.metrics import distances, manifold, scores
 from unclip_jax.metrics.shapes_oracle import score
 from unclip_jax.pipeline import UnCLIP
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ROOT = Path(__file__).resolve().parents[2]
 N = 10
 CLIP_METRICS = "fid,kid,precision_recall,cmmd,clip_score,shapes_oracle"

@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs, tiny_stack
-from tests.tiny_runs import quick_compiles  # noqa: F401
 from unclip_jax import cli, tasks
 from unclip_jax.data import shapes
 from unclip_jax.diffusion.loss import bpd
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import stages
 from unclip_jax.metrics import probes
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from safetensors.numpy import save_file
 
 from tests.interop import glide_files as files
 from tests.interop.glide_files import small  # noqa: F401 (fixture)
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import cli, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import glide, layout, stages
@@ -15,7 +14,7 @@ from unclip_jax.pipeline import UnCLIP
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import load_stack
 
-pytestmark = pytest.mark.usefixtures("small", "quick_compiles")
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture

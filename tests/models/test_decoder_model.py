@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.nn.conv import CONTEXT
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, D, L, W, STATES = 2, 5, 4, 8, 6
 UNET = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=8, groups=4)

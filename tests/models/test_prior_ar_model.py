@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.models.prior_ar import PriorAR
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, D, L, K, STATES, BUCKETS, DOTS = 2, 5, 4, 6, 7, 9, 3
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)

@@ -11,7 +11,6 @@ torch = ref.torch
 
 from tests.interop import glide_files as files  # noqa: E402
 from tests.interop.glide_files import small  # noqa: E402, F401 (fixture)
-from tests.tiny_runs import quick_compiles  # noqa: E402, F401 (fixture)
 from unclip_jax import cli, tasks  # noqa: E402
 from unclip_jax.diffusion.sample import initial_noise, step_noise  # noqa: E402
 from unclip_jax.diffusion.schedule import make_schedule, respace  # noqa: E402
@@ -20,7 +19,7 @@ from unclip_jax.interop.files import Weights  # noqa: E402
 from unclip_jax.pipeline import UnCLIP  # noqa: E402
 from unclip_jax.weights import load_stack  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "small")
+pytestmark = pytest.mark.usefixtures("small")
 VOCAB = 40
 STEPS = 4
 PUBLISHED = dict(glide.STAGES)

@@ -22,13 +22,11 @@ from transformers import (  # noqa: E402  # noqa: E402
 from tests.interop import karlo_files as files  # noqa: E402
 from tests.interop.test_karlo import lay, shapes_of  # noqa: E402
 from tests.parity import tiny_clip  # noqa: E402
-from tests.tiny_runs import quick_compiles  # noqa: E402, F401 (fixture)
 from unclip_jax import cli  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.pipeline import UnCLIP  # noqa: E402
 from unclip_jax.weights import Stage, load_stack  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 WIDTH = 8  # of the text states and of the embedding, equal in Karlo
 JSONS = {
     **files.SMALL,

@@ -12,14 +12,12 @@ from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline  # noqa: E402
 
 from tests.interop import karlo_files as files  # noqa: E402
 from tests.interop.test_karlo import lay, shapes_of  # noqa: E402
-from tests.tiny_runs import quick_compiles  # noqa: E402, F401 (fixture)
 from unclip_jax import tasks  # noqa: E402
 from unclip_jax.diffusion.sample import initial_noise, step_noise  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.models.clip import CLIP  # noqa: E402
 from unclip_jax.weights import Stage  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 STEPS = {"prior": 5, "decoder": 3, "upsampler": 7}
 LENGTH, EMBED = 5, 6
 MODELS = {

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from tests.tiny_runs import one_device, quick_compiles  # noqa: F401 (fixtures)
+from tests.tiny_runs import one_device  # noqa: F401 (fixture)
 from unclip_jax import checkpoint, data, train
 from unclip_jax.data import loader
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def fit(stage: str, workdir, **changes):

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs, toy
-from tests.tiny_runs import one_device, quick_compiles  # noqa: F401 (fixtures)
+from tests.tiny_runs import one_device  # noqa: F401 (fixture)
 from unclip_jax import checkpoint, logs, sharding, train
 
 OF_TIME = {"images_per_second", "device_flops_per_second", "input_wait", "checkpoint_seconds", "goodput"}
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def final(config, workdir):
@@ -106,7 +105,6 @@ KILLED = """
     import tests.conftest, jax
     from unclip_jax import config, logs, sharding, train
 
-    jax.config.update("jax_disable_most_optimizations", True)
     add, seen = logs.Logs.add, []
 
     def counting(self, metrics):

@@ -6,11 +6,8 @@ import optax
 import pytest
 
 from tests import tiny_runs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import sharding, train
 from unclip_jax.data import loader
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 # Inner widths of transformer blocks and of residual blocks over the axis "tensor", where the mesh has one.

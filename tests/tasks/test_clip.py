@@ -9,11 +9,8 @@ import pytest
 
 from tests import tiny_stack
 from tests.tasks import stubs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax.errors import UserError
 from unclip_jax.tasks.clip import ClipTask, ask, matrix_picture, unit
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, D = 12, 7
 

@@ -9,7 +9,6 @@ import pytest
 
 from tests import tiny_stack
 from tests.tasks.test_clip import log_softmax
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import sharding
 from unclip_jax.errors import UserError
 from unclip_jax.tasks import contrast
@@ -17,7 +16,6 @@ from unclip_jax.tasks.clip import ClipTask
 
 N, D, SCALE, BIAS = 48, 5, 7.0, -2.0
 LOSSES = ("softmax", "sigmoid")
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def pairs(n=N):

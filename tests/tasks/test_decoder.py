@@ -9,12 +9,9 @@ import pytest
 
 from tests import tiny_stack
 from tests.tasks import stubs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.tasks.decoder import DecoderTask, mean_loss, split_variance
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SAMPLER = {"name": "ddpm", "steps": 3, "guidance": 2.0}
 SIDE = 4

@@ -7,15 +7,12 @@ import pytest
 
 from tests import tiny_stack
 from tests.tasks import stubs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.tasks.clip import ask_empty, drop_captions
 from unclip_jax.tasks.decoder import DecoderTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BOS, EOS = 1, 2
 TOKENS = np.array([[BOS, 5, 6, EOS, 0], [BOS, 7, EOS, 0, 0]], np.int32)

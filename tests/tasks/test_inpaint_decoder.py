@@ -10,11 +10,8 @@ import pytest
 from tests import tiny_runs, tiny_stack
 from tests.tasks import stubs
 from tests.tasks.test_decoder import SIDE, batch, with_net
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks, train
 from unclip_jax.models.unet import UNet, fold, widen
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -11,13 +11,10 @@ import pytest
 from tests import tiny_stack
 from tests.tasks import stubs
 from tests.tasks.test_prior_diffusion import batches, encoded
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
 from unclip_jax.tasks import prior_ar
 from unclip_jax.tasks.prior_ar import PriorARTask, draw
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 D, K, BUCKETS, DOTS = 6, 4, 32, 4
 SAMPLER = {"temperature": 1.0, "top_p": 1.0, "guidance": 1.0, "candidates": 1}
@@ -90,7 +87,7 @@ B, CANDIDATES = 4, 3
 
 
 @pytest.fixture(scope="module")
-def drawn(quick_compiles):  # noqa: F811 (the fixture imported above)
+def drawn():
     """The task, parameters, condition, keys; what `sample` draws; and the compiled function."""
     made = tiny_stack.configs()
     config = made["prior_ar"]

@@ -9,15 +9,12 @@ import pytest
 
 from tests import tiny_runs, tiny_stack
 from tests.tasks import stubs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.diffusion.sample import initial_noise, step_noise
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.tasks import prior_diffusion
 from unclip_jax.tasks.clip import caption_of
 from unclip_jax.tasks.prior_diffusion import PriorTask
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SAMPLER = {"name": "ddpm", "steps": 3, "guidance": 1.0, "candidates": 1}
 D = 6
@@ -118,7 +115,7 @@ B, GUIDANCE, CANDIDATES, BOUND = 4, 1.5, 3, 4.0
 
 
 @pytest.fixture(scope="module")
-def drawn(quick_compiles):  # noqa: F811 (the fixture imported above)
+def drawn():
     """The task, parameters, condition, keys; what `sample` draws; and the compiled function."""
     made = tiny_stack.configs()
     config = made["prior"]

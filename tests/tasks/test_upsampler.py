@@ -9,14 +9,11 @@ import pytest
 
 from tests import tiny_stack
 from tests.tasks import stubs
-from tests.tiny_runs import quick_compiles  # noqa: F401 (fixture)
 from unclip_jax import tasks
 from unclip_jax.data.images import gaussian_blur
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
 from unclip_jax.tasks.upsampler import UpsamplerTask
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SAMPLER = {"name": "ddim", "steps": 3}
 SIDE, FACTOR = 12, 2
