@@ -56,6 +56,6 @@ $(VENV)/.core-installed: setup.py | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev-installed: setup.py | $(BIN)/python
-	@echo "installing unclip_jax and its test tools into $(VENV) (about 2.2 GB, some minutes) ..."
+	@echo "installing unclip_jax and its test tools into $(VENV) (about 2.9 GB, some minutes) ..."
 	$(PIP) -e ".[dev]"
 	@touch $(VENV)/.core-installed $@

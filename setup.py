@@ -64,6 +64,8 @@ EXTRAS["dev"] = [
     "diffusers>=0.42.1",
     "setuptools>=80",  # the packaging test runs this file; Python 3.12 no longer brings it
     *EXTRAS["icons"],
+    # The TPU compiler, which has wheels for these alone: `unclip plan` is tested with it, without a TPU.
+    *(f"{need}; sys_platform == 'linux' and platform_machine == 'x86_64'" for need in EXTRAS["tpu"]),
 ]
 
 
