@@ -125,7 +125,7 @@ def decoder(v: dict, data: dict):
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS, shift=v.get("shift", 1.0)),
         objective=dict(
             target="x0",
-            weighting="none",
+            weighting=v.get("weighting", "none"),
             clip_drop=v.get("clip_drop", 0.1),
             text_drop=v.get("text_drop", 0.5),
             vlb_weight=0.0,

@@ -148,6 +148,23 @@ def test_a_stage_is_measured_by_its_own_metrics(runs, name):
         assert report["metrics"] != stages.measure(runs[name], num=6, seed=2).facts["metrics"]
 
 
+@pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
+def test_a_stage_of_a_stack_is_measured_as_its_run(runs, stack, name):
+    """On other data too. But for the rounding of the stored weights, with each stack's own CLIP."""
+    for given in ({}, {"source": "shapes:heldout"}):
+        run = stages.measure(runs[name], num=6, seed=1, **given).facts
+        own = stages.measure(stack, num=6, seed=1, stage=name, **given).facts
+        assert all(own[k] == run[k] for k in ("data", "split", "n", "step"))
+        assert own["metrics"].keys() == run["metrics"].keys()
+        assert own["metrics"]["loss"] == pytest.approx(run["metrics"]["loss"], rel=0.05)
+        assert own["split"] == ("heldout" if given else "test")
+
+
+def test_a_stage_that_a_stack_does_not_have_is_told(stack):
+    with pytest.raises(UserError, match="no stage 'decoderr'.*did you mean 'decoder'"):
+        stages.measure(stack, stage="decoderr")
+
+
 def test_a_stage_whose_clip_was_replaced_is_not_measured(runs, tmp_path):
     made = tiny_stack.configs()["prior"]
     made.clip, made.clip_identity = str(runs["other"]), "of another"

@@ -28,6 +28,7 @@ VARIANTS = {
         context_width=96,
         text=None,
         shift=0.5,
+        weighting="clipped_snr",  # else what little noise hides, the outlines, hardly counts
         clip_drop=0.4,  # else so short a run never learns to read: z_img explains nearly all a caption says
         text_drop=0.1,
         batch_size=32,

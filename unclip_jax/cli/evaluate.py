@@ -31,7 +31,9 @@ def add(commands) -> None:
     group.add_argument("--base", action="store_true", help="judge the decoder's pictures, without the upsampler")
     group.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet with verdicts")
     group = sub.add_argument_group("one trained stage")
-    group.add_argument("--checkpoint", metavar="WORKDIR", help="measure its own metrics on held-out data")
+    what = "measure a run by its own metrics, on held-out data or --data"
+    group.add_argument("--checkpoint", metavar="WORKDIR", help=what)
+    group.add_argument("--stage", metavar="NAME", help="the same of a stage of --model: clip, prior, decoder, …")
     group.add_argument("--step", type=count, help="of the checkpoint (the newest)")
     group.add_argument("--classes", metavar="FILE", help="names of classes for zero-shot, one a line")
     group.add_argument("--templates", metavar="FILE", help="prompt templates with {}, one a line")
@@ -47,7 +49,7 @@ def add(commands) -> None:
 
 def run(args) -> None:
     """Does the one of its tasks that the flags ask for."""
-    modes = {name: getattr(args, name) for name in ("checkpoint", "images", "compare", "pairs", "votes")}
+    modes = {name: getattr(args, name) for name in ("checkpoint", "stage", "images", "compare", "pairs", "votes")}
     given = [name for name, value in modes.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]} are different tasks", "give one of them")
@@ -59,7 +61,7 @@ def run(args) -> None:
     _refuse_stray(args, given)
     mode = given[0] if given else None
     args.num = NUM if args.num is None and mode != "images" else args.num
-    if mode == "checkpoint":
+    if mode in ("checkpoint", "stage"):
         return _stage(args)
     if mode == "compare":
         return _compare(args)
@@ -74,12 +76,11 @@ def run(args) -> None:
 
 def _refuse_stray(args, given: list[str]) -> None:
     """Flags that would be silently ignored are mistakes."""
-    only = {
-        "sheet": None, "step": "checkpoint", "classes": "checkpoint", "templates": "checkpoint", "key": "votes",
-    }  # fmt: skip
-    for flag, mode in only.items():
-        if getattr(args, flag) is not None and given != ([mode] if mode else []):
-            task = f"--{mode}" if mode else "a stack's pictures"
+    stage = ("checkpoint", "stage")
+    only = {"sheet": (), "step": stage[:1], "classes": stage, "templates": stage, "key": ("votes",)}
+    for flag, modes in only.items():
+        if getattr(args, flag) is not None and not (set(given) & set(modes) or given == list(modes)):
+            task = " or ".join(f"--{mode}" for mode in modes) or "a stack's pictures"
             raise UserError(f"--{flag} is for {task}", "leave it out")
 
 
@@ -115,8 +116,8 @@ def _stage(args) -> None:
 
     out = report.check_files(args.out, args.overwrite) if args.out is not None else None
     made = stages.measure(
-        args.checkpoint, args.num, args.seed, step=args.step, sweep=args.sweep, classes=args.classes,
-        templates=args.templates,
+        args.checkpoint or args.model, args.num, args.seed, stage=args.stage, step=args.step, source=args.data,
+        path=args.path, sweep=args.sweep, classes=args.classes, templates=args.templates,
     )  # fmt: skip
     show(made, out)
 

@@ -1,4 +1,4 @@
-"""One trained stage by its own metrics, on the split that its config holds out, by its averaged weights.
+"""One trained stage, of a run (its averaged weights) or of a stack, by its own metrics on what its config holds out.
 
     CLIP                  retrieval both ways, zero-shot classification with prompt ensembling, a linear probe
     prior                 cosine with the true embedding beside baselines, by guidance and steps
@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import checkpoint, data, tasks
+from unclip_jax import checkpoint, data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.data.images import BadImage, to_float
 from unclip_jax.diffusion.loss import prior_bpd
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation import pictures
 from unclip_jax.evaluation import sweep as sweeps
 from unclip_jax.evaluation.features import chunks
 from unclip_jax.evaluation.report import Report, Table, versions
 from unclip_jax.metrics import intervals, probes
+from unclip_jax.stack import located
 from unclip_jax.tokenizer import Tokenizer
 
 BUCKETS = 10
@@ -49,22 +51,27 @@ class Stage(NamedTuple):
 
 
 def measure(
-    workdir: str,
+    where: str,
     num: int = 200,
     seed: int = 0,
     *,
+    stage: str | None = None,
     step: int | None = None,
+    source: str | None = None,
+    path: str | None = None,
     sweep: Sequence[str] | None = None,
     classes: str | None = None,
     templates: str | None = None,
 ) -> Report:
-    """The report of a run.
+    """The report of a run, or of one stage of a stack.
 
     Args:
-      workdir: of a training run.
+      where: workdir of a training run; with `stage`, a stack or the name of a bundled one.
       num: examples, rounded up to whole batches of the size trained with.
       seed: of the order of the examples and of whatever is drawn.
-      step: of the checkpoint; None: the newest.
+      stage: its name in the stack.
+      step: of the run's checkpoint; None: the newest.
+      source, path: "NAME" or "NAME:SPLIT" and its folder, in place of what the config holds out.
       sweep: for the prior, "guidance=1,2" and "steps=5,25".
       classes, templates: files for CLIP's zero-shot classification, one a line.
     """
@@ -75,18 +82,19 @@ def measure(
     if "classes" in lines:
         probes.class_prompts(lines["classes"], TEMPLATES)
     points = sweeps.parse(sweep, {"guidance": float, "steps": int, "candidates": int}) if sweep else [{}]
-    task = checkpoint.peek(workdir)[0].get("task")
+    task = (checkpoint.peek(where)[0] if stage is None else _of_stack(where, stage).config).get("task")
+    what = where if stage is None else f"the stage {stage}"
     for flag, value, wanted in (("sweep", sweep, "prior_diffusion"), *((n, lines.get(n), "clip") for n in names)):
         if value and task != wanted:
-            raise UserError(f"--{flag} is for a run of '{wanted}', and {workdir} is one of '{task}'", "leave it out")
-    own = load(workdir, step)
+            raise UserError(f"--{flag} is for a run of '{wanted}', and {what} is one of '{task}'", "leave it out")
+    own = load(where, step, stage, source, path)
     count = -(-num // own.config.batch_size)
     metrics = tasks.measure(own.task, own.frozen, own.params, own.batches(seed), count, seed)
-    _check_finite(metrics, workdir)
+    _check_finite(metrics, where)
     tables = [Table("Metrics", ["metric", "value"], [[name, float(v)] for name, v in metrics.items()])]
-    facts = {"kind": "stage", "run": Path(workdir).resolve().name, "task": task, "step": own.step}
-    n = count * own.config.batch_size
-    facts |= {"split": own.config.eval.split, "n": n, "seed": seed, "versions": versions(), "metrics": metrics}
+    n, split = count * own.config.batch_size, getattr(own.source, "split", own.config.eval.split)
+    facts = {"kind": "stage", "run": Path(where).resolve().name, "task": task, "step": own.step}
+    facts |= {"data": own.source.name, "split": split, "n": n, "seed": seed, "versions": versions(), "metrics": metrics}
     if task == "clip":
         more = clip(own, n, seed, lines.get("classes"), lines.get("templates", TEMPLATES))
     elif task.startswith("prior"):
@@ -95,23 +103,38 @@ def measure(
         more = by_time(own, count, seed)
     tables += more
     facts["results"] = [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]} for t in more]
-    title = f"{task} at step {own.step}, {n} examples of '{own.config.eval.split}'"
+    title = f"{task} at step {own.step}, {n} examples of '{split}'"
     return Report(title, facts, tables)
 
 
-def load(workdir: str, step: int | None = None) -> Stage:
-    """Reads a run's averaged weights, and opens what it is measured on."""
-    params, config, step, text = checkpoint.load_params(workdir, step=step)
-    frozen = tasks.load_clip(config.clip) if config.clip else None
+def load(
+    where: str, step: int | None = None, stage: str | None = None, source: str | None = None, path: str | None = None
+) -> Stage:
+    """Reads a run's averaged weights, or a stage of a stack, and opens what it is measured on; as `measure`."""
+    if stage is None:
+        params, config, step, text = checkpoint.load_params(where, step=step)
+        clip = config.clip
+    else:
+        params, config, step, _ = _of_stack(where, stage)
+        text = weights.load_stack(located(where), []).tokenizer_json
+        clip = str(located(where)) if tasks.needs_clip(config) else ""
+    frozen = tasks.load_clip(clip) if clip else None
     if frozen and frozen.identity != config.clip_identity:
         raise UserError(
-            f"{workdir} was trained with another CLIP than the one now in {config.clip}",
+            f"{where} was trained with another CLIP than the one now in {clip}",
             "put the CLIP that it was trained with back in that place",
         )
     task = tasks.make(config, frozen.model if frozen else None)
-    source = data.make(**{**config.data, "split": config.eval.split})
+    if source is None:
+        opened = data.make(**{**config.data, "split": config.eval.split})
+    else:
+        opened = pictures.source(source, config.data.size, config.data.get("seed", 0), path)[0]
     tokenizer = Tokenizer.from_json(text) if text else None
-    return Stage(task, params, {"clip": frozen.params} if frozen else {}, config, step, source, tokenizer)
+    return Stage(task, params, {"clip": frozen.params} if frozen else {}, config, step, opened, tokenizer)
+
+
+def _of_stack(where: str, stage: str) -> weights.Stage:
+    return weights.load_stack(located(where), [stage], "float32").stages[stage]
 
 
 def prior(own: Stage, count: int, seed: int, points: Sequence[dict]) -> list[Table]:
