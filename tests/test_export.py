@@ -138,7 +138,7 @@ def test_a_stack_that_is_there_stays_unless_told(runs, stack):
     assert "upsampler" in load_stack(stack).stages
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
+@pytest.mark.parametrize("name", ["clip", "prior", "prior_ar", "upsampler"])
 def test_a_stage_is_measured_by_its_own_metrics(runs, name):
     report = stages.measure(runs[name], num=6, seed=1).facts
     assert report["n"] == 8 and report["step"] == 7 and report["split"] == "test"

@@ -31,6 +31,7 @@ from unclip_jax.tokenizer import Tokenizer
 BUCKETS = 10
 TEMPLATES = ("{}", "a {}", "one {}", "a picture of a {}", "there is a {}")
 MAX_LINES = 100_000
+SWEPT = {"guidance": float, "steps": int, "candidates": int}
 
 
 class Stage(NamedTuple):
@@ -81,7 +82,7 @@ def measure(
         probes.class_prompts(["x"], lines["templates"])
     if "classes" in lines:
         probes.class_prompts(lines["classes"], TEMPLATES)
-    points = sweeps.parse(sweep, {"guidance": float, "steps": int, "candidates": int}) if sweep else [{}]
+    points = sweeps.parse(sweep, SWEPT) if sweep else [{}]
     task = (checkpoint.peek(where)[0] if stage is None else _of_stack(where, stage).config).get("task")
     what = where if stage is None else f"the stage {stage}"
     for flag, value, wanted in (("sweep", sweep, "prior_diffusion"), *((n, lines.get(n), "clip") for n in names)):
@@ -139,16 +140,16 @@ def _of_stack(where: str, stage: str) -> weights.Stage:
 
 def prior(own: Stage, count: int, seed: int, points: Sequence[dict]) -> list[Table]:
     """Cosines of drawn and true embeddings for each of `points`, settings of the sampler."""
-    rows = []
+    rows, settings = [], [name for name in SWEPT if name in own.task.sampler]  # the autoregressive one takes no steps
     for point in points:
         task = dataclasses.replace(own.task, sampler={**own.task.sampler, **point})
         tasks.check_numbers(task)
         found = tasks.measure(task, own.frozen, own.params, own.batches(seed), count, seed)
         _check_finite(found, f"the prior at {point}")
-        used = [task.sampler[name] for name in ("guidance", "steps", "candidates")]
+        used = [task.sampler[name] for name in settings]
         names = ("cosine", "cosine_of_text_embedding", "cosine_of_mean", "cosine_of_others")
         rows.append([*used, *(float(found[name]) for name in names)])
-    columns = ["guidance", "steps", "candidates", "drawn", "text embedding", "mean", "another picture's"]
+    columns = [*settings, "drawn", "text embedding", "mean", "another picture's"]
     return [Table("Cosine with the true z_img", columns, rows)]
 
 
