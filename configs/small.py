@@ -161,6 +161,6 @@ def upsampler(v: dict, data: dict, crop: int):
         sampler=dict(name="ddim", steps=v["steps"]),
         data=data,
         loader=dict(crop=crop, **degraded),
-        optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.01),
+        optim={"lr": 1e-3, "warmup": min(200, v["num_steps"] // 4), "weight_decay": 0.01, **v.get("optim", {})},
         every=dict(preview=1000, eval=1000),
     )

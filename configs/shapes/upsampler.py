@@ -9,7 +9,17 @@ tests).
 from configs import common, small
 
 VARIANTS = {
-    "laptop": dict(channels=32, multipliers=(1, 2), blocks=1, groups=8, batch_size=32, num_steps=800, steps=12),
+    "laptop": dict(
+        channels=32,
+        multipliers=(1, 2),
+        blocks=1,
+        groups=8,
+        batch_size=32,
+        num_steps=3000,
+        steps=12,
+        weighting="clipped_snr",  # else it never learns to copy what little noise leaves to see
+        optim=dict(name="muon"),
+    ),
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
 }
 VARIANTS["bsr"] = dict(VARIANTS["laptop"], size=128, degrade="bsr")
