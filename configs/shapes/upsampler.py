@@ -17,7 +17,7 @@ VARIANTS = {
         batch_size=32,
         num_steps=3000,
         steps=12,
-        weighting="clipped_snr",  # else it never learns to copy what little noise leaves to see
+        weighting="clipped_snr",
         optim=dict(name="muon"),
     ),
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
