@@ -183,22 +183,22 @@ class Counts(NamedTuple):
 
     flops: float
     model_flops: float  # of them, without recomputation
-    residuals: float  # bytes that the forward pass keeps for the backward pass, without the parameters
+    residuals: float  # bytes that the forward pass keeps for the backward pass, without the parameters; 0: not asked
 
 
-def count_train(run: Abstract) -> Counts:
-    """By tracing the step, its gradient without recomputation, and its forward pass."""
+def count_train(run: Abstract, residuals: bool = True) -> Counts:
+    """By tracing the step, its gradient without recomputation, and, for `residuals`, its forward pass."""
     plain = tasks.without_remat(run.task, run.config)
     batch, key = _encoded(run)
     gradient = jax.value_and_grad(plain.loss, has_aux=True)
-    pull = lambda p, b, k: jax.vjp(lambda q: run.task.loss(q, b, k)[0], p)[1]  # noqa: E731
-    kept = jax.eval_shape(pull, run.state.params, batch, key)
-    total, own = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in (kept, run.state.params))
-    return Counts(
-        count_flops(run.step, *_step_args(run)),
-        count_flops(gradient, run.state.params, batch, key),
-        max(total - own, 0.0),
-    )
+    kept = 0.0
+    if residuals:
+        pull = lambda p, b, k: jax.vjp(lambda q: run.task.loss(q, b, k)[0], p)[1]  # noqa: E731
+        trees = jax.eval_shape(pull, run.state.params, batch, key), run.state.params
+        total, own = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in trees)
+        kept = max(total - own, 0.0)
+    flops = count_flops(run.step, *_step_args(run))
+    return Counts(flops, count_flops(gradient, run.state.params, batch, key), kept)
 
 
 def _step_args(run: Abstract):
@@ -213,7 +213,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts |
       compiled: ask the compiler of the mesh's devices; else arithmetic on shapes.
       counts: of the same step on another mesh, if they are known.
     """
-    counts = counts or count_train(run)
+    counts = counts or count_train(run, residuals=not compiled)
     held = {
         "parameters": _held(run.state.params), "average": _held(run.state.ema), "optimizer": _held(run.state.opt),
         "frozen CLIP": _held(run.frozen),
@@ -308,7 +308,7 @@ def search(
                 continue
             size = changed.batch_size
             known[size] = known.get(size) or count_train(run)
-            found.append((plan_train(run, chip, False, known[size]), run))
+            found.append((plan_train(run, chip, compiled=False, counts=known[size]), run))
     if not found:
         raise UserError(f"no mesh of {count} devices divides batch_size={config.batch_size}", "change the batch size")
     # Fewer copies over data cost gathers, so the least split that fits comes first, then the largest batch.

@@ -135,6 +135,7 @@ BAD = {
     "classes empty": (["--classes", "empty.txt"], "is empty"),
     "classes missing": (["--classes", "no.txt"], "cannot be read"),
     "classes twice": (["--classes", "twice.txt"], "more than once"),
+    "path of no source": (["--path", "pictures"], "give --data SOURCE as well"),
     "classes latin": (["--classes", "latin.txt"], "not UTF-8"),
 }
 

@@ -83,10 +83,13 @@ def measure(
     if "classes" in lines:
         probes.class_prompts(lines["classes"], TEMPLATES)
     points = sweeps.parse(sweep, SWEPT) if sweep else [{}]
-    task = (checkpoint.peek(where)[0] if stage is None else _of_stack(where, stage).config).get("task")
+    if stage is None:
+        task = checkpoint.peek(where)[0].get("task")
+    else:
+        task = weights.tasks_of(located(where)).get(stage)  # None: no such stage, which `load` tells
     what = where if stage is None else f"the stage {stage}"
     for flag, value, wanted in (("sweep", sweep, "prior_diffusion"), *((n, lines.get(n), "clip") for n in names)):
-        if value and task != wanted:
+        if value and task not in (None, wanted):
             raise UserError(f"--{flag} is for a run of '{wanted}', and {what} is one of '{task}'", "leave it out")
     own = load(where, step, stage, source, path)
     count = -(-num // own.config.batch_size)
@@ -112,12 +115,14 @@ def load(
     where: str, step: int | None = None, stage: str | None = None, source: str | None = None, path: str | None = None
 ) -> Stage:
     """Reads a run's averaged weights, or a stage of a stack, and opens what it is measured on; as `measure`."""
+    if path is not None and source is None:
+        raise UserError(f"path={path!r} is of a source, and none is given", "give --data SOURCE as well")
     if stage is None:
         params, config, step, text = checkpoint.load_params(where, step=step)
         clip = config.clip
     else:
-        params, config, step, _ = _of_stack(where, stage)
-        text = weights.load_stack(located(where), []).tokenizer_json
+        stack = weights.load_stack(located(where), [stage], "float32")
+        (params, config, step, _), text = stack.stages[stage], stack.tokenizer_json
         clip = str(located(where)) if tasks.needs_clip(config) else ""
     frozen = tasks.load_clip(clip) if clip else None
     if frozen and frozen.identity != config.clip_identity:
@@ -132,10 +137,6 @@ def load(
         opened = pictures.source(source, config.data.size, config.data.get("seed", 0), path)[0]
     tokenizer = Tokenizer.from_json(text) if text else None
     return Stage(task, params, {"clip": frozen.params} if frozen else {}, config, step, opened, tokenizer)
-
-
-def _of_stack(where: str, stage: str) -> weights.Stage:
-    return weights.load_stack(located(where), [stage], "float32").stages[stage]
 
 
 def prior(own: Stage, count: int, seed: int, points: Sequence[dict]) -> list[Table]:
