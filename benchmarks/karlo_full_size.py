@@ -19,8 +19,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks.sides import random_params
 from configs.karlo import clip, decoder, prior_diffusion, upsampler
 from unclip_jax import tasks
 from unclip_jax.pipeline import UnCLIP
@@ -47,21 +47,7 @@ def stages() -> Iterator[tuple[str, tuple]]:
             config.tokenizer = dict(path="", vocab_size=49408, max_len=77)
     known = tasks.make(made["clip"]).model
     for name, config in made.items():
-        yield name, (random_params(tasks.make(config, clip=known)), config, 0, {})
-
-
-def random_params(task) -> dict:
-    """bfloat16 arrays that keep the size of signals, in the shapes of the task's parameters."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        if name == "kernel":
-            width = max(1.0, leaf.size / leaf.shape[-1]) ** -0.5
-            return (rng.standard_normal(leaf.shape, np.float32) * np.float32(width)).astype(jnp.bfloat16)
-        return np.full(leaf.shape, name in ("scale", "std"), jnp.bfloat16)
-
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
+        yield name, (random_params(tasks.make(config, clip=known), jnp.bfloat16), config, 0, {})
 
 
 class Clock:

@@ -1,27 +1,38 @@
 """Our speed and memory beside the peers', same weights and shapes, in one table.
 
     python -m benchmarks.run [--only NAME …] [--size small|karlo] [--repeats 5] [--json FILE]
+    python -m benchmarks.run --device gpu --size karlo [--warm] [--seconds N]
 
 Peers come by `pip install "unclip_jax[bench]"`; rows whose peer is missing say so. For each row both sides are made in
 one process and timed in turns, ours, theirs, ours, …, after a run that does not count; the table has medians; ratios
 above 1 where we are faster. `--clock cpu` takes processor seconds instead of wall-clock, for a machine that others use.
 Peak memory is that of a process of its own for each side, which makes its networks and does the work once; its
 wall-clock, from the start of Python on, is the time to the first result ("cold"). `--list` names the rows.
+
+On a GPU both sides compute in bfloat16, and the peer takes its turns twice, as it is and by torch.compile. Memory is
+the card's: ours that of the compiled programs with their arguments and results, the peer's what torch has allocated at
+most in a run. The last column is the part of the card's dense bf16 FLOP/s that our products and convolutions reach.
+`--warm` does each row once without measuring, so that a later run finds the compiled programs in
+$JAX_COMPILATION_CACHE_DIR and $TORCHINDUCTOR_CACHE_DIR. A row or a side that fails says so, and the next one is tried.
 """
 
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks import device as devices
+from benchmarks.device import Device
+
 SIDES = ("ours", "peer")
+COMPILED = "compiled"  # a third side: the peer by torch.compile
 PACKAGES = {
     "jax": "jax", "flax": "flax", "torch": "torch", "diffusers": "diffusers", "open_clip": "open_clip_torch",
     "DALLE2-pytorch": "dalle2-pytorch",
@@ -29,44 +40,83 @@ PACKAGES = {
 LONG = 20  # seconds; the peer's first run counts if it takes longer, as nothing is compiled in it
 
 
-def use_threads(threads: int) -> None:
-    """Has both frameworks compute with so many threads; before either is imported."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if threads == 1:
-        flags += " --xla_cpu_multi_thread_eigen=false"
-    os.environ |= {"XLA_FLAGS": flags.strip(), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+def sides_of(device: Device) -> tuple[str, ...]:
+    """Who takes turns."""
+    return SIDES + (COMPILED,) * device.compiled
 
 
-def turns(ours, theirs, repeats: int, clock=time.perf_counter) -> dict:
-    """Times of both in turns: {"first": {ours: seconds}, "ours": […], "peer": […]}."""
+def turns(sides: Mapping[str, Callable], repeats: int, clock=time.perf_counter, device: Device = devices.CPU) -> dict:
+    """Times of all in turns: {"first": {side: seconds}, side: […], "peak_gb": {side: …}, "failed": {side: why}}.
 
-    def timed(run):
+    A side that fails at its first run takes no turns.
+    """
+    found = {"first": {}, "failed": {}, "peak_gb": {}}
+
+    def timed(side):
+        device.forget_peak()
         start = clock()
-        run()
-        return clock() - start
+        sides[side]()
+        seconds = clock() - start
+        found["peak_gb"][side] = device.peak_gb()
+        return seconds
 
-    first, times = timed(ours), {"ours": [], "peer": []}
-    warm = timed(theirs)
-    if warm > LONG:
-        times["peer"].append(warm)
+    for side in sides:
+        try:
+            found["first"][side] = timed(side)
+        except Exception as error:  # whatever a compiler or a full card raises
+            found["failed"][side] = told(error)
+    runs = {side: [] for side in found["first"]}
+    if found["first"].get("peer", 0) > LONG and device is devices.CPU:
+        runs["peer"].append(found["first"]["peer"])
     for _ in range(repeats):
-        times["ours"].append(timed(ours))
-        if len(times["peer"]) < repeats:
-            times["peer"].append(timed(theirs))
-    return {"first": first, **times}
+        for side in runs:
+            if len(runs[side]) < repeats:
+                runs[side].append(timed(side))
+    return {**found, **runs}
 
 
-def measure(row, repeats: int, clock=time.perf_counter) -> dict:
-    """One row's times; what is missing for it where the peer cannot be had."""
+def told(error: Exception) -> str:
+    """In one short line of the table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200].replace("|", "/")
+
+
+def made(row, device: Device) -> dict[str, Callable]:
+    """What takes turns, by side. ImportError where the peer cannot be had."""
+    models = row.peer()
+    theirs, ours = row.theirs(models), row.ours(None if device.half else models)
+    if not device.compiled:
+        return {"ours": ours, "peer": theirs}
+    for net in devices.networks(models):
+        net.compile()
+    return {"ours": ours, "peer": devices.eager(theirs), COMPILED: theirs}
+
+
+def measure(row, repeats: int, clock=time.perf_counter, device: Device = devices.CPU) -> dict:
+    """One row's times, and on a GPU its memory; what is missing for it where the peer cannot be had."""
     try:
-        models = row.peer()
+        sides = made(row, device)
     except ImportError as error:
         return {"missing": str(error)}
-    theirs, ours = row.theirs(models), row.ours(models)
-    found = turns(ours, theirs, repeats, clock)
-    medians = {side: statistics.median(found[side]) for side in SIDES}
-    ratio = medians["peer"] / medians["ours"]
-    return {"seconds": medians, "ratio": ratio, "compile": found["first"] - medians["ours"], "all": found}
+    ours, times = sides["ours"], turns(sides, repeats, clock, device)
+    medians = {side: statistics.median(times[side]) for side in sides if side in times}
+    found = {"seconds": medians, "failed": times["failed"], "all": times, "compile": {}, "ratio": {}}
+    if "ours" in medians:
+        found |= {"flops": ours.flops, "ratio": {s: medians[s] / medians["ours"] for s in medians if s != "ours"}}
+        found["compile"]["ours"] = ours.compile_seconds
+    if COMPILED in medians:
+        found["compile"][COMPILED] = times["first"][COMPILED] - medians[COMPILED]
+    if device is not devices.CPU:
+        found["peak_gb"] = {s: ours.peak_gb() if s == "ours" else times["peak_gb"][s] for s in medians}
+        found["process_peak_gb"] = devices.process_peak_gb()
+    return found
+
+
+def warm(row, device: Device) -> str:
+    """Does what is compiled in a row once, so that caches have it; seconds of each side, or what failed."""
+    sides = made(row, device)
+    times = turns({side: sides[side] for side in ("ours", COMPILED) if side in sides}, 0, device=device)
+    return ", ".join([f"{side} {seconds:.1f} s" for side, seconds in times["first"].items()] + why(times["failed"]))
 
 
 def alone(name: str, side: str, size: str, threads: int) -> dict:
@@ -80,8 +130,12 @@ def alone(name: str, side: str, size: str, threads: int) -> dict:
 def run_alone(row, side: str) -> None:
     """What `alone` starts."""
     (row.ours(None) if side == "ours" else row.theirs(row.peer()))()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"peak_gb": peak}))
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with that of the process that started this one
+        peak = next(int(text.split()[1]) for text in status.read_text().splitlines() if text.startswith("VmHWM"))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak_gb": peak * 1024 / 1e9}))
 
 
 def versions() -> dict[str, str]:
@@ -95,61 +149,122 @@ def versions() -> dict[str, str]:
     return found
 
 
-HEAD = (
-    "| Row | Of | Peer | Ours s | Peer s | Peer / ours | Ours GB | Peer GB | Ours cold s | Peer cold s | Compile s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
-)
+NAMES = {"ours": "Ours", "peer": "Peer", COMPILED: "torch.compile"}
 
 
-def line(row, found: dict) -> str:
-    """A row of the table."""
-    cells = [row.name, row.what, row.package]
+def head(device: Device) -> str:
+    """The table's first two lines."""
+    sides = sides_of(device)
+    columns = ["Row", "Of", "Peer", *(f"{NAMES[s]} s" for s in sides), *(f"{NAMES[s]} / ours" for s in sides[1:])]
+    columns += [f"{NAMES[s]} GB" for s in sides]
+    if device is devices.CPU:
+        columns += ["Ours cold s", "Peer cold s", "Compile s"]
+    else:
+        columns += ["Ours compile s", "torch.compile compile s", "Of peak"]
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def line(row, found: dict, device: Device = devices.CPU, peak_flops: float | None = None) -> str:
+    """A row of the table; what failed is told behind it."""
+    cells, sides = [row.name, row.what, row.package], sides_of(device)
     if "missing" in found:
         return f"| {' | '.join(cells)} | not measured: {found['missing']} |"
-    number = lambda x: f"{x:.3g}" if x < 100 else f"{x:.0f}"  # noqa: E731
-    cells += [number(found["seconds"][side]) for side in SIDES] + [f"**{found['ratio']:.2f}**"]
-    for what in ("peak_gb", "cold"):
-        cells += [f"{found[side][what]:.2f}" if side in found else "–" for side in SIDES]
-    return f"| {' | '.join(cells)} | {number(found['compile'])} |"
+
+    def number(x, form=lambda x: f"{x:.3g}" if x < 100 else f"{x:.0f}"):
+        return "–" if x is None else form(x)
+
+    cells += [number(found["seconds"].get(side)) for side in sides]
+    cells += [number(found["ratio"].get(side), "**{:.2f}**".format) for side in sides[1:]]
+    cells += [number(found.get("peak_gb", {}).get(side), "{:.2f}".format) for side in sides]
+    if device is devices.CPU:
+        cells += [number(found.get("cold", {}).get(side), "{:.2f}".format) for side in sides]
+        cells += [number(found["compile"].get("ours"))]
+    else:
+        share = peak_flops and "ours" in found["seconds"] and found["flops"] / found["seconds"]["ours"] / peak_flops
+        cells += [number(found["compile"].get(side)) for side in ("ours", COMPILED)]
+        cells += [number(100 * share if share else None, "{:.0f} %".format)]
+    return f"| {' | '.join(cells)} |{''.join(f' {text}' for text in why(found['failed']))}"
 
 
-def main(argv=None) -> None:
-    """Prints the table row by row; the JSON is written after each."""
+def why(failed: Mapping[str, str]) -> list[str]:
+    """Of each side that failed."""
+    return [f"{NAMES[side]} failed: {text}" for side, text in failed.items()]
+
+
+def parse(argv) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose names begin so")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose names are these or begin so")
     parser.add_argument("--size", choices=("tiny", "small", "karlo"), default="small")
+    parser.add_argument("--device", choices=devices.DEVICES, default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--no-memory", action="store_true", help="no processes of their own: no memory, no cold times")
+    parser.add_argument("--warm", action="store_true", help="compile alone, for the caches of a later run")
+    parser.add_argument("--seconds", type=float, help="start no row later than this")
     parser.add_argument("--alone", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    use_threads(args.threads)
-    from benchmarks.rows import rows
+    return parser.parse_args(argv)
 
-    chosen = [row for row in rows(args.size) if not args.only or row.name.startswith(tuple(args.only))]
+
+def main(argv=None) -> None:
+    """Prints the table row by row; the JSON is written after each."""
+    args = parse(argv)
+    device = devices.DEVICES[args.device]
+    devices.prepare(device, args.threads)
+    from benchmarks.rows import choose, rows
+
+    chosen = choose(rows(args.size, device), args.only)
     if args.list:
         return print("\n".join(row.name for row in chosen))
     if args.alone is None or args.alone[1] == "peer":
-        import torch
-
-        torch.set_num_threads(args.threads)
+        devices.set_up_torch(device, args.threads)
     if args.alone:
         return run_alone(next(row for row in chosen if row.name == args.alone[0]), args.alone[1])
-    told = {name: getattr(args, name) for name in ("size", "threads", "repeats", "clock")}
-    report = {**told, "versions": versions(), "rows": {}}
-    print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), HEAD, sep="\n\n", flush=True)
+    table(args, chosen, device)
+
+
+def table(args: argparse.Namespace, chosen: list, device: Device) -> None:
+    """Measures the rows, or warms them."""
+    from unclip_jax.meter import peak_flops
+
+    began, card = time.monotonic(), devices.name_of(device)
+    flags = {name: getattr(args, name) for name in ("device", "size", "threads", "repeats", "clock")}
+    report = {**flags, "card": card, "versions": versions(), "rows": {}, "skipped": []}
+    print(", ".join(f"{name} {version}" for name, version in report["versions"].items()), card or "", flush=True)
+    print("" if args.warm else f"\n{head(device)}", flush=True)
     for row in chosen:
-        found = measure(row, args.repeats, time.process_time if args.clock == "cpu" else time.perf_counter)
-        if "missing" not in found and not args.no_memory:
-            found |= {side: alone(row.name, side, args.size, args.threads) for side in SIDES}
-        report["rows"][row.name] = {"peer": row.package, "of": row.what, **found}
-        print(line(row, found), flush=True)
-        if args.json:
+        if args.seconds is not None and time.monotonic() - began > args.seconds:
+            report["skipped"].append(row.name)
+            continue
+        try:
+            if args.warm:
+                print(f"{row.name}: {warm(row, device)}", flush=True)
+            else:
+                found = _measured(row, args, device)
+                report["rows"][row.name] = {"peer": row.package, "of": row.what, **found}
+                print(line(row, found, device, card and peak_flops(card)), flush=True)
+        except Exception as error:  # the next row may do
+            report["rows"][row.name] = {"peer": row.package, "of": row.what, "failed": told(error)}
+            print(f"| {row.name} | {row.what} | {row.package} | failed: {told(error)} |", flush=True)
+        device.free()
+        if args.json and not args.warm:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    skipped = f"; skipped: {', '.join(report['skipped'])}" if report["skipped"] else ""
+    print(f"{time.monotonic() - began:.0f} s{skipped}", flush=True)
+
+
+def _measured(row, args: argparse.Namespace, device: Device) -> dict:
+    """`measure`, and on a CPU the processes of their own."""
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    found = measure(row, args.repeats, clock, device)
+    if "missing" not in found and device is devices.CPU and not args.no_memory:
+        each = {side: alone(row.name, side, args.size, args.threads) for side in SIDES}
+        found |= {what: {side: each[side][what] for side in SIDES} for what in ("peak_gb", "cold")}
+    return found
 
 
 if __name__ == "__main__":

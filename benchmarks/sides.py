@@ -1,7 +1,8 @@
 """What the rows of `benchmarks.run` are made of: inputs, networks with the same weights on both sides, loops.
 
 Where both have the same network (diffusers; open_clip) they have the same weights, random ones, drawn by the peer and
-converted. Inputs are random and of the same shapes. A row's sides are made apart, so that one can be measured alone.
+converted; not on a GPU, see `device.Device`. Inputs are random, of the same shapes, and on the device before the clock
+starts. A row's sides are made apart, so that one can be measured alone.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.device import Device, Program, Work
 from benchmarks.sizes import LENGTH
 
 GUIDANCE = {"prior": 4.0, "decoder": 8.0}
@@ -18,7 +20,8 @@ STEPS = {"decoder": 25, "upsampler": 7}
 class Row(NamedTuple):
     """One comparison. `peer()` makes the peer's networks, `theirs(networks)` and `ours(networks | None)` what is timed.
 
-    Without networks our weights are zeros, which take the same time and memory.
+    Both do the work when called, and are done when they return. Without networks our weights are zeros on a CPU, which
+    take the same time and memory there, and random numbers on a GPU, where they do not.
     """
 
     name: str
@@ -26,7 +29,7 @@ class Row(NamedTuple):
     what: str  # shapes and counts, for the table
     peer: Callable[[], tuple]
     theirs: Callable[[tuple], Callable[[], Any]]
-    ours: Callable[[tuple | None], Callable[[], Any]]
+    ours: Callable[[tuple | None], Work]
 
 
 # Inputs.
@@ -47,11 +50,9 @@ def with_empty(s: dict, batch: int) -> dict:
     return {**texts(s, batch), "empty": {k: v for k, v in texts(s, batch, 1).items() if k != "z_img"}}
 
 
-def halves(cond: dict, *names: str) -> list:
+def halves(device: Device, cond: dict, *names: str) -> list:
     """torch tensors of the empty captions and, behind them, the given ones."""
-    import torch
-
-    return [torch.from_numpy(np.concatenate([cond["empty"][n], cond[n]])) for n in names]
+    return [device.tensor(np.concatenate([cond["empty"][n], cond[n]])) for n in names]
 
 
 # Both sides' networks.
@@ -75,40 +76,50 @@ def tensors(models: tuple) -> Callable[[str], tuple]:
     return convert
 
 
-def on_device(task, converted=None):
-    """A task's parameters: these, or zeros."""
+def random_params(task, dtype) -> dict:
+    """numpy arrays that keep the size of signals, shaped as the task's parameters; `weights.STATISTICS` stay f32."""
     import jax
-    import jax.numpy as jnp
 
-    if converted is not None:
-        return jax.tree.map(jnp.asarray, converted)
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
+    from unclip_jax.weights import STATISTICS
+
+    noise = np.random.default_rng(0).standard_normal(2**22, np.float32)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        kind = np.float32 if name in STATISTICS else dtype
+        if name in STATISTICS or name in ("scale", "bias"):
+            return np.full(leaf.shape, name in ("scale", "std"), kind)
+        width = max(1.0, leaf.size / leaf.shape[-1]) ** -0.5 if name == "kernel" else 0.02
+        return np.resize((noise * np.float32(width)).astype(kind), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-def diffusers_model(cls: str, config: dict):
-    """A network of diffusers with random weights, for sampling."""
+def diffusers_model(cls: str, config: dict, device: Device, training: bool = False):
+    """A network of diffusers with random weights."""
     import diffusers
     from diffusers.pipelines.deprecated.unclip import UnCLIPTextProjModel
 
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every cast
     made = UnCLIPTextProjModel if cls == "UnCLIPTextProjModel" else getattr(diffusers, cls)
-    return made.from_config(config).eval()
+    return device.network(lambda: made.from_config(config).eval(), training)
 
 
-def diffusers_stage(s: dict, stage: str) -> tuple:
+def diffusers_stage(s: dict, stage: str, device: Device, training: bool = False) -> tuple:
     """diffusers' networks of one stage, in the order that the converter wants them in."""
     from unclip_jax.interop import karlo_json
 
     if stage == "prior":
-        return (diffusers_model("PriorTransformer", karlo_json.prior_json(s["prior"])),)
-    if stage == "decoder":
+        made = [("PriorTransformer", karlo_json.prior_json(s["prior"]))]
+    elif stage == "decoder":
         unet, text_proj = karlo_json.decoder_json(s["decoder"], s["side"])
-        models = {"UnCLIPTextProjModel": text_proj, "UNet2DConditionModel": unet}
-        return tuple(diffusers_model(cls, config) for cls, config in models.items())
-    config = karlo_json.upsampler_json(s["upsampler"], s["large"])
-    return tuple(diffusers_model("UNet2DModel", config) for _ in range(2))
+        made = [("UnCLIPTextProjModel", text_proj), ("UNet2DConditionModel", unet)]
+    else:
+        made = [("UNet2DModel", karlo_json.upsampler_json(s["upsampler"], s["large"]))] * 2
+    return tuple(diffusers_model(cls, config, device, training) for cls, config in made)
 
 
-def our_task(s: dict, stage: str, steps: int = 1):
+def our_task(s: dict, stage: str, device: Device, steps: int = 1):
     """Our task of one stage, in Karlo's form; without a CLIP, as what CLIP says is given."""
     from types import SimpleNamespace
 
@@ -120,41 +131,47 @@ def our_task(s: dict, stage: str, steps: int = 1):
     from unclip_jax.tasks.prior_diffusion import PriorTask
     from unclip_jax.tasks.upsampler import UpsamplerTask
 
-    schedule, width = make_schedule("cosine"), s["prior"]["embed_dim"]
+    schedule, width, dtype = make_schedule("cosine"), s["prior"]["embed_dim"], device.dtype
     clip = SimpleNamespace(embed_dim=width, text={"max_len": LENGTH, "width": width}, vision=None)
     sampler = {"name": "ddpm", "steps": steps}
     if stage == "prior":
         sampler |= {"guidance": GUIDANCE["prior"], "candidates": 1}
-        return PriorTask(Prior(**s["prior"]), schedule, clip, sampler, empty_caption=True)
+        return PriorTask(Prior(**s["prior"], dtype=dtype), schedule, clip, sampler, empty_caption=True)
     if stage == "decoder":
         sampler |= {"guidance": GUIDANCE["decoder"]}
-        return DecoderTask(Decoder(**s["decoder"]), schedule, clip, s["side"], sampler, empty_caption=True)
-    factor = s["large"] // s["side"]
-    return UpsamplerTask(UNet(**s["upsampler"]), schedule, s["large"], sampler, factor=factor, last_steps=1)
+        net = Decoder(**s["decoder"], dtype=dtype)
+        return DecoderTask(net, schedule, clip, s["side"], sampler, empty_caption=True)
+    net, factor = UNet(**s["upsampler"], dtype=dtype), s["large"] // s["side"]
+    return UpsamplerTask(net, schedule, s["large"], sampler, factor=factor, last_steps=1)
 
 
-def our_params(s: dict, stage: str, models: tuple | None, task):
-    """Our parameters of one stage, those of diffusers' networks if given."""
-    if models is None:
-        return on_device(task)
-    sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
-    return on_device(task, tensors(models)(stage, *sizes[stage]))
+def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
+    """Our parameters of one stage on the device: those of diffusers' networks if given, zeros, or random ones."""
+    import jax
+    import jax.numpy as jnp
+
+    if models is not None:
+        sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
+        return jax.tree.map(jnp.asarray, tensors(models)(stage, *sizes[stage]))
+    if device.half:
+        return jax.block_until_ready(jax.device_put(random_params(task, jnp.bfloat16)))
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
 
 
-def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: dict, batch: int):
-    """One compiled program, all steps in it; the result is waited for."""
+def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: dict, batch: int, device: Device) -> Work:
+    """One compiled program, all steps in it."""
     import jax
 
-    task = our_task(s, stage, steps)
-    params, keys = our_params(s, stage, models, task), jax.random.split(jax.random.key(0), batch)
-    program = jax.jit(task.sample)
-    return lambda: np.asarray(program(params, cond, keys))
+    task = our_task(s, stage, device, steps)
+    params, keys = our_params(s, stage, models, task, device), jax.random.split(jax.random.key(0), batch)
+    program, cond = Program(task.sample), jax.device_put(cond)
+    return Work(lambda: program(params, cond, keys), program)
 
 
 # diffusers' loops, those of UnCLIPPipeline.
 
 
-def scheduler(stage: str, steps: int):
+def scheduler(stage: str, steps: int, device: Device):
     """UnCLIPScheduler as Karlo's pipelines set it."""
     from diffusers import UnCLIPScheduler
 
@@ -164,22 +181,23 @@ def scheduler(stage: str, steps: int):
         "upsampler": dict(variance_type="fixed_small_log", prediction_type="epsilon"),
     }
     made = UnCLIPScheduler(**kinds[stage])
-    made.set_timesteps(steps)
+    made.set_timesteps(steps, device.torch)
     return made
 
 
-def their_loop(stage: str, steps: int, shape: tuple, predict: Callable):
+def their_loop(stage: str, steps: int, shape: tuple, predict: Callable, device: Device):
     """predict(x, t, last) → what the scheduler takes, at each step."""
     import torch
 
     def run():
-        made = scheduler(stage, steps)
+        made = scheduler(stage, steps, device)
         times = made.timesteps
-        x = torch.randn(shape)
+        x = device.noise(shape)
         with torch.inference_mode():
             for i, t in enumerate(times):
                 before = times[i + 1] if i + 1 < len(times) else None
                 x = made.step(predict(x, t, before is None), t, x, prev_timestep=before).prev_sample
-        return x.numpy()
+        device.wait()
+        return x
 
     return run

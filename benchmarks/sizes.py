@@ -1,4 +1,4 @@
-"""The networks that `benchmarks.run` compares, as keywords of our modules: tiny (for tests), small, karlo."""
+"""What `benchmarks.run` compares: networks, as keywords of our modules, tiny (for tests), small, karlo; and batches."""
 
 LENGTH = 77
 
@@ -55,3 +55,38 @@ SIZES = {
         "large": 256,
     },
 }
+
+# By device, and for the tests.
+BATCHES = {
+    "cpu": {
+        "prior": (1, 4, 32),
+        "decoder": 1,
+        "upsampler": 1,
+        "prior-train": 8,
+        "decoder-train": 4,
+        "clip-train": 16,
+    },
+    "gpu": {
+        "prior": (1, 4, 32),
+        "decoder": 4,
+        "upsampler": 4,
+        "prior-train": 64,
+        "decoder-train": 8,  # both sides on one card of 80 GB
+        "clip-train": 256,
+    },
+    "tiny": {
+        "prior": (1, 2),
+        "decoder": 1,
+        "upsampler": 1,
+        "prior-train": 4,
+        "decoder-train": 2,
+        "clip-train": 4,
+    },
+}
+
+
+def doubled(s: dict) -> dict:
+    """A size whose decoder, the same network, draws pictures of twice the side."""
+    net = s["decoder"]["unet"]
+    net = {**net, "attention": tuple(2 * height for height in net["attention"])}
+    return {**s, "decoder": {**s["decoder"], "unet": net}, "side": 2 * s["side"]}

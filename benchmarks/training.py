@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.sides import Row, diffusers_stage, our_task, with_empty
+from benchmarks.device import Device, Program, Work
+from benchmarks.sides import Row, diffusers_stage, our_task, random_params, with_empty
 from benchmarks.sizes import LENGTH
 
 
-def our_training(task, batch: dict):
+def our_training(task, batch: dict, device: Device) -> Work:
     """`train.make_train_step` as the loop runs it, on a batch that is encoded already."""
     from types import SimpleNamespace
 
@@ -17,45 +18,66 @@ def our_training(task, batch: dict):
     from unclip_jax import optim
     from unclip_jax.train import init_state, make_train_step
 
-    task = SimpleNamespace(init=task.init, loss=task.loss, encode=lambda frozen, batch: batch)
     tx = optim.make(1000, lr=1e-4, weight_decay=0.01)
-    state = jax.jit(lambda: init_state(task, tx, jax.random.key(0)))()
-    step = jax.jit(make_train_step(task, tx, 0.999, 0), donate_argnums=0)
-    held, batch = [state, 0], jax.tree.map(jax.numpy.asarray, batch)
+    given = random_params(task, np.float32) if device.half else None
+
+    @jax.jit
+    def start(given):
+        made = SimpleNamespace(init=lambda key: task.init(key) if given is None else given)
+        return init_state(made, tx, jax.random.key(0))
+
+    stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
+    program = Program(make_train_step(stepped, tx, 0.999, 0), donate_argnums=0)
+    held, batch = [start(given), np.int32(0)], jax.device_put(batch)
+    given = None
 
     def run():
-        held[0], metrics = step(held[0], {"clip": {}}, batch, held[1])
-        held[1] += 1
-        return float(metrics["loss"])
+        for _ in range(device.train_steps):
+            held[0], metrics = program(held[0], {}, batch, held[1])
+            held[1] += np.int32(1)
+        return float(jax.block_until_ready((held[0], metrics["loss"]))[1])
 
-    return run
+    return Work(run, program, times=device.train_steps)
 
 
-def their_training(model, loss: Callable, average: bool = True):
+def their_training(models: tuple, loss: Callable, device: Device, average: bool = True):
     """The same by torch: loss().backward(), clipping, AdamW (fused), and diffusers' EMAModel."""
     import torch
 
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    params = [p for model in models for p in model.train().parameters()]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01, fused=True)
     if average:
         from diffusers.training_utils import EMAModel
 
-        ema = EMAModel(model.parameters(), decay=0.999)
+        ema = EMAModel(params, decay=0.999, foreach=device.half)
 
-    def run():
+    def step():
         optimizer.zero_grad(set_to_none=True)
-        value = loss()
+        with device.autocast():
+            value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         if average:
-            ema.step(model.parameters())
-        return float(value.detach())
+            ema.step(params)
+        return value.detach()
+
+    def run():
+        for _ in range(device.train_steps):
+            value = step()
+        device.wait()
+        return float(value)
 
     return run
 
 
-def prior_training(s: dict, batch: int = 8) -> Row:
+def told(batch: int, device: Device, px: int | None = None) -> str:
+    """Shapes and counts, for the table."""
+    parts = [f"{px} px"] * (px is not None) + [f"batch {batch}"]
+    return ", ".join(parts + [f"{device.train_steps} steps"] * (device.train_steps > 1))
+
+
+def prior_training(s: dict, device: Device, batch: int) -> Row:
     """Mean squared error of z_img."""
     data = with_empty(s, batch)
 
@@ -63,25 +85,28 @@ def prior_training(s: dict, batch: int = 8) -> Row:
         import torch
         from diffusers import UnCLIPScheduler
 
-        given = {name: torch.from_numpy(data[name]) for name in ("z_img", "z_txt", "states", "mask")}
+        given = {name: device.tensor(data[name], training=True) for name in ("z_img", "z_txt", "states", "mask")}
         noiser = UnCLIPScheduler()
 
         def loss():
-            t = torch.randint(0, 1000, (batch,))
+            t = torch.randint(0, 1000, (batch,), device=device.torch)
             xt = noiser.add_noise(given["z_img"], torch.randn_like(given["z_img"]), t)
             fixed = dict(encoder_hidden_states=given["states"], attention_mask=given["mask"])
             out = models[0](xt, timestep=t, proj_embedding=given["z_txt"], **fixed).predicted_image_embedding
             return torch.nn.functional.mse_loss(out, given["z_img"])
 
-        return their_training(models[0], loss)
+        return their_training(models, loss, device)
+
+    def peer():
+        return diffusers_stage(s, "prior", device, training=True)
 
     return Row(
-        "prior-train-step", "diffusers", f"batch {batch}", lambda: diffusers_stage(s, "prior"), theirs,
-        lambda _: our_training(our_task(s, "prior"), data),
+        "prior-train-step", "diffusers", told(batch, device), peer, theirs,
+        lambda _: our_training(our_task(s, "prior", device), data, device),
     )  # fmt: skip
 
 
-def prior_training_of_dalle2_pytorch(s: dict, batch: int = 8) -> Row:
+def prior_training_of_dalle2_pytorch(s: dict, device: Device, batch: int) -> Row:
     """The same against DALLE2-pytorch, at its own form of that width, depth and heads."""
     sizes = {**s["prior"], "embed_dim": s["prior"]["width"]}  # the peer's embeddings are as wide as its tokens
     s = {**s, "prior": sizes}
@@ -92,28 +117,30 @@ def prior_training_of_dalle2_pytorch(s: dict, batch: int = 8) -> Row:
 
         width, heads = sizes["width"], sizes["heads"]
         form = dict(dim=width, depth=sizes["layers"], heads=heads, dim_head=width // heads, max_text_len=LENGTH)
-        net = DiffusionPriorNetwork(num_timesteps=1000, **form)
-        return (DiffusionPrior(net=net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.1),)
+
+        def make():
+            net = DiffusionPriorNetwork(num_timesteps=1000, **form)
+            return DiffusionPrior(net=net, image_embed_dim=width, timesteps=1000, cond_drop_prob=0.1)
+
+        return (device.network(make, training=True),)
 
     def theirs(models):
-        import torch
-
-        given = {name: torch.from_numpy(data[name]) for name in ("z_img", "z_txt", "states")}
+        given = {name: device.tensor(data[name], training=True) for name in ("z_img", "z_txt", "states")}
 
         def loss():
             return models[0](
                 text_embed=given["z_txt"], text_encodings=given["states"], image_embed=given["z_img"].clone()
             )
 
-        return their_training(models[0], loss)
+        return their_training(models, loss, device)
 
     return Row(
-        "prior-train-step-dalle2-pytorch", "DALLE2-pytorch", f"batch {batch}", peer, theirs,
-        lambda _: our_training(our_task(s, "prior"), data),
+        "prior-train-step-dalle2-pytorch", "DALLE2-pytorch", told(batch, device), peer, theirs,
+        lambda _: our_training(our_task(s, "prior", device), data, device),
     )  # fmt: skip
 
 
-def decoder_training(s: dict, batch: int = 4) -> Row:
+def decoder_training(s: dict, device: Device, batch: int) -> Row:
     """Mean squared error of eps; the variance's channels are there and not trained."""
     data, side = with_empty(s, batch), s["side"]
     image = np.random.default_rng(0).uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
@@ -123,9 +150,9 @@ def decoder_training(s: dict, batch: int = 4) -> Row:
         from diffusers import UnCLIPScheduler
 
         text_proj, unet = models
-        given = {name: torch.from_numpy(data[name]) for name in ("z_img", "z_txt", "states", "mask")}
-        x0, noiser = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous(), UnCLIPScheduler()
-        both = torch.nn.ModuleList(models)
+        given = {name: device.tensor(data[name], training=True) for name in ("z_img", "z_txt", "states", "mask")}
+        x0 = device.tensor(image, training=True).permute(0, 3, 1, 2).contiguous()
+        noiser = UnCLIPScheduler()
 
         def loss():
             context, emb = text_proj(
@@ -133,29 +160,31 @@ def decoder_training(s: dict, batch: int = 4) -> Row:
                 text_encoder_hidden_states=given["states"], do_classifier_free_guidance=False,
             )  # fmt: skip
             seen = torch.nn.functional.pad(given["mask"], (4, 0), value=True)
-            t, noise = torch.randint(0, 1000, (batch,)), torch.randn_like(x0)
+            t, noise = torch.randint(0, 1000, (batch,), device=device.torch), torch.randn_like(x0)
             xt = noiser.add_noise(x0, noise, t)
             out = unet(xt, t, context, class_labels=emb, attention_mask=seen).sample
             return torch.nn.functional.mse_loss(out[:, :3], noise)
 
-        return their_training(both, loss)
+        return their_training(models, loss, device)
 
     def ours(_):
         import dataclasses
 
-        task = dataclasses.replace(our_task(s, "decoder"), vlb_weight=0.0)
-        return our_training(task, {**data, "image": image})
+        task = dataclasses.replace(our_task(s, "decoder", device), vlb_weight=0.0)
+        return our_training(task, {**data, "image": image}, device)
 
-    what = f"{side} px, batch {batch}"
-    return Row("decoder-train-step", "diffusers", what, lambda: diffusers_stage(s, "decoder"), theirs, ours)
+    def peer():
+        return diffusers_stage(s, "decoder", device, training=True)
+
+    return Row("decoder-train-step", "diffusers", told(batch, device, side), peer, theirs, ours)
 
 
-def clip_training(s: dict, batch: int = 16) -> Row:
+def clip_training(s: dict, device: Device, batch: int) -> Row:
     """The contrastive loss; open_clip keeps no averaged weights, we do."""
     sizes = s["clip"]
     vision, text = sizes["vision"], sizes["text"]
     rng = np.random.default_rng(0)
-    image = rng.uniform(-1, 1, (batch, vision["image_size"], vision["image_size"], 3)).astype(np.float32)
+    image = 2 * rng.random((batch, vision["image_size"], vision["image_size"], 3), np.float32) - 1
     tokens = rng.integers(1, text["vocab_size"] - 1, (batch, LENGTH)).astype(np.int32)
     tokens[:, -1] = text["vocab_size"] - 1
 
@@ -167,20 +196,21 @@ def clip_training(s: dict, batch: int = 16) -> Row:
         reads = dict(context_length=LENGTH, vocab_size=text["vocab_size"], width=text["width"])
         reads |= dict(heads=text["heads"], layers=text["layers"])
         sees["image_size"] = vision["image_size"]
-        return (CLIP(sizes["embed_dim"], CLIPVisionCfg(**sees), CLIPTextCfg(**reads)),)
+        make = lambda: CLIP(sizes["embed_dim"], CLIPVisionCfg(**sees), CLIPTextCfg(**reads))  # noqa: E731
+        return (device.network(make, training=True),)
 
     def theirs(models):
-        import torch
         from open_clip.loss import ClipLoss
 
         of = ClipLoss()
-        seen, read = torch.from_numpy(image).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(tokens).long()
-        return their_training(models[0], lambda: of(*models[0](seen, read)), average=False)
+        seen, read = device.tensor(image, training=True).permute(0, 3, 1, 2).contiguous(), device.tensor(tokens).long()
+        return their_training(models, lambda: of(*models[0](seen, read)), device, average=False)
 
     def ours(_):
         from unclip_jax.models.clip import CLIP
         from unclip_jax.tasks.clip import ClipTask
 
-        return our_training(ClipTask(CLIP(**sizes)), {"image": image, "tokens": tokens, "mask": tokens > 0})
+        clip = CLIP(**sizes, dtype=device.dtype)
+        return our_training(ClipTask(clip), {"image": image, "tokens": tokens, "mask": tokens > 0}, device)
 
-    return Row("clip-train-step", "open_clip", f"{vision['image_size']} px, batch {batch}", peer, theirs, ours)
+    return Row("clip-train-step", "open_clip", told(batch, device, vision["image_size"]), peer, theirs, ours)
