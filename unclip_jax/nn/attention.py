@@ -1,7 +1,25 @@
-"""The one attention function; every backend is chosen here."""
+"""The one attention function; every backend is chosen here, while it is traced.
+
+Fused kernels keep the scores [B, H, N, S] out of memory. They are left to XLA where a kernel gains nothing or might not
+run: `implementation` is the whole choice, but that XLA cannot split a kernel over devices, so that `attention` does it
+over the mesh that `sharding.split_rows` tells of, and takes none where there are devices and no mesh.
+"""
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from unclip_jax.nn.rows import BATCH
+
+HEADS = "tensor"
+EIGHT = 8  # what kernels like head dimensions, and cuDNN lengths, to be multiples of
+LANES, BLOCK = 128, 512  # of the TPU's kernel: sequences are cut in blocks, multiples of LANES, of at most BLOCK
+LONG = 1024  # a sequence from which on the TPU's kernel computes it
+# From here on, cuDNN's gradient leaves out that of a mask, which is as large as the scores and which nobody asks for.
+CONSTANT_MASKS = jax.__version_info__ >= (0, 11, 2)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -11,8 +29,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       q: [B, N, H, D].
       k: [B, S, H, D].
       v: [B, S, H, D].
-      mask: bool, broadcastable to [B, H, N, S]; True where a query may look. A row without any True attends
-        evenly to all keys, so it stays finite.
+      mask: bool, broadcastable to [B, H, N, S]; True where a query may look. A row without any True stays finite: it
+        is the mean of all values where XLA computes it. cuDNN's cannot be vmapped over masks that are one for all
+        heads (jax-ml/jax#36702).
 
     Returns:
       [B, N, H, D] in q's dtype.
@@ -22,7 +41,122 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
         scores = jnp.einsum("BNHD,BSHD->BHNS", q, k) / q.shape[-1] ** 0.5
         seen = scores if mask is None else jnp.where(mask, scores, -1e30)
         return jnp.einsum("BHNS,BSHD->BNHD", jax.nn.softmax(seen), v)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    if mask is not None:
+        mask = jnp.asarray(mask)[(None,) * (4 - mask.ndim)]
+    mesh = jax.sharding.get_abstract_mesh()
+    shapes = q.shape, k.shape, None if mask is None else mask.shape
+    chosen = implementation(_platform(mesh), q.dtype, *shapes)
+    if chosen == "xla" or not _splits(mesh, q.shape[0]) or (chosen == "cudnn" and not _has_cudnn()):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    return _split(KERNELS[chosen], mesh, q, k, v, mask)
+
+
+def implementation(
+    platform: str, dtype: jnp.dtype, q: tuple[int, ...], k: tuple[int, ...], mask: tuple[int, ...] | None
+) -> str:
+    """Who computes attention of q [B, N, H, D], k [B, S, H, D] and a mask of such a shape: "xla" or one of KERNELS.
+
+    A kernel saves writing N x S scores a head and costs a launch and tiles that short sequences leave empty: it pays
+    where the scores are more than the N + 2 S vectors that they come from. So one query at a time is XLA's. The TPU's,
+    which no TPU timed, is for where the scores would fill the memory.
+    """
+    (_, n, _, d), s = q, k[1]
+    if n * s <= (n + 2 * s) * d or d > 128 or d % EIGHT:
+        return "xla"
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and (mask is None or CONSTANT_MASKS):
+        return "cudnn"
+    of_keys = mask is None or mask[1:3] == (1, 1)
+    return "flash" if platform == "tpu" and dtype == jnp.bfloat16 and min(n, s) >= LONG and of_keys else "xla"
+
+
+def _platform(mesh: AbstractMesh) -> str:
+    """Where that which is being traced will run: on the mesh's devices, which need not be here, or by default."""
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    default = jax.config.jax_default_device
+    return getattr(default, "platform", default) or jax.default_backend()
+
+
+def _splits(mesh: AbstractMesh, batch: int) -> bool:
+    """Whether it is known how a batch of this size lies on the devices."""
+    if mesh.empty:
+        return jax.device_count() == 1
+    return batch % math.prod(mesh.shape[axis] for axis in BATCH) == 0
+
+
+def _split(kernel, mesh: AbstractMesh, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """kernel(q, k, v, mask), each device with its rows and heads."""
+    if mesh.empty or mesh.size == 1:
+        return kernel(q, k, v, mask)
+    heads = HEADS if q.shape[2] % mesh.shape[HEADS] == 0 else None
+    vectors = PartitionSpec(BATCH, None, heads)
+    own = None
+    if mask is not None:
+        own = PartitionSpec(BATCH if mask.shape[0] > 1 else None, heads if mask.shape[1] > 1 else None)
+    specs = (vectors, vectors, vectors, own)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=vectors, check_vma=False)(q, k, v, mask)
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether jax finds cuDNN and a GPU that its flash attention runs on (Ampere or later)."""
+    try:
+        if float(jax.local_devices(backend="gpu")[0].compute_capability) < 8:
+            return False
+        x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x)
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # no GPU, no CUDA, no cuDNN, too old
+        return False
+    return True
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """By cuDNN, of sequences filled up to lengths it takes, with queries that are cut off again and keys unseen.
+
+    Its gradient wants even lengths, and its loads of a mask rows of 16 bytes.
+    """
+    n, s = q.shape[1], k.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % EIGHT), (0, 0), (0, 0))) for x in (q, k, v))
+    seen = None
+    if mask is not None:  # becomes a bias, which may be one for all samples or heads, but not for all queries
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], n, s))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -n % EIGHT), (0, -s % EIGHT)))
+    elif s % EIGHT:
+        seen = jnp.full(k.shape[0], s, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, key_value_seq_lengths=seen, implementation="cudnn")
+    return out[:, :n]
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """By jax's kernel for TPUs, in whole blocks; a mask, of keys alone, puts them in a segment that no query is in."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu  # takes as long as all else here to import
+
+    (b, n, _, d), s = q.shape, k.shape[1]
+    (wide, rows), (long, columns) = _blocks(n), _blocks(s)
+    seen = jnp.broadcast_to(True if mask is None else mask[:, 0, 0], (b, s))
+    seen = jnp.pad(seen.astype(jnp.int32), ((0, 0), (0, long - s)))
+    segments = tpu.SegmentIds(jnp.ones((b, wide), jnp.int32), seen)
+    sizes = tpu.BlockSizes(
+        block_b=1, block_q=rows, block_q_dq=rows, block_q_dkv=rows, block_q_major_dkv=rows,
+        block_k=columns, block_k_major=columns, block_k_dq=columns, block_k_major_dq=columns, block_k_dkv=columns,
+        block_k_major_dkv=columns,
+    )  # fmt: skip
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        for x, length in ((q, wide), (k, long), (v, long))
+    )
+    out = tpu.flash_attention(q, k, v, segment_ids=segments, sm_scale=d**-0.5, block_sizes=sizes)
+    return out.swapaxes(1, 2)[:, :n]
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """(at least `length`, the size of the blocks that it is cut in)."""
+    count = -(-length // BLOCK)
+    size = -(-length // (count * LANES)) * LANES
+    return count * size, size
+
+
+KERNELS = {"cudnn": _cudnn, "flash": _flash}
 
 
 def causal_mask(queries: int, keys: int) -> jax.Array:
