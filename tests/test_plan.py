@@ -1,5 +1,7 @@
 """FLOPs against closed forms, HLO traffic against what was written, memory against what devices hold."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tests import tiny_runs
 from unclip_jax import cli, plan, sharding, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
-from unclip_jax.plan_count import Collective, count_flops, read_hlo
+from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
 
 
 def shape(*dims):
@@ -52,6 +54,15 @@ def test_branches_count_the_dearest_and_recomputation_counts():
     assert count_flops(both, a) == 2 * one
     f = lambda x: jnp.sin(jnp.sin(x @ x) @ x).sum()  # noqa: E731
     assert count_flops(jax.grad(jax.checkpoint(f)), a) > count_flops(jax.grad(f), a)
+
+
+def test_a_gradient_is_counted_with_what_it_keeps():
+    """Of tanh(x w) v: x and the hidden units, whose values give the slope of tanh too; parameters are not counted."""
+    loss = lambda p, x: (jnp.tanh(x @ p["w"]) @ p["v"]).sum()  # noqa: E731
+    flops, kept = count_gradient(loss, {"w": shape(5, 7), "v": shape(7, 3)}, shape(2, 5))
+    first, second = 2 * 2 * 5 * 7, 2 * 2 * 7 * 3
+    assert flops == 2 * first + 3 * second  # nobody asks for the gradient by x
+    assert 4 * 2 * (5 + 7) <= kept <= 4 * 2 * (5 + 2 * 7)
 
 
 HLO = """HloModule m, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -160,10 +171,13 @@ def test_held_bytes_are_those_that_a_device_holds(stage):
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), run.state)
     device = jax.devices()[3]
     real = sum(s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.device == device)
-    report = plan.plan_train(run, "h100", compiled=False)
+    counts = plan.count_train(run)
+    report = plan.plan_train(run, "h100", compiled=False, counts=counts)
     assert sum(report.held[k] for k in ("parameters", "average", "optimizer")) == real - 4  # but for the step
     assert 0 < report.model_flops <= report.flops and report.peak > real and report.fits
-    assert plan.plan_train(plan.abstract(config, 8, clip), "h100", compiled=False).held == report.held
+    alike = plan.abstract(config, 8, clip)
+    assert plan.plan_train(alike, "h100", compiled=False, counts=counts).held == report.held
+    assert jax.tree.map(np.shape, plan.abstract(config, 8, clip, like=run).state) == jax.tree.map(np.shape, alike.state)
 
 
 def test_a_compiled_step_reports_what_the_compiler_says():
@@ -219,10 +233,65 @@ def test_no_mesh_fits_a_search():
         plan.search(tiny_runs.config("clip", batch_size=7), 8, "h100")
 
 
-def test_a_search_ranks_what_fits_first():
-    reports = plan.search(tiny_runs.config("clip", batch_size=32), 8, "h100")
-    assert all(r.fits for r in reports) and {r.mesh["fsdp"] for r in reports} == {1, 2, 4, 8}
-    assert reports[0].mesh["fsdp"] == 1 and reports[0].batch_size == 32
+def test_counts_follow_from_those_without_recomputation():
+    """With a second gradient in each step."""
+    config, clip = tiny_runs.config("prior_diffusion"), tiny_runs.config("clip")
+    with config.unlocked():
+        config.optim.sam_rho = 0.1
+    plain, run = (plan.abstract(tasks.with_policy(config, policy), 1, clip) for policy in ("none", "full"))
+    plain = plan.count_train(plain)
+    counts = plan.count_train(run, plain=plain)
+    assert counts.flops == count_flops(run.step, *plan._step_args(run)) > plain.flops
+    assert counts.model_flops == plain.model_flops and counts.residuals < plain.residuals
+
+
+FLOPS, KEPT = {"none": 100, "dots": 103, "full": 133}, {"none": 90, "dots": 20, "full": 2}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The runs that are counted, by given numbers a picture; nothing is traced for them."""
+    runs = []
+
+    def count(run, plain=None):
+        size, (policy,) = run.config.batch_size, tasks.policies(run.config)
+        assert (plain is None) == (policy == "none")
+        runs.append(run)
+        return plan.Counts(1e9 * size * FLOPS[policy], 1e11 * size, 1e6 * size * KEPT[policy])
+
+    monkeypatch.setattr(plan, "count_train", count)
+    return runs
+
+
+def test_a_search_ranks_what_fits_first(counted, monkeypatch):
+    """Where all fits: the batch that was asked for, the least split, and nothing recomputed."""
+    config = tiny_runs.config("clip", batch_size=32)
+    reports = plan.search(config, 8, "h100")
+    assert len(counted) == 9 and len(reports) == 9 * 4 and all(r.fits for r in reports)
+    places = [(r.batch_size, r.mesh["fsdp"], r.remat) for r in reports]
+    quick = [(b, n, p) for b in (32, 16, 8) for n in (1, 2, 4, 8) for p in ("none", "dots")]
+    assert places == quick + [(b, n, "full") for b in (32, 16, 8) for n in (1, 2, 4, 8)]
+    told = plan.ranking(reports).splitlines()
+    assert len(told) == 22 and told[1].split()[:6] == ["1", "none", "8", "x", "1", "32"]
+    assert "16 more, of which 16 fit" in told[-1]
+
+    memory = reports[0].peak - 1e6 * 32 * (90 - 50) / 8  # less than 50 of a picture, or fewer pictures
+    monkeypatch.setitem(plan.CHIPS, "h100", plan.CHIPS["h100"]._replace(memory=memory))
+    reports = plan.search(config, 8, "h100")
+    assert [r.fits for r in reports] == [True] * 32 + [False] * 4
+    assert all((r.batch_size, r.remat, r.fits) == (32, "none", False) for r in reports[32:])
+    assert reports[0].remat == "dots" and "DOES NOT FIT" in plan.ranking(reports, 40).splitlines()[-1]
+
+
+def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
+    """They come first, by what the compiler says: here that keeping is slower than computing again."""
+    slow = {"none": 3e12, "dots": 2e12, "full": 1e12}
+    moved = lambda r, *_: dataclasses.replace(r, peak=1.0, traffic=slow[r.remat], collectives=())  # noqa: E731
+    monkeypatch.setattr(plan, "_compile", moved)
+    reports = plan.search(tiny_runs.config("clip"), jax.devices()[:2], "v5e")
+    assert [r.compiled for r in reports] == [True] * 3 + [False] * (9 * 2 - 3)
+    assert [r.remat for r in reports[:3]] == ["full", "dots", "none"]
+    assert {(r.batch_size, r.mesh["fsdp"]) for r in reports[:3]} == {(8, 1)}
 
 
 @pytest.mark.tpu
@@ -231,5 +300,3 @@ def test_a_step_compiles_for_a_slice_that_is_not_here():
     chip, devices = plan.tpu_devices("v5e:2x2")
     report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), devices), chip)
     assert chip == "v5e" and report.devices == 4 and report.fits and report.collectives
-
-

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.meter import FLOPS
-from unclip_jax.plan_count import Collective, count_flops, read_hlo
+from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
+from unclip_jax.tasks.remat import POLICIES
 from unclip_jax.train import TrainState, compile_step, init_state, step_of
 
 GIB = 1 << 30
@@ -77,6 +79,7 @@ class Report:
       limit: bytes of a device's memory.
       collectives, traffic: of the compiled program; None by arithmetic.
       error: the compiler's own words where it does not fit.
+      remat: the policies of a train step's networks.
     """
 
     what: str
@@ -93,6 +96,7 @@ class Report:
     collectives: tuple[Collective, ...] | None = None
     traffic: float | None = None
     error: str = ""
+    remat: str = ""
 
     @property
     def fits(self) -> bool:
@@ -139,11 +143,12 @@ def tpu_devices(topology: str, slices: int = 1):
         raise UserError(f"topology={topology!r} cannot be compiled for ({why})", fix) from error
 
 
-def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None) -> Abstract:
+def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: Abstract | None = None) -> Abstract:
     """The run of a config on `devices`: a slice's that is not here, or a number of them, for arithmetic alone.
 
     Args:
       clip: config of the CLIP that prior and decoder learn against; its weights are not needed.
+      like: another run of them, which differs in mesh, batch and remat policies alone; its arrays are not traced again.
 
     Raises:
       UserError: what does not fit, as training would say it.
@@ -158,10 +163,10 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None) -> Abs
             raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
         teacher = tasks.make(clip)
     task = tasks.make(config, teacher and teacher.model)
-    shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0)))
+    shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0)))
     state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
     alike = lambda tree, one: sharding.abstract(tree, jax.tree.map(lambda _: one, tree))  # noqa: E731
-    frozen = {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
+    frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = alike(frozen, sharding.replicated(mesh))
     batch = alike(_batch(config, teacher), sharding.batch_sharding(mesh))
     return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
@@ -186,19 +191,24 @@ class Counts(NamedTuple):
     residuals: float  # bytes that the forward pass keeps for the backward pass, without the parameters; 0: not asked
 
 
-def count_train(run: Abstract, residuals: bool = True) -> Counts:
-    """By tracing the step, its gradient without recomputation, and, for `residuals`, its forward pass."""
-    plain = tasks.without_remat(run.task, run.config)
+def count_train(run: Abstract, residuals: bool = True, plain: Counts | None = None) -> Counts:
+    """By tracing the step and its gradient.
+
+    Args:
+      residuals: ask for them too.
+      plain: counts of the same step without recomputation, from which its own follow by its gradient's alone.
+    """
     batch, key = _encoded(run)
-    gradient = jax.value_and_grad(plain.loss, has_aux=True)
-    kept = 0.0
-    if residuals:
-        pull = lambda p, b, k: jax.vjp(lambda q: run.task.loss(q, b, k)[0], p)[1]  # noqa: E731
-        trees = jax.eval_shape(pull, run.state.params, batch, key), run.state.params
-        total, own = (sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) for tree in trees)
-        kept = max(total - own, 0.0)
-    flops = count_flops(run.step, *_step_args(run))
-    return Counts(flops, count_flops(gradient, run.state.params, batch, key), kept)
+    gradient = lambda task: count_gradient(lambda *a: task.loss(*a)[0], run.state.params, batch, key)  # noqa: E731
+    if plain:
+        flops, kept = gradient(run.task)
+        gradients = 2 if run.config.optim.get("sam_rho") else 1  # of a step
+        return Counts(plain.flops + gradients * (flops - plain.model_flops), plain.model_flops, kept)
+    bare = tasks.without_remat(run.task, run.config)
+    model_flops, kept = gradient(bare)
+    if residuals and bare is not run.task:
+        kept = gradient(run.task)[1]
+    return Counts(count_flops(run.step, *_step_args(run)), model_flops, kept if residuals else 0.0)
 
 
 def _step_args(run: Abstract):
@@ -220,7 +230,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts |
     }  # fmt: skip
     base = Report(
         "train", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
-        counts.flops, counts.model_flops, held, None, CHIPS[chip].memory,
+        counts.flops, counts.model_flops, held, None, CHIPS[chip].memory, remat=", ".join(tasks.policies(run.config)),
     )  # fmt: skip
     if not compiled:
         gradients, parts = held["parameters"], run.mesh.shape["data"] * run.mesh.shape["fsdp"]
@@ -291,31 +301,50 @@ def _encoded(run: Abstract):
 def search(
     config: ConfigDict, devices, chip: str, clip: ConfigDict | None = None, compile_best: int = 3
 ) -> list[Report]:
-    """Train steps over all meshes (data, fsdp) of the devices and 1, 1/2 and 1/4 of the config's batch, fastest first.
+    """Train steps over meshes (data, fsdp) of the devices, 1, 1/2 and 1/4 of the config's batch, and remat policies.
 
-    Ranked by predicted seconds a picture by arithmetic on shapes; of those that seem to fit the best are compiled.
+    Those that fit come first, and of them the fastest by predicted seconds a picture. Arithmetic on shapes predicts
+    compute alone, so what lies within a twentieth is equal: then the largest batch comes first, and the least split,
+    which transfer less for each picture. For TPUs the best of each policy are compiled, and stand before all others.
     """
-    count, found, known = devices if isinstance(devices, int) else len(devices), [], {}
-    for fsdp in [n for n in range(1, count + 1) if count % n == 0]:
-        for share in (1, 2, 4):
-            changed = config.copy_and_resolve_references()
-            with changed.unlocked():
-                changed.mesh.update(data=-1, fsdp=fsdp, tensor=1)
-                changed.batch_size = config.batch_size // share
-            try:
-                run = abstract(changed, devices, clip)
-            except UserError:  # such as a batch that does not divide
-                continue
-            size = changed.batch_size
-            known[size] = known.get(size) or count_train(run)
-            found.append((plan_train(run, chip, compiled=False, counts=known[size]), run))
+    found = list(_candidates(config, devices, chip, clip))
     if not found:
+        count = devices if isinstance(devices, int) else len(devices)
         raise UserError(f"no mesh of {count} devices divides batch_size={config.batch_size}", "change the batch size")
-    # Fewer copies over data cost gathers, so the least split that fits comes first, then the largest batch.
-    found.sort(key=lambda pair: (not pair[0].fits, pair[0].mesh["fsdp"], -pair[0].batch_size))
-    tried = found[:compile_best] if chip in TPUS else []
-    best = [plan_train(run, chip, counts=known[run.config.batch_size]) for _, run in tried]
-    return sorted(best, key=lambda r: (not r.fits, _per_picture(r))) + [report for report, _ in found[len(best):]]
+    fastest = min(_per_picture(report) for report, *_ in found)
+
+    def order(candidate):
+        r = candidate[0]
+        slower = int(20 * (_per_picture(r) / fastest - 1))
+        return not r.fits, slower, -r.batch_size, r.mesh["fsdp"], POLICIES.index(r.remat)
+
+    found.sort(key=order)
+    places = {policy: itertools.count() for policy in POLICIES}
+    turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(found)]
+    tried = [at for *_, at in sorted(turns)[:compile_best]] if chip in TPUS else []
+    best = [plan_train(run, chip, counts=counts) for _, run, counts in (found[at] for at in tried)]
+    rest = [report for at, (report, *_) in enumerate(found) if at not in tried]
+    return sorted(best, key=lambda r: (not r.fits, _per_picture(r))) + rest
+
+
+def _candidates(config: ConfigDict, devices, chip: str, clip) -> Iterator[tuple[Report, Abstract, Counts]]:
+    """What `search` tries, by arithmetic. The networks are traced for each batch and policy, not for each mesh."""
+    count, run = devices if isinstance(devices, int) else len(devices), None
+    for share in (1, 2, 4):
+        plain = None  # counts of this batch without recomputation
+        for policy in POLICIES:
+            counts, changed = None, tasks.with_policy(config, policy)
+            for fsdp in [n for n in range(1, count + 1) if count % n == 0]:
+                with changed.unlocked():
+                    changed.mesh.update(data=-1, fsdp=fsdp, tensor=1)
+                    changed.batch_size = config.batch_size // share
+                try:
+                    run = abstract(changed, devices, clip, like=run)
+                except UserError:  # such as a batch that does not divide
+                    continue
+                counts = counts or count_train(run, plain=plain)
+                plain = plain or counts
+                yield plan_train(run, chip, compiled=False, counts=counts), run, counts
 
 
 def _per_picture(report: Report) -> float:
@@ -328,8 +357,9 @@ def table(reports: list[Report], title: str = "") -> str:
     for r in reports:
         mesh = " x ".join(f"{name} {size}" for name, size in r.mesh.items() if size > 1) or "one device"
         source = "compiled ahead of time" if r.compiled else "arithmetic on shapes, nothing compiled: a rough estimate"
+        remat = f", remat {r.remat}" if r.remat else ""
         lines += [
-            f"{r.what} step on {r.devices} x {r.chip} ({mesh}), batch {r.batch_size} ({source})",
+            f"{r.what} step on {r.devices} x {r.chip} ({mesh}), batch {r.batch_size}{remat} ({source})",
             *(f"  {name:24}{size / GIB:10.3f} GiB a device" for name, size in r.held.items() if size),
             f"  {'peak':24}{_gib(r.peak)} of {r.limit / GIB:.1f} GiB: {'fits' if r.fits else 'DOES NOT FIT'}",
             f"  {'FLOPs, all devices':24}{r.flops:10.3e}, {r.model_flops:.3e} without recomputation",
@@ -344,6 +374,21 @@ def table(reports: list[Report], title: str = "") -> str:
         if r.error:
             lines.append(f"  the compiler says: {r.error}")
             lines.append("  what would help: more devices in mesh.fsdp, a smaller batch_size, remat; or try --search")
+    return "\n".join(lines)
+
+
+def ranking(reports: list[Report], most: int = 20) -> str:
+    """A line for each of the first reports of a `search`; every time is a prediction."""
+    lines = ["  rank  remat  data x fsdp   batch  peak, GiB                  step, ms  pictures/s"]
+    for rank, r in enumerate(reports[:most], 1):
+        mesh, fits = f"{r.mesh['data']} x {r.mesh['fsdp']}", "fits" if r.fits else "DOES NOT FIT"
+        lines.append(
+            f"{rank:6}{r.remat:>7}{mesh:>13}{r.batch_size:8} {_gib(r.peak)}  {fits:14}"
+            f"{1e3 * max(r.seconds.values()):10.1f}{1 / _per_picture(r):12,.0f}{'  compiled' if r.compiled else ''}"
+        )
+    if len(reports) > most:
+        fit = sum(r.fits for r in reports[most:])
+        lines.append(f"   and {len(reports) - most} more, of which {fit} fit; --out FILE.json has all")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
@@ -18,11 +19,37 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 # What names, splits or moves nothing in memory.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "while", "conditional", "call", "copy-done", "iota", "opt-barrier"}  # fmt: skip
+# Kernels of attention (nn.attention): matrix products of N x S x D in each but those that a gradient computes anew, and
+# the axis of a key's length, N and S being that of the first two operands.
+KERNELS = {
+    "dot_product_attention_fwd_wrapper": (2, 1),
+    "dot_product_attention_bwd_wrapper": (4, 1),
+    "_flash_attention_kernel": (2, 2),
+    "_flash_attention_dkv_kernel": (3, 2),
+    "_flash_attention_dq_kernel": (1, 2),
+}
 
 
 def count_flops(function, *args) -> float:
     """Multiplications and additions of matrix products and convolutions in `function(*args)`; args may be shapes."""
     return jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def count_gradient(loss, params, *args) -> tuple[float, float]:
+    """Of the gradient of a scalar `loss(params, *args)` by its parameters; all may be shapes.
+
+    Returns:
+      (its FLOPs; bytes that the forward pass keeps for the backward pass, parameters not among them).
+    """
+
+    def gradient(params, *args):
+        value, pull = jax.vjp(lambda params: loss(params, *args), params)
+        return pull, pull(jnp.ones_like(value))
+
+    closed, (pull, _) = jax.make_jaxpr(gradient, return_shape=True)(params, *args)
+    own = closed.jaxpr.invars[: len(jax.tree.leaves(params))]
+    kept = {v for v in closed.jaxpr.outvars[: len(jax.tree.leaves(pull))] if not hasattr(v, "val")} - set(own)
+    return jaxpr_flops(closed.jaxpr), float(sum(v.aval.size * v.aval.dtype.itemsize for v in kept))
 
 
 def jaxpr_flops(jaxpr) -> float:
@@ -37,11 +64,26 @@ def jaxpr_flops(jaxpr) -> float:
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
             total += 2.0 * eqn.outvars[0].aval.size * math.prod(kernel) / kernel[numbers[0]] / _zeros(eqn)
+        elif _kernel(eqn) in KERNELS:
+            products, axis = KERNELS[_kernel(eqn)]
+            q, k = (operand.aval for operand in eqn.invars[:2])
+            total += 2.0 * products * q.size * k.shape[axis]
         else:
             inner = [jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
             if inner:
-                total += max(inner) if name == "cond" else sum(inner) * eqn.params.get("length", 1)
+                total += max(inner) if name == "cond" else sum(inner) * _times(eqn)
     return total
+
+
+def _kernel(eqn) -> str:
+    return eqn.params["jaxpr"].debug_info.func_name if eqn.primitive.name == "pallas_call" else eqn.primitive.name
+
+
+def _times(eqn) -> int:
+    """How often what is inside runs: a scan's body in every step, a shard_map's on every device."""
+    if eqn.primitive.name == "shard_map":
+        return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+    return eqn.params.get("length", 1)
 
 
 def _zeros(eqn) -> int:

@@ -32,7 +32,8 @@ from unclip_jax.tokenizer import Tokenizer
 
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
 MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "init_partly:", "sampler.")
-MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:")
+MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
+MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:")
 TOKENIZER_CAPTIONS = 20_000
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 

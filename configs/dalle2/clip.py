@@ -69,8 +69,8 @@ def get_config(variant: str = ""):
         num_steps=int(32 * v["pictures"] / BATCH_SIZE),
         model=dict(
             embed_dim=v["embed_dim"],
-            vision=dict(v["vision"], remat=True),
-            text=dict(v["text"], remat=True),
+            vision=dict(v["vision"], remat="full"),
+            text=dict(v["text"], remat="full"),
             norm=17.2,
             dtype="bfloat16",
         ),

@@ -41,9 +41,9 @@ def get_config(variant: str = ""):
         batch_size=2048,
         num_steps=100_000 if v.get("inpaint") else 800_000,
         model=dict(
-            unet=dict(v["unet"], head_channels=64, remat=True),
+            unet=dict(v["unet"], head_channels=64, remat="full"),
             context_width=v["context_width"],
-            text=dict(v["text"], remat=True),
+            text=dict(v["text"], remat="full"),
             dtype="bfloat16",
         ),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),

@@ -40,7 +40,7 @@ def get_config(variant: str = ""):
         num_steps=1_000_000,
         model=dict(
             caption="tokens",
-            text=dict(v["text"], remat=True),
+            text=dict(v["text"], remat="full"),
             dims=v["dims"],
             buckets=v["buckets"],
             dot_buckets=1024,

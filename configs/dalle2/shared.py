@@ -6,7 +6,7 @@
 from configs import common
 
 CLIP_TOKENS = dict(vocab_size=49408, max_len=77)
-FAST = dict(dtype="bfloat16", remat=True)
+FAST = dict(dtype="bfloat16", remat="full")
 
 
 def base(task: str, size: int, fsdp: int, **blocks):

@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
         batch_size=2048,
         num_steps=1_000_000,
         model=dict(
-            unet=dict(v["unet"], head_channels=64, remat=True),
+            unet=dict(v["unet"], head_channels=64, remat="full"),
             context_width=v["context_width"],
             text=None,
             image_tokens=4,

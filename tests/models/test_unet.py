@@ -103,15 +103,6 @@ def test_without_attention_it_runs_at_any_size():
     assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, large)
 
 
-def test_rematerialised_has_the_same_parameters_and_output(net):
-    module, p = net
-    again = UNet(**SIZES, remat=True)
-    shapes = jax.eval_shape(lambda: again.init(jax.random.key(0), X, TIME, EMB, CONTEXT, MASK))["params"]
-    assert jax.tree.structure(shapes) == jax.tree.structure(p)
-    a, b = (run(m, p, X, TIME, EMB, CONTEXT, MASK) for m in (module, again))
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
-
-
 def test_the_outer_level_sees_pixels_alike_wherever_they_lie():
     """A spot moved by one pixel moves what the outer level makes of it; folded blocks of 4 pixels know no such move."""
     net = UNet(**{**SIZES, "attention": ()}, patch=4, outer=8)

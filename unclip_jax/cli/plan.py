@@ -21,7 +21,7 @@ def add(commands) -> None:
     sub.add_argument("--clip", metavar="FILE[:VARIANT]", help="config of the CLIP (default: clip.py beside the config)")
     sub.add_argument("--what", default="train", choices=("train", "sample", "both"))
     sub.add_argument("--quick", action="store_true", help="let the compiler try less: about half the time")
-    sub.add_argument("--search", action="store_true", help="try meshes and batch sizes, best first")
+    sub.add_argument("--search", action="store_true", help="try meshes, batch sizes and remat policies, best first")
     sub.add_argument("--out", metavar="FILE.json", help="write the numbers")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
     sub.set_defaults(block="config")
@@ -58,8 +58,11 @@ def run(args) -> int:
             made = plan.abstract(config, devices, clip)
             kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
             kinds["both"] = kinds["train"] + kinds["sample"]
-            reports = [kind(made, chip, compiled) for kind in kinds[args.what]]
-    print(plan.table(reports, f"{args.config}: predictions, not measurements"))
+            reports = shown = [kind(made, chip, compiled) for kind in kinds[args.what]]
+    title = f"{args.config}: predictions, not measurements"
+    if args.search:
+        title, shown = f"{title}\n{plan.ranking(reports)}", [r for r in reports if r.compiled] or reports[:1]
+    print(plan.table(shown, title))
     if report_file:
         rows = [{**dataclasses.asdict(r), "fits": r.fits, "seconds": r.seconds} for r in reports]
         gallery.write_text(report_file, json.dumps(rows, indent=2) + "\n")

@@ -34,7 +34,7 @@ class VisionTransformer(nn.Module):
     activation: str = "gelu"
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -36,7 +36,7 @@ class Prior(nn.Module):
     vocab_size: int = 0
     learned_null: bool = True
     activation: str = "gelu"
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):

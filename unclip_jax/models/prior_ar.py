@@ -48,7 +48,7 @@ class PriorAR(nn.Module):
     vocab_size: int = 0
     text: Mapping[str, Any] | None = None
     activation: str = "gelu"
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):

@@ -26,7 +26,7 @@ class TextEncoder(nn.Module):
     causal: bool = True
     learned_padding: bool = False
     activation: str = "gelu"
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

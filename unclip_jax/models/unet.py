@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unclip_jax.nn.conv import KV, GroupNorm, PixelAttention, ResBlock
 from unclip_jax.nn.embed import TimeEmbedding
+from unclip_jax.nn.remat import remat
 
 
 def fold(x: jax.Array, patch: int) -> jax.Array:
@@ -55,7 +56,7 @@ class UNet(nn.Module):
       out_channels: 3, or 6 where the variance is learned.
       scale_shift: how the embedding enters the blocks; see `ResBlock`.
       groups: of every GroupNorm (the paper: 32; must divide all channel counts).
-      remat: recompute each residual block in the backward pass.
+      remat: what the backward pass recomputes of each residual and each attention block; see `nn.remat`.
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
@@ -76,7 +77,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = True
     groups: int = 32
-    remat: bool = False
+    remat: str | bool = "none"
     patch: int = 1
     outer: int = 0
     positions: bool = False
@@ -116,7 +117,8 @@ class UNet(nn.Module):
             raise ValueError(f"image {x.shape[1]}x{x.shape[2]} must be divisible by {factor}")
         t = TimeEmbedding(self.emb_width, self.channels, dtype, name="time")(time)
         t = t if emb is None else t + emb.astype(dtype)
-        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        res_block = remat(ResBlock, self.remat, static_argnums=(3,))
+        attention = remat(PixelAttention, self.remat)
 
         def block(h, channels, name, resample=""):
             make = res_block(channels, resample, self.scale_shift, self.groups, self.dropout, dtype, name=name)
@@ -124,7 +126,7 @@ class UNet(nn.Module):
 
         def attend(h, name):
             seen = context[name] if isinstance(context, Mapping) else context
-            return PixelAttention(self.head_channels, self.groups, dtype, name=name)(h, seen, context_mask)
+            return attention(self.head_channels, self.groups, dtype, name=name)(h, seen, context_mask)
 
         init = without_effect(self.extra, self.patch)
         stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")

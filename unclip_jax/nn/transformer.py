@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
+from unclip_jax.nn.remat import remat
 from unclip_jax.nn.rows import rows
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
     Attributes:
       width: W, a multiple of heads.
       activation: "gelu" (erf), "gelu_tanh" or "quick_gelu" (OpenAI's CLIP).
-      remat: recompute each block in the backward pass; memory of one block instead of all.
+      remat: what the backward pass recomputes of each block; see `nn.remat`.
       dtype: of the computation; parameters are f32.
     """
 
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     activation: str = "gelu"
-    remat: bool = False
+    remat: str | bool = "none"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
         """
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = remat(Block, self.remat, prevent_cse=False)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-from ml_collections import ConfigDict
 
 from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.loss import x0_variance
@@ -26,12 +25,13 @@ from unclip_jax.tasks.decoder import DecoderTask
 from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip, load_stage
 from unclip_jax.tasks.prior_ar import PriorARTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
+from unclip_jax.tasks.remat import policies, with_policy
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
     "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_numbers", "clip_identity", "load_clip",
-    "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip",
-    "without_remat",
+    "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip", "policies",
+    "with_policy", "without_remat",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -103,12 +103,13 @@ def needs_clip(config) -> bool:
 
 
 def check(config, has_clip: bool) -> None:
-    """Raises UserError for an unknown task, and for one that lacks the CLIP it learns against."""
+    """Raises UserError for an unknown task, one that lacks the CLIP it learns against, and unknown remat policies."""
     if config.task not in TASKS:
         raise UserError(f"unknown task '{config.task}'", suggest(config.task, TASKS))
     if needs_clip(config) and not has_clip:
         fix = "set --config.clip=WORKDIR of a CLIP run or a stack"
         raise UserError(f"task {config.task} needs a trained CLIP", fix)
+    policies(config)
 
 
 def measure(task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int, seed: int = 0) -> dict:
@@ -138,17 +139,9 @@ def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
 
 def without_remat(task: Task, config) -> Task:
     """The same task, none of whose networks recomputes anything; `task` itself where none does."""
-
-    def off(block):
-        return {k: off(v) if isinstance(v, dict) else False if k == "remat" else v for k, v in block.items()}
-
-    model = off(config.model.to_dict())
-    if model == config.model.to_dict():
+    if set(policies(config)) <= {"none"}:
         return task
-    plain = config.copy_and_resolve_references()
-    with plain.unlocked():
-        plain.model = ConfigDict(model)
-    return make(plain, getattr(task, "clip", None))
+    return make(with_policy(config, "none"), getattr(task, "clip", None))
 
 
 def adopt(task: Task, params: Any) -> Any:
