@@ -77,7 +77,7 @@ def clip(v: dict, data: dict, vocab_size: int, max_len: int = 32):
 
 
 def prior(v: dict, data: dict):
-    """The diffusion prior, unguided; captions and vocabulary are the CLIP's."""
+    """The diffusion prior, unguided but where the variant says; captions and vocabulary are the CLIP's."""
     return common.base(
         "prior_diffusion",
         batch_size=v["batch_size"],
@@ -85,7 +85,7 @@ def prior(v: dict, data: dict):
         model=dict(caption="tokens", width=v["width"], layers=v["layers"], heads=v["heads"]),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(text_drop=0.1, clip_x0=5.0),
-        sampler=dict(name="ddpm", steps=v["steps"], guidance=1.0, candidates=2),
+        sampler=dict(name="ddpm", steps=v["steps"], guidance=v.get("guidance", 1.0), candidates=2),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.06, b2=0.96, eps=1e-6),

@@ -3,7 +3,7 @@
     unclip train --config configs/shapes/clip.py --workdir runs/shapes/clip
     unclip train --config configs/shapes/clip.py:tiny --workdir /tmp/clip     # a minute on a laptop
 
-Variants: laptop (the bundled stack's), tiny (for tests).
+Variants: laptop (an hour of two cores), gpu (the bundled stack's, a minute of one large GPU), tiny (for tests).
 """
 
 from configs import common, small
@@ -15,6 +15,14 @@ VARIANTS = {
         text=dict(width=96, layers=2, heads=3),
         batch_size=384,
         num_steps=900,
+        lr=2e-3,
+    ),
+    "gpu": dict(
+        embed_dim=128,
+        vision=dict(image_size=32, patch=4, width=160, layers=6, heads=5),
+        text=dict(width=128, layers=4, heads=4),
+        batch_size=1024,
+        num_steps=2500,
         lr=2e-3,
     ),
     "tiny": dict(

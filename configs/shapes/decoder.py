@@ -5,9 +5,9 @@
     unclip train --config configs/shapes/decoder.py:inpaint --workdir runs/shapes/inpaint \\
         --config.clip=runs/shapes/clip --config.init=runs/shapes/decoder
 
-Variants: laptop (the bundled stack's), inpaint (the same with channels for a picture and its mask, to be fine-tuned),
-tiny (for tests). The caption enters as CLIP's text states, as in Karlo: a caption Transformer of its own, after so few
-pictures, said nothing that was read (docs/results.md).
+Variants: laptop, gpu (the bundled stack's, five minutes of one large GPU), inpaint and gpu_inpaint (the same with channels
+for a picture and its mask, to be fine-tuned), tiny (for tests). The caption enters as CLIP's text states, as in Karlo: a
+caption Transformer of its own, after so few pictures, said nothing that was read (docs/results.md).
 """
 
 from configs import common, small
@@ -45,7 +45,26 @@ VARIANTS = {
         steps=8,
     ),
 }
+VARIANTS["gpu"] = dict(
+    VARIANTS["laptop"],
+    unet=dict(
+        channels=80,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(16, 8),
+        head_channels=40,
+        groups=8,
+        patch=2,
+        outer=24,
+        positions=True,
+    ),
+    clip_drop=0.2,
+    batch_size=512,
+    num_steps=8000,
+    optim=dict(name="muon", lr=2e-3),
+)
 VARIANTS["inpaint"] = dict(VARIANTS["laptop"], inpaint=True, num_steps=3_000)
+VARIANTS["gpu_inpaint"] = dict(VARIANTS["gpu"], inpaint=True, num_steps=2_000)
 
 
 def get_config(variant: str = ""):
