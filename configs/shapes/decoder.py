@@ -5,9 +5,9 @@
     unclip train --config configs/shapes/decoder.py:inpaint --workdir runs/shapes/inpaint \\
         --config.clip=runs/shapes/clip --config.init=runs/shapes/decoder
 
-Variants: laptop, gpu (the bundled stack's, five minutes of one large GPU), inpaint and gpu_inpaint (the same with channels
-for a picture and its mask, to be fine-tuned), tiny (for tests). The caption enters as CLIP's text states, as in Karlo: a
-caption Transformer of its own, after so few pictures, said nothing that was read (docs/results.md).
+Variants: laptop, gpu (the bundled stack's, minutes of one large GPU), inpaint and gpu_inpaint (the same with channels
+for a picture and its mask, to be fine-tuned), tiny (for tests). The caption enters as CLIP's text states, as in Karlo:
+a caption Transformer of its own, after as few pictures as a laptop sees, said nothing that was read (docs/results.md).
 """
 
 from configs import common, small

@@ -37,9 +37,10 @@ def test_prefix_and_step_give_what_the_whole_sequence_gives(vocab_size):
             assert whole.shape == (B, D) and whole.dtype == np.float64
             times = np.array([3, 500, 800])
             kv, time_kv, mask = run(prior, p, caption, MASK, Z_TXT, keep, times, method="prefix")
-            own = [np.stack([a[:, row, [at]] for row, at in enumerate((0, 2))], 1) for a in time_kv]  # TIME's
-            kv = tuple(np.concatenate(pair, 2) for pair in zip(kv, own, strict=True))
-            np.testing.assert_allclose(run(prior, p, XT, kv, mask, method="step"), whole, rtol=0, atol=1e-12)
+            own = tuple(np.stack([a[:, row, [at]] for row, at in enumerate((0, 2))], 1) for a in time_kv)  # TIME's
+            np.testing.assert_allclose(run(prior, p, XT, (kv, own), mask, method="step"), whole, rtol=0, atol=1e-12)
+            thrice = run(prior, p, np.repeat(XT, 3, axis=0), (kv, own), mask, method="step")  # of each caption three
+            np.testing.assert_allclose(thrice, np.repeat(whole, 3, axis=0), rtol=0, atol=1e-12)
 
 
 def all_keys_and_values(prior, xt, time, caption, mask, z_txt, keep):

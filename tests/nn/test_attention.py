@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.nn.attention import attention, causal_mask
+from unclip_jax.nn.attention import attention, attention_in_parts, causal_mask
 
 B, N, S, H, D = 2, 3, 5, 2, 4
 
@@ -34,6 +34,16 @@ def test_is_softmax_over_the_visible_keys(shape):
         mask = np.random.default_rng(1).random(shape) < 0.5
         mask[..., 0] = True
     np.testing.assert_allclose(attention(q, k, v, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_in_parts_are_one_long_row_of_keys_also_where_samples_share_them(masked):
+    """The first part lies once for both samples, the second apart for each."""
+    q, k, v = inputs()
+    k[:, :3], v[:, :3] = k[:1, :3], v[:1, :3]
+    mask = np.random.default_rng(1).random((B, 1, N, S)) < 0.6 if masked else None
+    parts = [(k[:1, :3], v[:1, :3]), (k[:, 3:], v[:, 3:])]
+    np.testing.assert_allclose(attention_in_parts(q, parts, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
 
 
 def test_in_float64_only_rounding_of_float64_is_left():

@@ -100,8 +100,15 @@ class Prior(nn.Module):
         before, at_times = (tuple(a[:, :, part] for a in kv) for part in (slice(first), slice(first, None)))
         return before, at_times, mask
 
-    def step(self, xt: jax.Array, kv: KV, mask: jax.Array) -> jax.Array:
-        """One denoising step: xt f32[B, D], kv [layers, B, L+2, …] of all before it, the timestep last → f32[B, D]."""
+    def step(self, xt: jax.Array, kv: tuple[KV, KV], mask: jax.Array) -> jax.Array:
+        """One denoising step: xt f32[B, D] → f32[B, D].
+
+        Args:
+          kv: of what precedes the timestep [layers, B', L+1, …] and of the timestep's token [layers, B', 1, …]; runs of
+            B / B' embeddings share a caption's.
+          mask: bool[B', L].
+        """
+        mask = jnp.repeat(mask, xt.shape[0] // mask.shape[0], axis=0)
         return self._read(self.transformer(self._suffix(xt), self._mask(mask, SUFFIX - 1), kv))
 
     def _read(self, x):

@@ -7,6 +7,7 @@ over the mesh that `sharding.split_rows` tells of, and takes none where there ar
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,39 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     if chosen == "xla" or not _splits(mesh, q.shape[0]) or (chosen == "cudnn" and not _has_cudnn()):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
     return _split(KERNELS[chosen], mesh, q, k, v, mask)
+
+
+def attention_in_parts(
+    q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask: jax.Array | None = None
+) -> jax.Array:
+    """`attention` to keys and values that lie in several places, which are read where they are.
+
+    For few queries on long sequences, where copying all keys together takes longer than computing with them.
+
+    Args:
+      q: [B, N, H, D].
+      parts: pairs (k, v), each [B', S_i, H, D] with B a multiple of B': runs of B / B' samples share one's.
+      mask: bool, broadcastable to [B, H, N, S], S = the sum of S_i, in the parts' order.
+
+    Returns:
+      [B, N, H, D] in q's dtype.
+    """
+    b, n, h, d = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = []
+    for k, _ in parts:
+        of_part = q.reshape(k.shape[0], -1, h, d)
+        score = jnp.einsum("BNHD,BSHD->BHNS", of_part, k.astype(q.dtype), preferred_element_type=wide)
+        scores.append(score.reshape(k.shape[0], h, -1, n, k.shape[1]).swapaxes(1, 2).reshape(b, h, n, -1))
+    scores = jnp.concatenate(scores, axis=-1) / d**0.5
+    weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -1e30)).astype(q.dtype)
+    out, start = 0.0, 0
+    for _, v in parts:
+        own = weights[..., start : start + v.shape[1]].reshape(v.shape[0], -1, h, n, v.shape[1])
+        own = own.swapaxes(1, 2).reshape(v.shape[0], h, -1, v.shape[1])
+        part = jnp.einsum("BHNS,BSHD->BNHD", own, v.astype(q.dtype), preferred_element_type=wide)
+        out, start = out + part.reshape(b, n, h, d), start + v.shape[1]
+    return out.astype(q.dtype)
 
 
 def implementation(

@@ -2,8 +2,9 @@
 
 Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers].
 Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
-exact wherever the prefix cannot see what follows it, as under a causal mask. Where a sequence is drawn token by token
-they live in a buffer of its full length, into which each token's are written in its place (`at`).
+exact wherever the prefix cannot see what follows it, as under a causal mask. It may come in parts, which are not copied
+together. Where a sequence is drawn token by token they live in a buffer of its full length, into which each token's are
+written in its place (`at`).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import attention
+from unclip_jax.nn.attention import attention, attention_in_parts
 from unclip_jax.nn.remat import remat
 from unclip_jax.nn.rows import rows
 
@@ -48,11 +49,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, kv: KV | None, mask: jax.Array | None, at: jax.Array | None
+        self, x: jax.Array, kv: KV | tuple[KV, ...] | None, mask: jax.Array | None, at: jax.Array | None
     ) -> tuple[jax.Array, KV]:
-        """x [B, N, W], kv a pair [B, P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
+        """x [B, N, W], kv pairs [B', P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
 
-        With `at`: mask bool [B|1, 1, N, P] → (x, kv with x's own written into it).
+        With `at`: one pair, mask bool [B|1, 1, N, P] → (x, kv with x's own written into it).
         """
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
@@ -64,10 +65,11 @@ class Block(nn.Module):
         own = (k, v)
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            k, v = own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
-        elif kv is not None:
-            k, v = (jnp.concatenate([past.astype(now.dtype), now], axis=1) for past, now in zip(kv, own, strict=True))
-        h = attention(q, k, v, mask)
+            own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
+        if at is not None or kv is None:
+            h = attention(q, *own, mask)
+        else:
+            h = attention_in_parts(q, [*(kv if isinstance(kv[0], tuple) else [kv]), own], mask)
         x = x + nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=small, dtype=self.dtype, name="out")(h)
         h = LayerNorm(self.dtype, name="norm2")(x)
         h = nn.Dense(int(self.width * self.mlp_ratio), kernel_init=dense, dtype=self.dtype, name="fc1")(h)
@@ -98,7 +100,7 @@ class Transformer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
-        kv: KV | None = None,
+        kv: KV | tuple[KV, ...] | None = None,
         return_kv: bool = False,
         at: jax.Array | None = None,
     ) -> Any:
@@ -107,7 +109,8 @@ class Transformer(nn.Module):
         Args:
           x: [B, N, W].
           mask: bool, broadcastable to [B, heads, N, P + N], or to [B, heads, N, P] with `at`; None lets all see all.
-          kv: keys and values of a prefix, each [layers, B, P, heads, W / heads], as `return_kv` gave them.
+          kv: keys and values of a prefix, each [layers, B', P, heads, W / heads], as `return_kv` gave them, or several
+            such pairs, one after another; runs of B / B' samples share one's.
           at: i32[], the place in `kv` that x's own keys and values overwrite; None: they follow after it.
 
         Returns:

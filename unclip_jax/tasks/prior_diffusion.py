@@ -119,16 +119,12 @@ class PriorTask:
         times = jnp.asarray(respace(self.schedule, settings["steps"]).timesteps)
         args = (rows[caption], rows["mask"], rows["z_txt"], keep, times)
         kv, time_kv, mask = self.model.apply(variables, *args, method="prefix")
-        kv, time_kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), (kv, time_kv))
-        mask = jnp.repeat(mask, candidates, axis=0)
 
         def denoise(xt, time):
-            n = xt.shape[0]  # all rows, or the first half of them
+            n = xt.shape[0] // candidates  # all rows, or the first half of them
             at = jnp.searchsorted(times, time[0])
-            join = lambda a, b: jnp.concatenate(  # noqa: E731
-                [a[:, :n], jax.lax.dynamic_slice_in_dim(b[:, :n], at, 1, axis=2)], axis=2
-            )
-            own = jax.tree.map(join, kv, time_kv)
+            now = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, 1, axis=2), time_kv)
+            own = jax.tree.map(lambda a: a[:, :n], (kv, now))
             return Out(self.model.apply(variables, xt, own, mask[:n], method="step"))
 
         z = draw(
