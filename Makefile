@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer and nothing else: each target makes its own virtual environment, .venv.
 #   make demo                      draw pictures from the bundled weights into out/demo
 #   make test                      run the tests;      make test ARGS="tests/test_launch.py -x"
+#   make test ARGS="-m slow"       run those that take long, which it leaves out
 #   make evaluate                  measure the bundled weights, into out/evaluation
 #   make lint                      check the style
 #   make demo PYTHON=python3.12    with another Python
@@ -25,7 +26,7 @@ demo: $(VENV)/.core-installed
 
 # On the CPU unless told otherwise: JAX_PLATFORMS=cuda make test
 test: $(VENV)/.dev-installed
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 # Some minutes: alignment with the oracle's own prompts; drawn against real pictures; the same at several guidances.
 EVALUATE = $(BIN)/unclip evaluate --batch-size 40 --overwrite

@@ -148,6 +148,7 @@ def test_a_stage_is_measured_by_its_own_metrics(runs, name):
         assert report["metrics"] != stages.measure(runs[name], num=6, seed=2).facts["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
 def test_a_stage_of_a_stack_is_measured_as_its_run(runs, stack, name):
     """On other data too. But for the rounding of the stored weights, with each stack's own CLIP."""

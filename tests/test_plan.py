@@ -162,7 +162,7 @@ def test_collectives_of_a_compiled_program():
     assert {c.group for c in found.collectives} == {8}
 
 
-@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+@pytest.mark.parametrize("stage", tiny_runs.STAGES_SLOWLY)
 def test_held_bytes_are_those_that_a_device_holds(stage):
     """The abstract run against a real state under the same shardings."""
     config = tiny_runs.config(stage, mesh__fsdp=4)
@@ -180,6 +180,7 @@ def test_held_bytes_are_those_that_a_device_holds(stage):
     assert jax.tree.map(np.shape, plan.abstract(config, 8, clip, like=run).state) == jax.tree.map(np.shape, alike.state)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_reports_what_the_compiler_says():
     report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), jax.devices()), "v5e")
     assert report.peak and report.traffic and report.collectives and report.fits
@@ -263,6 +264,7 @@ def counted(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_fits_first(counted, monkeypatch):
     """Where all fits: the batch that was asked for, the least split, and nothing recomputed."""
     config = tiny_runs.config("clip", batch_size=32)
@@ -294,6 +296,7 @@ def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
     assert {(r.batch_size, r.mesh["fsdp"]) for r in reports[:3]} == {(8, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 def test_a_step_compiles_for_a_slice_that_is_not_here():
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra [tpu])")

@@ -231,6 +231,7 @@ def test_a_gradient_moves_weights_and_never_activations():
     assert moved < 5 * weights
 
 
+@pytest.mark.slow
 def test_resampled_activations_stay_where_they_are():
     """Else XLA splits the pixels that upsampling repeats, and gathers the whole batch on each device."""
     c = config.load_config("configs/shapes/upsampler.py:tiny")

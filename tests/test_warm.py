@@ -26,6 +26,7 @@ def no_cache(tmp_path, monkeypatch):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_a_command_finds_all_that_was_compiled_before(no_cache, tmp_path, capsys):
     prompts = ["a red circle", "two stars"]
     command = ["sample", *prompts, "--model", str(tiny_stack.path()), "--num", "2", "--batch-size", "4"]

@@ -14,6 +14,8 @@ from unclip_jax import config as configs
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler")
+# The same for a test that takes long: quick runs have it of one stage.
+STAGES_SLOWLY = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES if stage != "prior_ar"), "prior_ar"]
 RUN = {
     "batch_size": 8,
     "num_steps": 8,

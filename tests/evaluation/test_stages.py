@@ -87,6 +87,7 @@ def test_the_prior_is_measured_by_guidance_and_steps(runs):
     assert rows[1][3] == pytest.approx(found["cosine"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_decoders_bits_are_those_of_the_whole_bound(runs):
     """Ten tenths of two steps each, against a pass over all twenty steps."""
     report = stages.measure(runs["decoder"], num=64)

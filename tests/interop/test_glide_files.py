@@ -153,6 +153,7 @@ def test_a_packed_bomb_is_not_unpacked(tmp_path, monkeypatch):
         glide.load_tokenizer(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "upsampler"])
 def test_both_can_be_trained_on(name):
     """The loss of a batch is finite, and each caption moves it: its gradient reaches the caption's Transformer."""

@@ -176,6 +176,7 @@ def test_full_size(name):
     assert sum(a.numel() for a in model.state.values()) == sum(map(np.prod, shapes.values())) == COUNTS[name]
 
 
+@pytest.mark.slow
 def test_a_converted_stack_draws_from_prompts(tmp_path, monkeypatch):
     """From torch files, in one go: convert, load, generate."""
     monkeypatch.chdir(tmp_path)

@@ -76,6 +76,7 @@ def stack(folders, tmp_path_factory):
     return converted(folders, "t2i", tmp_path_factory)
 
 
+@pytest.mark.slow
 def test_a_converted_pipeline_draws_from_prompts(folders, stack):
     pipe = UnCLIP.load(stack)
     assert pipe.size == 64 and list(pipe.tasks) == ["clip", "prior", "decoder", "upsampler"]

@@ -64,6 +64,7 @@ def loaded(stages, tmp_path_factory):
     return {part: ref.double(model.eval()) for part, model in models.items()}
 
 
+@pytest.mark.slow
 def test_images_of_a_whole_pipeline(stages, loaded):
     """In f64, with diffusers' tables in f64; 5, 3 and 7 steps; the noise is given to both."""
     rng = np.random.default_rng(1)

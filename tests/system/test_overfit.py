@@ -36,6 +36,7 @@ def test_clip_tells_the_eight_pairs_apart(tmp_path):
     assert told["loss"][0] > 0.5 * np.log(8) and told["loss"][-50:].max() < np.log(1.5)
 
 
+@pytest.mark.slow
 def test_prior_draws_each_captions_own_embedding(tmp_path):
     run, batch, params, told = fit("prior_diffusion", tmp_path)
 
@@ -77,6 +78,7 @@ def test_prior_ar_draws_each_captions_own_codes(tmp_path):
 BSR = {"degrade": "bsr", "factor": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "loaded"), [("decoder", {}), ("upsampler", {}), ("upsampler", BSR)])
 def test_images_are_learned_far_beyond_the_mean(stage, loaded, tmp_path):
     run, batch, _, told = fit(stage, tmp_path, **loaded)

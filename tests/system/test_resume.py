@@ -53,7 +53,7 @@ def count_steps(monkeypatch, stop_after: int = 0) -> list[int]:
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("stage", tiny_runs.STAGES)
+@pytest.mark.parametrize("stage", tiny_runs.STAGES_SLOWLY)
 def test_stopped_by_a_signal(stage, tmp_path, monkeypatch):
     config = tiny_runs.memorise(stage, every__log=1, num_steps=20, every__save=8)
     assert train.train(config, tmp_path / "whole") == 0
@@ -121,6 +121,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_killed(tmp_path, monkeypatch):
     """Every second step is saved; whatever step was being written when the process died, a finished one is used."""

@@ -35,6 +35,7 @@ def test_a_new_networks_extra_channels_are_without_effect():
     assert (run(x) != run(x.at[..., :3].add(1.0))).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch", [1, 2])
 def test_a_run_that_begins_from_a_plain_decoder_begins_with_its_outputs(patch, tmp_path):
     made, tuned = (tiny_runs.config("decoder", model__unet__patch=patch) for _ in range(2))
