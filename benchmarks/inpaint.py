@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.data.shapes import Shapes, describe, render
-from unclip_jax.evaluate import wilson
+from unclip_jax.metrics.intervals import wilson
 from unclip_jax.metrics.shapes_oracle import read, score
 
 KEYS = ("object", "colour", "shape", "caption", "untouched")
@@ -93,10 +93,9 @@ def main(argv=None) -> None:
     if args.out:
         report = {"model": args.model, "num": args.num, "seed": args.seed, "settings": given, **shares}
         gallery.write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
-        sheet = np.concatenate([np.stack([case["image"] for case in made]), images])[: 2 * args.num]
-        sheet = sheet.reshape(2, args.num, *images.shape[1:]).swapaxes(0, 1).reshape(-1, *images.shape[1:])[:64]
-        labels = [text for case in made for text in ("given", case["prompt"])][:64]
-        gallery.write_image(Path(args.out).with_suffix(".png"), gallery.labelled_grid(sheet, labels, 1))
+        sheet = [[gallery.Picture(case["image"], "given"), gallery.Picture(image, case["prompt"])]
+                 for case, image in zip(made, images, strict=True)]  # fmt: skip
+        gallery.write_image(Path(args.out).with_suffix(".png"), gallery.labelled_grid(sheet[:32]), report)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 What runs on a GPU runs here too, on the CPU: all of `device.GPU` but where the peer's tensors are.
 """
 
+import importlib
 import itertools
 import json
+import pkgutil
 
 import jax
 import numpy as np
 import pytest
 
+import benchmarks
 from benchmarks import device as devices
 from benchmarks import rows, run
 from benchmarks.sides import our_task
@@ -130,3 +133,8 @@ def test_a_run_goes_on_after_a_row_that_fails_and_starts_none_too_late(monkeypat
     assert list(json.loads(out.read_text())["rows"]) == ["a-row", "another"]
     run.main(["--device", "gpu", "--warm", "--seconds", "-1"])
     assert capsys.readouterr().out.endswith("s; skipped: a-row, another\n")
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_every_script_still_finds_what_it_imports(name):
+    assert importlib.import_module(f"benchmarks.{name}").__doc__
