@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     return embed(out, tiny_stack.path(), WORDS, batch_size=32, states=True)
 
 
+@pytest.mark.slow
 def test_records_are_what_clip_says_of_each_picture(folder):
     clip = tasks.load_clip(tiny_stack.path())
     tokenizer, source = Tokenizer.from_json(clip.tokenizer_json), data.make(**WORDS)
@@ -47,6 +48,7 @@ def test_statistics_are_those_of_the_records(folder):
     np.testing.assert_allclose(said["std"], z.std(0), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_prior_trains_from_them_as_through_the_frozen_clip(folder):
     clip = tasks.load_clip(tiny_stack.path())
     task = tasks.make(tiny_stack.configs()["prior"], clip.model)

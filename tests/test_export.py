@@ -41,6 +41,7 @@ def stack(runs, tmp_path_factory):
     return collect(out, runs["clip"], runs["prior"], runs["decoder"], [runs["upsampler"]], dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_stack_holds_the_averaged_weights(runs, stack):
     loaded = load_stack(stack)
     assert set(loaded.stages) == {"clip", "prior", "decoder", "upsampler"}

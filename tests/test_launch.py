@@ -342,9 +342,9 @@ def test_configs_named_in_launchers_and_documents_exist():
 
 
 @pytest.mark.parametrize(("lint", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 2, 1)])
-def test_ci_runs_both_and_fails_if_either_does(tmp_path, environment, lint, tests, code):
-    stand_in = f"#!/bin/sh\necho $1 >> {tmp_path}/ran\n[ $1 = lint ] && exit {lint}\nexit {tests}\n"
+def test_ci_runs_all_and_fails_if_any_does(tmp_path, environment, lint, tests, code):
+    stand_in = f"#!/bin/sh\necho $* >> {tmp_path}/ran\n[ $1 = lint ] && exit {lint}\nexit {tests}\n"
     executable(tmp_path / "make", stand_in)
     done = subprocess.run(["bash", str(ROOT / ".ci/run")], env=environment, timeout=60)
     assert done.returncode == code
-    assert (tmp_path / "ran").read_text().split() == ["lint", "test"]
+    assert (tmp_path / "ran").read_text().splitlines() == ["lint", "test", "test ARGS=-m slow --dist load"]

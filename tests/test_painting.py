@@ -59,6 +59,7 @@ def test_a_picture_does_not_depend_on_the_others(pipe, painted):
     assert np.abs(alone[0].astype(int) - drawn.images[0]).max() <= 1
 
 
+@pytest.mark.slow
 def test_prompt_strength_and_resampling_count(pipe, painted):
     images, holes, prompts, drawn = painted
     for change in ({"resample": 1}, {"strength": 0.5}, {"guidance": 6.0}):

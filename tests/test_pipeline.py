@@ -300,6 +300,7 @@ class Noise(Source):
         return {"image": image, "caption": ""}
 
 
+@pytest.mark.slow
 def test_pictures_are_reconstructed_from_the_first_components(pipe):
     """Of z_img by numpy; from all of them the pictures are variations'; one noise for all of an image's."""
     images = [photo(33), photo()]

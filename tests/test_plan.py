@@ -202,6 +202,7 @@ def run_cli(capsys, *argv):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_command_plans_the_papers_prior_on_gpus(capsys, tmp_path):
     out = tmp_path / "plan.json"
     code, said, _ = run_cli(

@@ -217,6 +217,7 @@ def test_numbers_too_unlike_are_refused_where_they_would_mislead(tmp_path):
         assert len(plan("fid,kid").measure(few, known).rows) == 2
 
 
+@pytest.mark.slow
 def test_clip_looks_at_pictures_resized_as_clean_fid_does():
     clip = stack().tasks["clip"].model
     images = World(3, 1).make(["", "", ""], 0)
@@ -249,6 +250,7 @@ def drawing(*more):
     return ["--model", tiny_stack.path(), "--data", "shapes", "--num", N, "--bootstrap", 3, *more]
 
 
+@pytest.mark.slow
 def test_the_command_writes_three_reports_that_agree(run, tmp_path):
     code, out, err = run(*drawing("--metrics", CLIP_METRICS, "--out", "r.json", "--reference", "real.npz"))
     assert code == 0 and len(err) == 1 and "of 10 captions have more than the 30 tokens" in err[0]

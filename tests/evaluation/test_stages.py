@@ -35,6 +35,7 @@ def tables(report):
     return {table.title: table for table in report.tables}
 
 
+@pytest.mark.slow
 def test_clip_is_measured_by_what_its_embeddings_say(runs):
     report = stages.measure(runs["clip"], num=16, seed=3)
     own = stages.load(runs["clip"])
@@ -76,6 +77,7 @@ def test_classes_are_of_scenes_captions_or_folders():
     assert names == ["a", "b"] and label(None, 0, {"file": "b/9.png"}) == 1
 
 
+@pytest.mark.slow
 def test_the_prior_is_measured_by_guidance_and_steps(runs):
     report = stages.measure(runs["prior_diffusion"], num=8, sweep=["guidance=1,3", "steps=4"])
     rows = tables(report)["Cosine with the true z_img"].rows

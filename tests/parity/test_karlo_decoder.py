@@ -107,6 +107,7 @@ def test_in_f64_and_what_would_differ():
         assert differs(cond=cond._replace(emb=np.zeros_like(cond.emb))), "no embedding beside the time"
 
 
+@pytest.mark.slow
 def test_guided_steps_with_learned_variance():
     """Four steps in f64 at guidance 8; the uncond half has the empty caption and the learned image vector."""
     steps, scale, shape = 4, 8.0, (ref.SIDE, ref.SIDE, 3)

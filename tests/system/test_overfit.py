@@ -28,6 +28,7 @@ def fit(stage: str, workdir, **changes):
     return run, batch, params, {name: np.array([line[name] for line in lines]) for name in lines[0]}
 
 
+@pytest.mark.slow
 def test_clip_tells_the_eight_pairs_apart(tmp_path):
     _, batch, _, told = fit("clip", tmp_path)
     assert len(np.unique(batch["tokens"], axis=0)) == 8

@@ -73,6 +73,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path, monkeypatch):
     assert train.train(toy.config(num_steps=6), tmp_path / "two") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path):
     """At the same batch, or one would wait for the other for ever; the step before is saved.
