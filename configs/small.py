@@ -85,7 +85,7 @@ def prior(v: dict, data: dict):
         model=dict(caption="tokens", width=v["width"], layers=v["layers"], heads=v["heads"]),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(text_drop=0.1, clip_x0=5.0),
-        sampler=dict(name="ddpm", steps=v["steps"], guidance=v.get("guidance", 1.0), candidates=2),
+        sampler=dict(name="ddpm", steps=v["steps"], guidance=v.get("guidance", 1.0), candidates=v.get("candidates", 2)),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.06, b2=0.96, eps=1e-6),
@@ -101,7 +101,7 @@ def prior_ar(v: dict, data: dict):
         num_steps=v["num_steps"],
         model=dict(caption="tokens", **{k: v[k] for k in ("dims", "buckets", "width", "layers", "heads")}),
         objective=dict(text_drop=0.1),
-        sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=2),
+        sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=v.get("candidates", 2)),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.04, b2=0.98),

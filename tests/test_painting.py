@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests import tiny_stack
 from tests.test_cli import files, load_once, run, stack  # noqa: F401 (fixtures)
+from unclip_jax import painting
 from unclip_jax.data.images import center_crop_resize
 from unclip_jax.errors import UserError
 
@@ -57,6 +58,15 @@ def test_a_picture_does_not_depend_on_the_others(pipe, painted):
     images, holes, prompts, drawn = painted
     alone = pipe.inpaint(images[:1], holes[:1], prompts[:1], 7, num=1)
     assert np.abs(alone[0].astype(int) - drawn.images[0]).max() <= 1
+
+
+def test_the_prior_is_led_to_the_given_picture(pipe, painted):
+    """Of the embeddings drawn for a prompt the nearest to what CLIP sees in the picture is taken."""
+    images, _, prompts, drawn = painted
+    near = pipe._encode(pipe._look(images), 8, False)["z_img"].repeat(2, 0)
+    free = pipe.generate(prompts, 7, num=2, candidates=painting.CANDIDATES, return_stages=True)
+    led, unled = ((made.z_img * near).sum(1) for made in (drawn, free))
+    assert (led >= unled - 1e-4).all() and (led > unled + 1e-3).any()
 
 
 @pytest.mark.slow
@@ -130,6 +140,7 @@ def test_the_command_paints_a_mask_or_a_box(run, stack, inputs):  # noqa: F811
     index, pictures = drawn_by(inputs / "a")
     assert index["pictures"][0]["image"] == "in.png" and index["resample"] == 2
     assert index["settings"]["decoder"]["steps"] == 4
+    assert index["settings"]["prior"]["candidates"] == painting.CANDIDATES
     hole = hole_of(given, 4, 12, 6, 20)
     for picture in pictures:
         assert (picture == given)[~hole].all() and (picture != given).any(-1)[hole].mean() > 0.9

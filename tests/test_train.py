@@ -616,6 +616,21 @@ def test_a_stop_signal_is_heard_at_any_time(moment, stops_at, task, tmp_path, mo
     assert not any("eval/" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
+def test_a_stop_signal_in_the_last_evaluation_is_the_end(task, tmp_path, monkeypatch):
+    """Nothing is left to do but that evaluation, so it is no run to start again."""
+    plain = logs.Checks.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(logs.Checks, "evaluate", interrupted)
+    config = toy.config(every__eval=50, every__save=50)
+    assert train.train(config, tmp_path) == 0
+    assert checkpoint.peek(tmp_path)[1] == config.num_steps
+    assert "eval/" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):
     run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
     assert tuple(run.shardings.params["wide"].spec) == ("fsdp",) == tuple(run.shardings.ema["wide"].spec)

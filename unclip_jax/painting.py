@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,8 +10,9 @@ from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError
-from unclip_jax.settings import PRIORS, check_numbers, check_prompts
+from unclip_jax.settings import PRIORS, check_numbers, check_prompts, prior_of
 
+CANDIDATES = 16  # of the prior, to find one that agrees with the given picture in what the prompt leaves open
 RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
 
@@ -37,7 +38,9 @@ class Painting:
         """Paints the holes of pictures anew -> u8[len(images) * num, H, W, 3], image by image.
 
         Outside the hole the result is the given picture, brought to H x W, to the bit. A decoder that was trained with
-        `objective.inpaint` sees the picture; any other is led by RePaint (`diffusion.inpaint`).
+        `objective.inpaint` sees the picture; any other is led by RePaint (`diffusion.inpaint`). Of the embeddings that
+        the prior draws for a prompt the nearest to the picture's own is taken, if CLIP can see pictures: what the
+        prompt leaves open, such as the background, is then the picture's.
 
         Args:
           images: u8[h, w, 3] each; the middle square counts.
@@ -46,7 +49,7 @@ class Painting:
           strength: above 0 and at most 1: how much of the steps is drawn, beginning from the noised picture.
           jump, resample: of `diffusion.inpaint.travel`; by default a sixth of the steps, and RESAMPLE or, for a decoder
             trained to inpaint, 1.
-          seed, num, batch_size, return_stages, progress, **settings: as of `generate`.
+          seed, num, batch_size, return_stages, progress, **settings: as of `generate`; `candidates`: CANDIDATES.
 
         Raises:
           UserError: a bad argument, an empty hole, a stack that lacks what is needed, or a stage gave NaN.
@@ -60,8 +63,8 @@ class Painting:
             raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
         squares = self.squares(images, self.size)
         masks = None if holes is None else holes_at(images, holes, self.size)
-        cond, used = self._given(images, prompts), self.settings(**settings)
-        task = self.tasks["decoder"]
+        used = self.painting_settings(settings, prompts is not None)
+        cond, task = self._given(images, prompts, batch_size, progress), self.tasks["decoder"]
         steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
         resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
         used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
@@ -74,11 +77,25 @@ class Painting:
         pasted = drawn.images if masks is None else np.where(masks[..., None], drawn.images, squares)
         return drawn._replace(images=pasted) if return_stages else pasted
 
-    def _given(self, images: Sequence[np.ndarray], prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
-        """What CLIP is asked: the prompts, or the pictures where there are none."""
+    def painting_settings(self, settings: Mapping, prompted: bool) -> dict[str, dict]:
+        """The settings of each stage that `inpaint` draws with, but for strength, jump and resample."""
+        used = self.settings(**settings)
+        if prompted and prior_of(used) and self._sees and settings.get("candidates") is None:
+            used[prior_of(used)]["candidates"] = CANDIDATES
+        return used
+
+    @property
+    def _sees(self) -> bool:
+        return "clip" in self.tasks and self.tasks["clip"].model.vision is not None
+
+    def _given(self, images, prompts, batch_size: int, progress: bool) -> dict[str, np.ndarray]:
+        """What CLIP is asked: the prompts, or the pictures where there are none; and what the prior is to come near."""
         if prompts is None:
             return {name: rows for name, rows in self._look(images).items() if name != "small"}
         if not set(PRIORS.values()) & self.tasks.keys():
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
         tokens, mask = self.tokenizer.encode(list(prompts))
-        return {"tokens": tokens, "mask": mask}
+        cond = {"tokens": tokens, "mask": mask}
+        if self._sees:
+            cond["near"] = self._encode(self._look(images), batch_size, progress)["z_img"]
+        return cond

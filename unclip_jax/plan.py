@@ -165,10 +165,10 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: 
     task = tasks.make(config, teacher and teacher.model)
     shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0)))
     state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
-    alike = lambda tree, one: sharding.abstract(tree, jax.tree.map(lambda _: one, tree))  # noqa: E731
     frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
-    frozen = alike(frozen, sharding.replicated(mesh))
-    batch = alike(_batch(config, teacher), sharding.batch_sharding(mesh))
+    frozen = sharding.abstract(frozen, sharding.infer_frozen(frozen, mesh))
+    batch, rows = _batch(config, teacher), sharding.batch_sharding(mesh)
+    batch = sharding.abstract(batch, jax.tree.map(lambda _: rows, batch))
     return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
 
 

@@ -113,6 +113,11 @@ def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: 
     return shardings
 
 
+def infer_frozen(shapes, mesh: Mesh, *, min_size: int = FSDP_MIN_SIZE):
+    """`infer` for what is not trained, such as a stage's CLIP: a config has no rules for it. The tree may be empty."""
+    return infer(shapes, [(".*", "fsdp")], mesh, min_size=min_size) if jax.tree.leaves(shapes) else shapes
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches: the first axis split over data x fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -139,7 +139,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     with _said_of(f"the network of {config.task} cannot be built", "correct config.model"):
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed)))
     shardings = sharding.infer(shapes, config.rules, mesh)
-    frozen = {"clip": jax.device_put(clip.params, sharding.replicated(mesh))} if clip else {}
+    frozen = {"clip": clip.params} if clip else {}
+    frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
     initial = None if earlier or not config.init else _initial(config, task, shapes.params)
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
@@ -210,8 +211,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                     if not save:
                         store(number, state)
                     saved.wait()
-                    say(f"stop signal: step {number} is saved; the same command goes on from there")
-                    return PREEMPTED
+                    return _stopped(number, last)
                 meter.lap("step")
         finally:
             stop()
@@ -219,6 +219,13 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
             logs.close()
             stream.close()
     return 0
+
+
+def _stopped(step: int, last: bool) -> int:
+    """Tells of a stop signal after which `step` is saved, and gives the exit code; after the last all is done."""
+    then = "and was the last; its checks were broken off" if last else "the same command goes on from there"
+    say(f"stop signal: step {step} is saved{'' if last else ';'} {then}")
+    return 0 if last else PREEMPTED
 
 
 def _compile(run: Run, traced: jax.stages.Traced) -> tuple[Callable, float]:

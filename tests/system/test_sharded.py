@@ -23,7 +23,8 @@ def run_steps(run, tx, mesh) -> tuple:
     tensor = TENSOR[run.config.task] if mesh.shape["tensor"] > 1 else []
     shardings = sharding.infer(host, [*tensor, (".*", "fsdp")], mesh, min_size=1)
     state = jax.device_put(host, shardings)
-    frozen = jax.device_put(jax.device_get(run.frozen), sharding.replicated(mesh))
+    frozen = jax.device_get(run.frozen)
+    frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh, min_size=1))
     step = train.make_train_step(run.task, tx, 0.9, seed=3)
     step = train.compile_step(step, mesh, shardings)
     stream = loader.batches(run.source, run.tokenizer, 8, seed=1)

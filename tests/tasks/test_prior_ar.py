@@ -132,11 +132,13 @@ def plain_loop(task, params, cond, keys):
 
 
 def test_sample_is_a_plain_loop_over_the_whole_network_and_the_better_candidate(drawn):
-    task, params, cond, keys, z, _ = drawn
+    task, params, cond, keys, z, sample = drawn
     candidates = plain_loop(task, params, cond, keys)
-    best = np.einsum("bcd,bd->bc", candidates, cond["z_txt"]).argmax(1)
-    assert len(set(best)) > 1  # not always the first
-    np.testing.assert_allclose(z, candidates[np.arange(B), best], rtol=1e-4, atol=1e-4)
+    dots = np.einsum("bcd,bd->bc", candidates, cond["z_txt"])
+    assert len(set(dots.argmax(1))) > 1  # not always the first
+    np.testing.assert_allclose(z, candidates[np.arange(B), dots.argmax(1)], rtol=1e-4, atol=1e-4)
+    other = np.asarray(sample(params, {**cond, "near": -cond["z_txt"]}, keys))
+    np.testing.assert_allclose(other, candidates[np.arange(B), dots.argmin(1)], rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(drawn):

@@ -163,13 +163,16 @@ def plain_loop(task, params, cond, keys):
 
 
 def test_sample_is_a_plain_loop_over_the_whole_network_and_the_better_candidate(drawn):
-    task, params, cond, keys, z, _ = drawn
+    task, params, cond, keys, z, sample = drawn
     candidates = plain_loop(task, params, cond, keys)
     dots = np.einsum("bcd,bd->bc", candidates, cond["z_txt"])
     best = dots.argmax(1)
     assert len(set(best)) > 1  # not always the first
     np.testing.assert_allclose(z, candidates[np.arange(B), best], rtol=1e-4, atol=1e-4)
     assert np.abs(candidates - z[:, None]).max(-1).max(1).min() > 1e-3  # the others are others
+    near = -cond["z_txt"]
+    other = np.asarray(sample(params, {**cond, "near": near}, keys))
+    np.testing.assert_allclose(other, candidates[np.arange(B), dots.argmin(1)], rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates(drawn):

@@ -45,7 +45,7 @@ def run(args) -> None:
     what = prompts[0] if prompts else "as it is"
     columns = [(what, {"role": "painted", "prompt": what, "index": i}) for i in range(args.num)]
     rows = beside([args.image], pipe.squares([image], pipe.size), images, columns)
-    finish(args, out, rows, pipe.settings(**settings), **own)
+    finish(args, out, rows, pipe.painting_settings(settings, prompts is not None), **own)
 
 
 def canvas(args):

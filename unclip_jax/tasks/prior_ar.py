@@ -144,7 +144,7 @@ class PriorARTask:
             return (jnp.concatenate([code] * halves), kv), code
 
         _, codes = jax.lax.scan(one_more, (jnp.concatenate(first), kv), jnp.arange(self.model.dims))
-        return best(self.embedding(params, codes.T), cond["z_txt"])
+        return best(self.embedding(params, codes.T), cond.get("near", cond["z_txt"]))
 
     def evaluate(self, params, batch, rng):
         """As of the diffusion prior; and the cosine of the true embedding with what its own codes hold of it."""

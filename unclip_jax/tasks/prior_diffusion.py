@@ -101,7 +101,8 @@ class PriorTask:
         """cond {tokens, mask, z_txt, states} of B captions → z_img f32[B, D].
 
         `candidates` embeddings are drawn for each caption and the one with the largest dot product with z_txt kept
-        (the paper: 2). The prefix of every caption, with all timesteps' tokens, is run once; its candidates share it.
+        (the paper: 2), or with cond["near"] f32[B, D] where there is one, such as a picture's z_img. The prefix of
+        every caption, with all timesteps' tokens, is run once; its candidates share it.
         """
         settings = {**self.sampler, **over}
         candidates = settings.pop("candidates")
@@ -137,7 +138,7 @@ class PriorTask:
             x0_variance=params.get("x0_variance"),
             **settings,
         )
-        return best(z * params["std"][None] + params["mean"][None], cond["z_txt"])
+        return best(z * params["std"][None] + params["mean"][None], cond.get("near", cond["z_txt"]))
 
     def evaluate(self, params, batch, rng):
         """Cosine of drawn and true embeddings, beside those of the text embedding and of the data's mean."""
@@ -159,10 +160,10 @@ def candidate_keys(keys: jax.Array, candidates: int) -> jax.Array:
     return own.reshape(-1)
 
 
-def best(z: jax.Array, z_txt: jax.Array) -> jax.Array:
-    """Of each caption's candidates f32[B * C, D] the one whose dot product with z_txt f32[B, D] is largest."""
-    z = z.reshape(z_txt.shape[0], -1, z_txt.shape[1])
-    first = jnp.einsum("bcd,bd->bc", z, z_txt).argmax(1)
+def best(z: jax.Array, near: jax.Array) -> jax.Array:
+    """Of each caption's candidates f32[B * C, D] the one whose dot product with `near` f32[B, D] is largest."""
+    z = z.reshape(near.shape[0], -1, near.shape[1])
+    first = jnp.einsum("bcd,bd->bc", z, near).argmax(1)
     return jnp.take_along_axis(z, first[:, None, None], axis=1)[:, 0]
 
 
