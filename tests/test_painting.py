@@ -62,11 +62,28 @@ def test_a_picture_does_not_depend_on_the_others(pipe, painted):
 
 def test_the_prior_is_led_to_the_given_picture(pipe, painted):
     """Of the embeddings drawn for a prompt the nearest to what CLIP sees in the picture is taken."""
-    images, _, prompts, drawn = painted
-    near = pipe._encode(pipe._look(images), 8, False)["z_img"].repeat(2, 0)
+    images, holes, prompts, drawn = painted
+    filled = painting._filled(images, holes)
+    near = pipe._encode(pipe._look(filled), 8, False)["z_img"].repeat(2, 0)
     free = pipe.generate(prompts, 7, num=2, candidates=painting.CANDIDATES, return_stages=True)
     led, unled = ((made.z_img * near).sum(1) for made in (drawn, free))
     assert (led >= unled - 1e-4).all() and (led > unled + 1e-3).any()
+
+
+def test_what_is_cut_out_is_not_seen(pipe, painted):
+    images, holes, prompts, drawn = painted
+    hidden = [np.where(hole[..., None], 255 - image, image) for image, hole in zip(images, holes, strict=True)]
+    inside = holes[1]
+    assert (hidden[1] != images[1]).any()
+    again = pipe.inpaint(hidden, holes, prompts, 7, num=2)
+    np.testing.assert_array_equal(again[2:][:, inside], drawn.images[2:][:, inside])
+    for image, hole, filled in zip(images, holes, painting._filled(hidden, holes), strict=True):
+        np.testing.assert_array_equal(filled[~hole], image[~hole])
+        for y, x in np.argwhere(hole)[::37]:
+            rows, columns = np.nonzero(~hole)
+            apart = (rows - y) ** 2 + (columns - x) ** 2
+            near = apart == apart.min()
+            assert (filled[y, x] == image[rows[near], columns[near]]).all(-1).any()
 
 
 @pytest.mark.slow

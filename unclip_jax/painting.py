@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 
 from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.sample import picture_keys
@@ -64,7 +65,7 @@ class Painting:
         squares = self.squares(images, self.size)
         masks = None if holes is None else holes_at(images, holes, self.size)
         used = self.painting_settings(settings, prompts is not None)
-        cond, task = self._given(images, prompts, batch_size, progress), self.tasks["decoder"]
+        cond, task = self._given(_filled(images, holes), prompts, batch_size, progress), self.tasks["decoder"]
         steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
         resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
         used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
@@ -99,3 +100,14 @@ class Painting:
         if self._sees:
             cond["near"] = self._encode(self._look(images), batch_size, progress)["z_img"]
         return cond
+
+
+def _filled(images, holes):
+    """The pictures with each pixel of their holes as the nearest one outside: what is cut out is not to be seen."""
+    if holes is None:
+        return images
+    return [image if hole.all() else image[_nearest(hole)] for image, hole in zip(images, holes, strict=True)]
+
+
+def _nearest(hole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(distance_transform_edt(hole, return_distances=False, return_indices=True))
