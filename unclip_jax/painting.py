@@ -13,7 +13,7 @@ from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError
 from unclip_jax.settings import PRIORS, check_numbers, check_prompts, prior_of
 
-CANDIDATES = 16  # of the prior, to find one that agrees with the given picture in what the prompt leaves open
+CANDIDATES = 64  # of the prior, to find one that agrees with the picture in what the prompt leaves open
 RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
 
