@@ -25,6 +25,7 @@ from unclip_jax.data.shapes import describe, render, sample_scene
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import PRIORS
+from unclip_jax.tasks.clip import unit
 
 BATCH = 100
 TIME = 0.99  # of the schedule's last
@@ -53,24 +54,21 @@ def cases(num: int, heldout: bool, size: int, seed: int = 11):
 
 def shares(pipe: UnCLIP, num: int, heldout: bool) -> dict[str, tuple[float, float]]:
     """{row: (share right of those that say above or below, of the others)}."""
-    task, clip = pipe.tasks["decoder"], pipe.tasks["clip"].model
+    task, side = pipe.tasks["decoder"], pipe.tasks["clip"].model.vision["image_size"]
+    if side != task.image_size:
+        raise SystemExit(f"the decoder draws {task.image_size} px and CLIP sees {side}; they must be the same here")
     prompts, true, turned, upright = cases(num, heldout, task.image_size)
     tokens, mask = pipe.tokenizer.encode(prompts)
     cond = {"tokens": tokens, "mask": mask}
-    side = clip.vision["image_size"]
     look = lambda image: pipe._run("clip", ({**cond, "image": image},), {}, BATCH, False)  # noqa: E731
-    if side != task.image_size:
-        raise SystemExit(f"the decoder draws {task.image_size} px and CLIP sees {side}; they must be the same here")
     told, other = look(true), look(turned)["z_img"]
     own = told.pop("z_img")
-    unit = lambda z: z / np.linalg.norm(z, axis=-1, keepdims=True)  # noqa: E731
-    nearer = lambda z: (unit(z) * (unit(own) - unit(other))).sum(-1) > 0  # noqa: E731
+    nearer = lambda z: np.asarray((unit(z) * (unit(own) - unit(other))).sum(-1) > 0)  # noqa: E731
     rows, drawn = {"CLIP": nearer(told["z_txt"])}, {}
     for kind, stage in PRIORS.items():
         if stage in pipe.tasks:
-            settings = pipe.configs[stage].sampler.to_dict()
             given = {**cond, **told}, picture_keys(0, num, 1)
-            drawn[kind] = pipe._run(stage, given, settings, BATCH, False)
+            drawn[kind] = pipe._run(stage, given, pipe.settings(prior=kind)[stage], BATCH, False)
             rows[f"prior, {kind}"] = nearer(drawn[kind])
     noise = np.random.default_rng(0).standard_normal(true.shape).astype(np.float32)
     time = round(TIME * task.schedule.num_steps)

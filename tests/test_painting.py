@@ -70,6 +70,12 @@ def test_the_prior_is_led_to_the_given_picture(pipe, painted):
     assert (led >= unled - 1e-4).all() and (led > unled + 1e-3).any()
 
 
+def test_without_a_prompt_clip_sees_the_whole_picture(pipe, painted):
+    images, holes, _, _ = painted
+    given = pipe._given(images, holes, None, 8, False)
+    np.testing.assert_array_equal(given["image"], pipe._look(images)["image"])
+
+
 def test_what_is_cut_out_is_not_seen(pipe, painted):
     images, holes, prompts, drawn = painted
     hidden = [np.where(hole[..., None], 255 - image, image) for image, hole in zip(images, holes, strict=True)]

@@ -192,9 +192,14 @@ class Edits:
             raise UserError("images must hold at least one picture")
         return np.stack([_square(image, k, side) for k, image in enumerate(images)])
 
+    @property
+    def _vision(self) -> Mapping | None:
+        """The settings of CLIP's image tower; None where the stack has none."""
+        return self.tasks["clip"].model.vision if "clip" in self.tasks else None
+
     def _look(self, images) -> dict:
         """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption."""
-        vision = self.tasks["clip"].model.vision if "clip" in self.tasks else None
+        vision = self._vision
         if vision is None:
             what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
             raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
 from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.sample import picture_keys
@@ -65,7 +64,7 @@ class Painting:
         squares = self.squares(images, self.size)
         masks = None if holes is None else holes_at(images, holes, self.size)
         used = self.painting_settings(settings, prompts is not None)
-        cond, task = self._given(_filled(images, holes), prompts, batch_size, progress), self.tasks["decoder"]
+        cond, task = self._given(images, holes, prompts, batch_size, progress), self.tasks["decoder"]
         steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
         resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
         used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
@@ -81,15 +80,12 @@ class Painting:
     def painting_settings(self, settings: Mapping, prompted: bool) -> dict[str, dict]:
         """The settings of each stage that `inpaint` draws with, but for strength, jump and resample."""
         used = self.settings(**settings)
-        if prompted and prior_of(used) and self._sees and settings.get("candidates") is None:
-            used[prior_of(used)]["candidates"] = CANDIDATES
+        prior = prior_of(used)
+        if prompted and prior and self._vision is not None and settings.get("candidates") is None:
+            used[prior]["candidates"] = CANDIDATES
         return used
 
-    @property
-    def _sees(self) -> bool:
-        return "clip" in self.tasks and self.tasks["clip"].model.vision is not None
-
-    def _given(self, images, prompts, batch_size: int, progress: bool) -> dict[str, np.ndarray]:
+    def _given(self, images, holes, prompts, batch_size: int, progress: bool) -> dict[str, np.ndarray]:
         """What CLIP is asked: the prompts, or the pictures where there are none; and what the prior is to come near."""
         if prompts is None:
             return {name: rows for name, rows in self._look(images).items() if name != "small"}
@@ -97,8 +93,8 @@ class Painting:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens, "mask": mask}
-        if self._sees:
-            cond["near"] = self._encode(self._look(images), batch_size, progress)["z_img"]
+        if self._vision is not None:
+            cond["near"] = self._encode(self._look(_filled(images, holes)), batch_size, progress)["z_img"]
         return cond
 
 
@@ -110,4 +106,6 @@ def _filled(images, holes):
 
 
 def _nearest(hole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.ndimage import distance_transform_edt  # a quarter of a second, which no other command needs
+
     return tuple(distance_transform_edt(hole, return_distances=False, return_indices=True))

@@ -223,8 +223,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
 
 def _stopped(step: int, last: bool) -> int:
     """Tells of a stop signal after which `step` is saved, and gives the exit code; after the last all is done."""
-    then = "and was the last; its checks were broken off" if last else "the same command goes on from there"
-    say(f"stop signal: step {step} is saved{'' if last else ';'} {then}")
+    then = "it was the last, and its checks were broken off" if last else "the same command goes on from there"
+    say(f"stop signal: step {step} is saved; {then}")
     return 0 if last else PREEMPTED
 
 
