@@ -166,9 +166,11 @@ def whole_prompt(s: dict, device: Device) -> Row:
     def ours(models):
         import jax
 
+        from unclip_jax.nn.transformer import for_loops
+
         given = dict(zip(stages, models or [None] * 3, strict=True))
         tasks = {stage: our_task(s, stage, device, steps[stage]) for stage in stages}
-        params = {stage: our_params(s, stage, given[stage], tasks[stage], device) for stage in stages}
+        params = {stage: for_loops(our_params(s, stage, given[stage], tasks[stage], device)) for stage in stages}
         program = {stage: Program(tasks[stage].sample) for stage in stages}
         keys, known = jax.random.split(jax.random.key(0), 1), jax.device_put(cond)
 

@@ -47,7 +47,8 @@ def texts(s: dict, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def with_empty(s: dict, batch: int) -> dict:
     """`texts`, and those of the empty caption, as guided sampling takes them."""
-    return {**texts(s, batch), "empty": {k: v for k, v in texts(s, batch, 1).items() if k != "z_img"}}
+    empty = {k: np.repeat(v, batch, axis=0) for k, v in texts(s, 1, 1).items() if k != "z_img"}
+    return {**texts(s, batch), "empty": empty}
 
 
 def halves(device: Device, cond: dict, *names: str) -> list:
@@ -162,8 +163,10 @@ def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: di
     """One compiled program, all steps in it."""
     import jax
 
+    from unclip_jax.nn.transformer import for_loops
+
     task = our_task(s, stage, device, steps)
-    params, keys = our_params(s, stage, models, task, device), jax.random.split(jax.random.key(0), batch)
+    params, keys = for_loops(our_params(s, stage, models, task, device)), jax.random.split(jax.random.key(0), batch)
     program, cond = Program(task.sample), jax.device_put(cond)
     return Work(lambda: program(params, cond, keys), program)
 

@@ -22,6 +22,7 @@ from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.nn.transformer import for_loops
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
 from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of
@@ -75,7 +76,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         opened = open_stack(path, dtype)
-        params = opened.params if low_memory else {name: opened.params[name] for name in opened.params}
+        params = opened.params if low_memory else {name: for_loops(opened.params[name]) for name in opened.params}
         return cls(Tokenizer.from_json(opened.tokenizer_json), opened.tasks, opened.configs, params)
 
     @property

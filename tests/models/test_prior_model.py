@@ -1,18 +1,23 @@
 """The prior: causality of its prefix, which is what lets samplers run it once; and what a dropped caption hides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.random_params import draw, run
+from unclip_jax.models import prior as module
 from unclip_jax.models.prior import Prior
+from unclip_jax.nn.transformer import layers_apart
 
 B, D, L, STATES = 2, 5, 4, 7
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
 TOKENS = np.array([[1, 6, 2, 0], [1, 2, 0, 0]])
 KEEP = np.ones(B, bool)
 TIME = np.array([3, 800])
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
 
 
 def normal(*shape, seed=0):
@@ -35,12 +40,36 @@ def test_prefix_and_step_give_what_the_whole_sequence_gives(vocab_size):
         for keep in (KEEP, np.array([False, True])):
             whole = run(prior, p, XT, TIME, caption, MASK, Z_TXT, keep)
             assert whole.shape == (B, D) and whole.dtype == np.float64
-            times = np.array([3, 500, 800])
-            kv, time_kv, mask = run(prior, p, caption, MASK, Z_TXT, keep, times, method="prefix")
-            own = tuple(np.stack([a[:, row, [at]] for row, at in enumerate((0, 2))], 1) for a in time_kv)  # TIME's
-            np.testing.assert_allclose(run(prior, p, XT, (kv, own), mask, method="step"), whole, rtol=0, atol=1e-12)
-            thrice = run(prior, p, np.repeat(XT, 3, axis=0), (kv, own), mask, method="step")  # of each caption three
-            np.testing.assert_allclose(thrice, np.repeat(whole, 3, axis=0), rtol=0, atol=1e-12)
+            for params in (p, layers_apart(p)):
+                args = (caption, MASK, Z_TXT, keep, np.array([3, 500, 800]))
+                (both,) = run(prior, params, *args, method="prefix", sizes=(B,))
+                one, other = run(prior, params, *args, method="prefix", sizes=(1, 1))
+                at = lambda i, xt, *prefixes, p=params: run(prior, p, xt, prefixes, i, method="step")  # noqa: E731
+                for row, (own, place) in enumerate([(one, 0), (other, 2)]):  # of TIME
+                    want = whole[row : row + 1]
+                    close(at(place, XT, both)[row : row + 1], want)
+                    close(at(place, XT, one, other)[row : row + 1], want)
+                    close(at(place, XT[[row]], own), want)
+                    thrice = np.repeat(XT, 3, axis=0)  # three embeddings to a caption
+                    close(at(place, thrice, both)[3 * row : 3 * row + 3], np.repeat(want, 3, axis=0))
+                    halves = at(place, np.concatenate([XT, XT]), both, own)  # the last two share one caption
+                    close(halves[row::2], np.repeat(want, 2, axis=0))
+
+
+def test_prefixes_are_the_same_in_one_pass_and_in_one_each(monkeypatch):
+    """The tests have several devices, on which each is a pass of its own."""
+    with jax.enable_x64():
+        prior, caption, p = make()
+
+        def prefixes(one_device):
+            monkeypatch.setattr(module, "alone", lambda: one_device)
+            args = (caption, MASK, Z_TXT, np.array([True, False]), np.array([3, 500]), (1, 1))
+            apply = lambda p: prior.apply({"params": p}, *args, method="prefix")  # noqa: E731
+            return jax.jit(apply).trace(p)
+
+        one, each = prefixes(True), prefixes(False)
+        assert [str(traced.jaxpr).count("scan[") for traced in (one, each)] == [1, 2]
+        jax.tree.map(close, *(traced.lower().compile()(p) for traced in (one, each)))
 
 
 def all_keys_and_values(prior, xt, time, caption, mask, z_txt, keep):

@@ -18,9 +18,9 @@ def inputs(seed=0, dtype=np.float32):
 def by_hand(q, k, v, mask=None):
     """For each sample, head and query: exp of the scores of the visible keys, divided by their sum."""
     out = np.zeros(q.shape)
-    for b, n, h in np.ndindex(B, N, H):
+    for b, n, h in np.ndindex(*q.shape[:3]):
         score = k[b, :, h].astype(np.float64) @ q[b, n, h] / np.sqrt(D)
-        seen = True if mask is None else np.broadcast_to(mask, (B, H, N, S))[b, h, n]
+        seen = True if mask is None else np.broadcast_to(mask, (len(q), H, N, S))[b, h, n]
         weight = np.exp(score) * seen
         out[b, n, h] = weight @ v[b, :, h] / weight.sum()
     return out
@@ -42,8 +42,19 @@ def test_keys_in_parts_are_one_long_row_of_keys_also_where_samples_share_them(ma
     q, k, v = inputs()
     k[:, :3], v[:, :3] = k[:1, :3], v[:1, :3]
     mask = np.random.default_rng(1).random((B, 1, N, S)) < 0.6 if masked else None
-    parts = [(k[:1, :3], v[:1, :3]), (k[:, 3:], v[:, 3:])]
+    parts = [[(k[:1, :3], v[:1, :3])], [(k[:, 3:], v[:, 3:])]]
     np.testing.assert_allclose(attention_in_parts(q, parts, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_half_of_the_rows_has_its_own_keys(masked):
+    """The first three rows have a caption's keys each, the last three share one's."""
+    q, k, v = (np.concatenate([a] * 3) for a in inputs())
+    k[3:, :4], v[3:, :4] = k[3:4, :4], v[3:4, :4]
+    mask = np.random.default_rng(1).random((3 * B, 1, N, S)) < 0.6 if masked else None
+    halves = [(k[:3, :4], v[:3, :4]), (k[3:4, :4], v[3:4, :4])]
+    out = attention_in_parts(q, [halves, [(k[:, 4:], v[:, 4:])]], mask)
+    np.testing.assert_allclose(out, by_hand(q, k, v, mask), rtol=0, atol=1e-6)
 
 
 def test_in_float64_only_rounding_of_float64_is_left():

@@ -110,7 +110,7 @@ def test_cudnn_takes_a_mask_where_jax_leaves_out_its_gradient(constant, chosen, 
 
 
 def test_the_platform_is_the_mesh_s_else_the_default_device_s():
-    platform = lambda: module._platform(jax.sharding.get_abstract_mesh())  # noqa: E731
+    platform = module.platform
     kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, abstract_device=kind)
     assert platform() == jax.default_backend()
@@ -121,7 +121,7 @@ def test_the_platform_is_the_mesh_s_else_the_default_device_s():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="for a machine without a GPU")
 def test_without_cudnn_xla_does_it(monkeypatch):
-    monkeypatch.setattr(module, "_platform", lambda _: "gpu")
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(module, "_splits", lambda *_: True)
     q, k, v, _ = inputs(256, 344, None, jnp.bfloat16)
     assert (attention(q, k, v) == plain(q, k, v)).all()
@@ -163,7 +163,7 @@ def test_cudnn_s_calls_in_a_scan_with_remat(shape, monkeypatch):
     """Lowered for a GPU that is not there: forward, again, backward, no gradient of a mask, all products counted."""
     version = SimpleNamespace(cudnn_get_version=lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", version)
-    monkeypatch.setattr(module, "_platform", lambda _: "gpu")
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(module, "_splits", lambda *_: True)
     monkeypatch.setattr(module, "_has_cudnn", lambda: True)
     monkeypatch.setattr(module, "CONSTANT_MASKS", True)

@@ -2,14 +2,19 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.random_params import draw, run
+from unclip_jax.nn import attention, dense, transformer
+from unclip_jax.nn import rows as nn_rows
 from unclip_jax.nn.attention import causal_mask
-from unclip_jax.nn.transformer import ACTIVATIONS, LayerNorm, Transformer
+from unclip_jax.nn.remat import POLICIES
+from unclip_jax.nn.transformer import ACTIVATIONS, LayerNorm, Transformer, for_loops, layers_apart
+from unclip_jax.plan_count import count_gradient
 
 WIDTH, LAYERS, HEADS = 8, 3, 2
 erf = np.vectorize(math.erf)
@@ -47,32 +52,81 @@ def test_is_its_blocks_one_after_the_other(causal):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name):
-    x = np.linspace(-4, 4, 33)
-    want = {
-        "gelu": 0.5 * x * (1 + erf(x / math.sqrt(2))),
-        "gelu_tanh": 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
-    }[name]
-    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), want, rtol=0, atol=1e-6)
+def exact(name, x):
+    """An activation in NumPy."""
+    return {
+        "gelu": lambda: 0.5 * x * (1 + erf(x / math.sqrt(2))),
+        "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": lambda: x / (1 + np.exp(-1.702 * x)),
+    }[name]()
 
 
+def exact_slope(name, x, h=1e-5):
+    return (exact(name, x + h) - exact(name, x - h)) / (2 * h)
+
+
+each_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+POINTS = np.linspace(-4, 4, 33)  # which bfloat16 holds as they are
+
+
+@each_activation
+@pytest.mark.parametrize(("dtype", "atol"), [(np.float32, 1e-6), (np.float64, 1e-9)])
+def test_activations_and_their_slopes(name, dtype, atol):
+    with jax.enable_x64(dtype == np.float64):
+        for function, want in ((ACTIVATIONS[name], exact), (jax.vmap(jax.grad(ACTIVATIONS[name])), exact_slope)):
+            got = function(POINTS.astype(dtype))
+            assert got.dtype == dtype
+            np.testing.assert_allclose(got, want(name, POINTS), rtol=0, atol=atol)
+
+
+@each_activation
+def test_in_bfloat16_an_activation_is_rounded_once(name):
+    """Where it is nearly 0, too, but for what f32 loses there: gelu at -4 is -1e-4."""
+    x = jnp.asarray(POINTS, jnp.bfloat16)
+    for function, want in ((ACTIVATIONS[name], exact), (jax.vmap(jax.grad(ACTIVATIONS[name])), exact_slope)):
+        got = function(x)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(got, np.float64), want(name, POINTS), rtol=2**-8, atol=1e-6)
+
+
+@each_activation
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_of_an_activation_keeps_its_input_alone(name, dtype):
+    x = jnp.asarray(POINTS, dtype)
+    (kept,) = jax.tree.leaves(jax.vjp(ACTIVATIONS[name], x)[1])
+    assert kept.dtype == dtype and (kept == x).all()
+    beside_x = lambda function: count_gradient(lambda x: function(x).sum(), x)[1]  # noqa: E731
+    assert beside_x(ACTIVATIONS[name]) == 0 < beside_x(nn.gelu)
+
+
+both_ways = pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+
+
+def stacked(kv):
+    """Of layers apart, as of stacked ones."""
+    return tuple(map(np.stack, zip(*kv, strict=True)))
+
+
+@both_ways
 @pytest.mark.parametrize("cut", [1, 4])
-def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut):
+def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, apart):
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
         module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        whole = run(module, p, x, causal_mask(7, 7))
+        whole, all_kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
+        p = layers_apart(p) if apart else p
         head, kv = run(module, p, x[:, :cut], causal_mask(cut, cut), return_kv=True)
         tail = run(module, p, x[:, cut:], causal_mask(7 - cut, 7), kv)
+        kv = stacked(kv) if apart else kv
         assert kv[0].shape == (LAYERS, 2, cut, HEADS, WIDTH // HEADS) and whole.dtype == np.float64
         np.testing.assert_allclose(np.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(kv, np.asarray(all_kv)[:, :, :, :cut], rtol=0, atol=1e-12)
 
 
+@both_ways
 @pytest.mark.parametrize("cut", [1, 4])
-def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut):
+def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut, apart):
     """The buffer starts with the prefix and, after it, numbers that nothing may see."""
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
@@ -80,6 +134,8 @@ def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gi
         p = draw(module, x, dtype=np.float64)
         whole, kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
         buffer = tuple(np.concatenate([a[:, :, :cut], np.full_like(a[:, :, cut:], 9)], 2) for a in kv)
+        if apart:
+            p, buffer = layers_apart(p), tuple((k, v) for k, v in zip(*buffer, strict=True))
 
         def step(buffer, at):
             seen = (jnp.arange(7) <= at)[None, None, None]
@@ -89,7 +145,57 @@ def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gi
 
         filled, tail = jax.jit(lambda b: jax.lax.scan(step, b, jnp.arange(cut, 7)))(buffer)
         np.testing.assert_allclose(tail.swapaxes(0, 1), whole[:, cut:], rtol=0, atol=1e-12)
+        filled = stacked(filled) if apart else filled
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, kv)
+
+
+class Tower(nn.Module):
+    """A Transformer among other layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="last")(Transformer(WIDTH, LAYERS, HEADS, name="inner")(x))
+
+
+def on_a_gpu(monkeypatch):
+    for module in (transformer, nn_rows, dense, attention):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+
+
+def test_layers_are_cut_apart_wherever_a_transformer_is_and_for_loops_on_gpus_alone(monkeypatch):
+    x, tower = tokens(), Tower()
+    p = draw(tower, x)
+    cut = layers_apart(p)
+    assert cut["last"] == p["last"] and set(cut["inner"]) == {f"block{i}" for i in range(LAYERS)}
+    for i in range(LAYERS):
+        jax.tree.map(np.testing.assert_array_equal, cut["inner"][f"block{i}"],
+                     jax.tree.map(lambda a, i=i: a[i], p["inner"]["blocks"]))  # fmt: skip
+    np.testing.assert_allclose(run(tower, cut, x), run(tower, p, x), rtol=0, atol=1e-5)
+    monkeypatch.setattr(transformer, "platform", lambda: "cpu")
+    assert for_loops(p) is p
+    on_a_gpu(monkeypatch)
+    for given in (p, cut):  # once cut, they stay
+        jax.tree.map(np.testing.assert_array_equal, for_loops(given), cut)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_on_a_gpu_layers_are_no_loop_and_lie_in_order(policy, monkeypatch):
+    """And give the same, as does their gradient."""
+    with jax.enable_x64():
+        x = tokens(dtype=np.float64)
+        module = Transformer(WIDTH, LAYERS, HEADS, remat=policy, dtype=jnp.float64)
+        p, texts, found = draw(module, x, dtype=np.float64), [], []
+        for platform in ("cpu", "gpu"):
+            if platform == "gpu":
+                on_a_gpu(monkeypatch)
+            square = lambda p, x: jnp.square(module.apply({"params": p}, x, causal_mask(5, 5))).sum()  # noqa: E731
+            lowered = jax.jit(jax.value_and_grad(square, argnums=(0, 1))).lower(p, x)
+            texts.append(lowered.as_text())
+            found.append(lowered.compile()(p, x))
+        scanned, unrolled = texts
+        assert "stablehlo.while" in scanned and "LayoutConstraint" not in scanned
+        assert "stablehlo.while" not in unrolled and "LayoutConstraint" in unrolled
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *found)
 
 
 def test_without_a_causal_mask_the_prefix_does_not_do():

@@ -13,6 +13,7 @@ from tests.tasks import stubs
 from tests.tasks.test_prior_diffusion import batches, encoded
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
+from unclip_jax.nn.transformer import layers_apart
 from unclip_jax.tasks import prior_ar
 from unclip_jax.tasks.prior_ar import PriorARTask, draw
 
@@ -150,6 +151,13 @@ def test_a_sample_does_not_depend_on_its_batch_mates(drawn):
     assert np.abs(again - z)[[0, 1, 3]].max(1).min() > 1e-2
 
 
+def test_the_same_is_drawn_with_layers_apart(drawn, monkeypatch):
+    task, params, cond, keys, z, _ = drawn
+    monkeypatch.setattr(prior_ar, "for_loops", layers_apart)
+    apart = jax.jit(lambda *args: task.sample(*args))(params, cond, keys)
+    np.testing.assert_allclose(apart, z, rtol=1e-5, atol=1e-6)
+
+
 def test_codes_are_drawn_as_often_as_their_probabilities_say():
     p = np.array([0.5, 0.25, 0.15, 0.1])
     n = 4000
@@ -174,7 +182,7 @@ def test_evaluate_compares_with_what_costs_nothing(measured):
     params = {**measured[1], "net": {}}
 
     def prefix(caption, mask, z_txt, keep):
-        return (jnp.zeros((1, len(caption), 2)),) * 2, mask
+        return (jnp.zeros((1, len(caption), 2, 1, 1)),) * 2, mask
 
     def step(token, place, kv, mask):
         return 99 * jax.nn.one_hot(codes[:, place], BUCKETS), kv

@@ -1,6 +1,8 @@
 """The prior's task: statistics, whitening, dropped captions; sampling against a plain loop over the whole network."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from tests.tasks import stubs
 from unclip_jax import tasks
 from unclip_jax.diffusion.sample import initial_noise, step_noise
 from unclip_jax.diffusion.schedule import make_schedule, respace
+from unclip_jax.models.prior import Prefix
+from unclip_jax.nn.transformer import layers_apart
 from unclip_jax.tasks import prior_diffusion
 from unclip_jax.tasks.clip import caption_of
 from unclip_jax.tasks.prior_diffusion import PriorTask
@@ -138,7 +142,7 @@ def drawn():
     return task, params, cond, keys, np.asarray(sample(params, cond, keys)), sample
 
 
-def plain_loop(task, params, cond, keys):
+def plain_loop(task, params, cond, keys, interval=(0, 1)):
     """All candidates f64[B, C, D], by Ho et al.'s algorithm 2 in numpy, the network run on the whole sequence."""
     forward = jax.jit(lambda *args: task.model.apply({"params": params["net"]}, *args))
     sched = respace(task.schedule, 5)
@@ -153,7 +157,8 @@ def plain_loop(task, params, cond, keys):
         time = np.full((n,), sched.timesteps[i], np.int32)
         args = np.float32(xt), time, tokens, mask, z_txt
         cond_x0, null_x0 = (np.asarray(forward(*args, np.full((n,), keep)), np.float64) for keep in (True, False))
-        x0 = np.clip(null_x0 + GUIDANCE * (cond_x0 - null_x0), -BOUND, BOUND)
+        guided = interval[0] <= time[0] / sched.timesteps[-1] <= interval[1]
+        x0 = np.clip(null_x0 + (GUIDANCE if guided else 1) * (cond_x0 - null_x0), -BOUND, BOUND)
         mean = np.sqrt(before[i]) * beta[i] / (1 - abar[i]) * x0
         mean += np.sqrt(1 - beta[i]) * (1 - before[i]) / (1 - abar[i]) * xt
         variance = beta[i] * (1 - before[i]) / (1 - abar[i])
@@ -175,6 +180,17 @@ def test_sample_is_a_plain_loop_over_the_whole_network_and_the_better_candidate(
     np.testing.assert_allclose(other, candidates[np.arange(B), dots.argmin(1)], rtol=1e-4, atol=1e-4)
 
 
+def test_guided_within_an_interval_alone(drawn):
+    """Outside of it the captions' prefixes are read without the dropped one's."""
+    task, params, cond, keys, z, _ = drawn
+    draw = jax.jit(functools.partial(task.sample, interval=(0.2, 0.6)))
+    candidates = plain_loop(task, params, cond, keys, (0.2, 0.6))
+    best = np.einsum("bcd,bd->bc", candidates, cond["z_txt"]).argmax(1)
+    found = np.asarray(draw(params, cond, keys))
+    np.testing.assert_allclose(found, candidates[np.arange(B), best], rtol=1e-4, atol=1e-4)
+    assert np.abs(found - z).max(1).min() > 1e-3
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates(drawn):
     task, params, cond, keys, z, sample = drawn
     order = np.array([3, 3, 2, 0])
@@ -184,57 +200,73 @@ def test_a_sample_does_not_depend_on_its_batch_mates(drawn):
     assert np.abs(again - z)[[0, 1, 3]].max(1).min() > 1e-2
 
 
-def cached(rows, times):
-    """Keys and values of a prefix of two tokens, and of the times: each time's are the time itself."""
-    both = jnp.broadcast_to(times[None, None], (1, rows, len(times)))
-    return (jnp.zeros((1, rows, 2)),) * 2, (both,) * 2
+def test_the_same_is_drawn_with_layers_apart(drawn, monkeypatch):
+    task, params, cond, keys, z, _ = drawn
+    monkeypatch.setattr(prior_diffusion, "for_loops", layers_apart)
+    apart = jax.jit(lambda *args: task.sample(*args))(params, cond, keys)
+    np.testing.assert_allclose(apart, z, rtol=1e-5, atol=1e-5)
+
+
+def prefixes(caption, mask, z_txt, keep, times, sizes):
+    """Of captions and times that stand for their own keys and values."""
+    ends = np.cumsum([0, *sizes])
+    assert ends[-1] == len(caption) == len(mask) == len(z_txt)
+    return tuple(Prefix(caption[a:b], times, mask[a:b]) for a, b in itertools.pairwise(ends))
 
 
 def test_each_step_is_given_the_token_of_its_own_time():
     seen = []
 
-    def step(xt, kv, mask):
-        jax.debug.callback(lambda k: seen.append(k[0, :, -1].tolist()), kv[1][0])
+    def step(xt, prefixes, place):
+        jax.debug.callback(lambda *times: seen.append([int(t) for t in times]), *(p.times[place] for p in prefixes))
         return xt
 
-    prefix = lambda caption, mask, z_txt, keep, times: (*cached(len(caption), times), mask)  # noqa: E731
-    task = with_net(prefix=prefix, step=step)
+    task = with_net(prefix=prefixes, step=step)
     params = {"net": {}, "mean": jnp.zeros(D), "std": jnp.ones(D)}
     keys = jax.random.split(jax.random.key(0), 2)
-    task.sample(params, encoded(task, next(batches(0, 2))), keys, guidance=1.0, candidates=1, steps=3)
+    task.sample(params, encoded(task, next(batches(0, 2))), keys, guidance=2.0, candidates=1, steps=3)
     jax.effects_barrier()
     assert seen == [[t, t] for t in respace(task.schedule, 3).timesteps[::-1].tolist()]
 
 
-def test_guidance_one_runs_the_captions_alone():
+@pytest.mark.parametrize("empty_caption", [False, True])
+def test_guidance_runs_one_dropped_caption_more_and_guidance_one_none(empty_caption):
+    """The captions are the first half's, the dropped one all of the second's."""
     calls = stubs.Calls()
 
-    def prefix(caption, mask, z_txt, keep, times):
-        calls.note(rows=len(caption), keep=np.asarray(keep).tolist())
-        return *cached(len(caption), times), mask
+    def prefix(caption, mask, z_txt, keep, times, sizes):
+        calls.note(caption=np.asarray(caption), mask=np.asarray(mask), z_txt=np.asarray(z_txt), keep=keep)
+        return prefixes(caption, mask, z_txt, keep, times, sizes)
 
-    def step(xt, kv, mask):
-        calls.note(rows=len(xt), kv={part[0].shape[1] for part in kv}, mask=len(mask))
+    def step(xt, prefixes, place):
+        calls.note(rows=len(xt), captions=[len(p.before) for p in prefixes], masks=[len(p.mask) for p in prefixes])
         return xt
 
-    task = with_net(prefix=prefix, step=step)
+    task = dataclasses.replace(with_net(prefix=prefix, step=step), empty_caption=empty_caption)
     batch = encoded(task, next(batches(0, 5)))
     params = {"net": {}, "mean": jnp.zeros(D), "std": jnp.ones(D)}
     keys = jax.random.split(jax.random.key(0), 5)
-    for guidance, halves in ((1, 1), (1.0, 1), (2.0, 2)):
+    for guidance, sizes in ((1, [5]), (1.0, [5]), (2.0, [5, 1])):
         calls.clear()
         z = task.sample(params, batch, keys, guidance=guidance, candidates=3)
         assert z.shape == (5, D)
         first, *steps = calls
-        assert first.rows == 5 * halves and first.keep == [True] * 5 + [False] * (5 * halves - 5)
-        assert all((s.rows, s.kv, s.mask) == (15 * halves, {5 * halves}, 5 * halves) for s in steps) and steps
+        for name in ("tokens", "mask", "z_txt"):
+            rows = getattr(first, "caption" if name == "tokens" else name)
+            np.testing.assert_array_equal(rows[:5], batch[name])
+            if empty_caption:
+                np.testing.assert_array_equal(rows[5:], batch["empty"][name][: len(rows) - 5])
+        kept = None if first.keep is None else np.asarray(first.keep).tolist()
+        assert kept == (None if empty_caption else [True] * 5 + [False] * (len(sizes) - 1))
+        of_step = (15 * len(sizes), sizes, sizes)
+        assert all((s.rows, s.captions, s.masks) == of_step for s in steps) and len(first.mask) == sum(sizes) and steps
 
 
 def test_evaluate_compares_with_what_costs_nothing():
     """With the truth drawn the cosine is 1; text, mean and other pictures give theirs by numpy."""
     task = with_net(
-        prefix=lambda caption, mask, z_txt, keep, times: (*cached(len(caption), times), mask),
-        step=lambda xt, kv, mask: truth,
+        prefix=prefixes,
+        step=lambda xt, *_: truth,
         __call__=lambda xt, *_: truth,
     )
     batch = encoded(task, next(batches(2, 9)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.models.text import TextEncoder
+from unclip_jax.nn.dense import Dense
 from unclip_jax.nn.rows import rows
 from unclip_jax.nn.transformer import LayerNorm, Transformer
 
@@ -84,9 +85,9 @@ class CLIP(nn.Module):
     def setup(self):
         if self.vision is not None:
             self.visual = VisionTransformer(**self.vision, dtype=self.dtype)
-            self.image_projection = nn.Dense(self.embed_dim, use_bias=False)
+            self.image_projection = Dense(self.embed_dim, use_bias=False)
         self.textual = TextEncoder(**self.text, dtype=self.dtype)
-        self.text_projection = nn.Dense(self.embed_dim, use_bias=False)
+        self.text_projection = Dense(self.embed_dim, use_bias=False)
         start = jnp.log(10.0 if self.bias else 1 / 0.07)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(start), ())
         if self.bias:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.nn.conv import KV, context_kv
+from unclip_jax.nn.dense import Dense
 from unclip_jax.nn.transformer import LayerNorm
 
 
@@ -52,17 +53,17 @@ class Decoder(nn.Module):
         width = self.net.emb_width
         if self.embed_dim:
             self.null_image = self.param("null_image", nn.initializers.normal(0.02), (self.embed_dim,))
-            self.image_to_time = nn.Dense(width)
-            self.image_to_tokens = nn.Dense(self.image_tokens * self.context_width)
+            self.image_to_time = Dense(width)
+            self.image_to_tokens = Dense(self.image_tokens * self.context_width)
         if self.text is None:
-            self.states_in = nn.Dense(self.context_width, dtype=self.dtype)
+            self.states_in = Dense(self.context_width, dtype=self.dtype)
             self.states_norm = LayerNorm(self.dtype)
         else:
             settings = {"causal": False, "learned_padding": True, **self.text}
             self.caption = TextEncoder(**settings, width=self.context_width, dtype=self.dtype)
-            self.caption_to_time = nn.Dense(width)
+            self.caption_to_time = Dense(width)
         if self.add_text_embedding:
-            self.text_to_time = nn.Dense(width)
+            self.text_to_time = Dense(width)
 
     def condition(
         self,

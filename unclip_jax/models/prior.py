@@ -6,15 +6,36 @@ whose output at the query predicts the unnoised CLIP image embedding. Nothing be
 a sampler runs all that once, with the timestep tokens of all its steps (`prefix`), and two tokens a step (`step`).
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.nn.attention import caption_mask
+from unclip_jax.nn.dense import Dense
 from unclip_jax.nn.embed import TimeEmbedding
+from unclip_jax.nn.rows import alone
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 SUFFIX = 3  # timestep, noised embedding, query
+
+
+class Prefix(NamedTuple):
+    """What precedes the noised embedding of B captions.
+
+    Attributes:
+      before: keys and values [layers, B, L+1, heads, W/heads] of what precedes the timestep.
+      times: those of all timesteps' tokens [layers, B, S, heads, W/heads], none of which sees another.
+      mask: bool[B, L], of the captions' tokens.
+    """
+
+    before: KV
+    times: KV
+    mask: jax.Array
 
 
 class Prior(nn.Module):
@@ -44,10 +65,10 @@ class Prior(nn.Module):
         if self.vocab_size:
             self.token_embed = nn.Embed(self.vocab_size, self.width, embedding_init=init)
         else:
-            self.states_in = nn.Dense(self.width)
-        self.text_in = nn.Dense(self.width)
+            self.states_in = Dense(self.width)
+        self.text_in = Dense(self.width)
         self.time = TimeEmbedding(self.width, dtype=self.dtype)
-        self.image_in = nn.Dense(self.width)
+        self.image_in = Dense(self.width)
         self.query = self.param("query", init, (self.width,))
         if self.learned_null:
             self.null_text = self.param("null_text", init, (self.embed_dim,))
@@ -56,7 +77,7 @@ class Prior(nn.Module):
             self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype
         )
         self.final_norm = LayerNorm(self.dtype)
-        self.out = nn.Dense(self.embed_dim)
+        self.out = Dense(self.embed_dim)
 
     def _mask(self, mask: jax.Array, queries: int) -> jax.Array:
         return caption_mask(mask, queries, self.max_len + 1 + SUFFIX)
@@ -82,34 +103,58 @@ class Prior(nn.Module):
         return jnp.concatenate([self.image_in(xt)[:, None], query], axis=1) + self.position[None, 1 - SUFFIX :]
 
     def prefix(
-        self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array | None, times: jax.Array
-    ) -> tuple[KV, KV, jax.Array]:
+        self,
+        caption: jax.Array,
+        mask: jax.Array,
+        z_txt: jax.Array,
+        keep: jax.Array | None,
+        times: jax.Array,
+        sizes: Sequence[int],
+    ) -> tuple[Prefix, ...]:
         """What the steps of a sample at `times` [S] share: all tokens before the noised embedding, in one pass.
 
-        Returns:
-          Keys and values of what precedes the timestep [layers, B, L+1, heads, W/heads]; those of the timestep tokens
-          [layers, B, S, heads, W/heads], none of which sees another; the mask [B, L].
+        Args:
+          sizes: of the prefixes that the batch is cut into; on several devices each is a pass of its own, so that the
+            captions of one batch that is split over them are not moved by what is put beside them.
         """
-        x, mask = self._prefix(caption, mask, z_txt, keep)
-        first, tokens = x.shape[1], self._times(times)
-        x = jnp.concatenate([x, jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))], axis=1)
-        place = jnp.arange(x.shape[1])
-        other_time = (place[None] >= first) & (place[None] != place[:, None])
-        visible = caption_mask(mask, len(place), len(place)) & ~other_time[None, None]
-        kv = self.transformer(x, visible, return_kv=True)[1]
-        before, at_times = (tuple(a[:, :, part] for a in kv) for part in (slice(first), slice(first, None)))
-        return before, at_times, mask
 
-    def step(self, xt: jax.Array, kv: tuple[KV, KV], mask: jax.Array) -> jax.Array:
+        def run(caption, mask, z_txt, keep):
+            x, mask = self._prefix(caption, mask, z_txt, keep)
+            tokens = self._times(times)
+            x = jnp.concatenate([x, jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))], axis=1)
+            place = jnp.arange(x.shape[1])
+            other_time = (place[None] >= first) & (place[None] != place[:, None])
+            visible = caption_mask(mask, len(place), len(place)) & ~other_time[None, None]
+            return self.transformer(x, visible, return_kv=True)[1], mask
+
+        first, given = self.max_len + 1, (caption, mask, z_txt, keep)
+        places = [slice(*pair) for pair in itertools.pairwise(np.cumsum([0, *sizes]))]
+        if alone():
+            kv, mask = run(*given)
+            found = [(jax.tree.map(lambda a, at=at: a[..., at, :, :, :], kv), mask[at]) for at in places]
+        else:
+            found = [run(*jax.tree.map(lambda a, at=at: a[at], given)) for at in places]
+
+        def part(kv, at):
+            return jax.tree.map(lambda a: a[..., at, :, :], kv)
+
+        return tuple(Prefix(part(kv, slice(first)), part(kv, slice(first, None)), mask) for kv, mask in found)
+
+    def step(self, xt: jax.Array, prefixes: Sequence[Prefix], place: jax.Array) -> jax.Array:
         """One denoising step: xt f32[B, D] → f32[B, D].
 
         Args:
-          kv: of what precedes the timestep [layers, B', L+1, …] and of the timestep's token [layers, B', 1, …]; runs of
-            B / B' embeddings share a caption's.
-          mask: bool[B', L].
+          prefixes: one for each of so many equal parts of the batch, as many captions in each as divide its rows: runs
+            of embeddings share a caption's.
+          place: i32[], of the step's time among the prefixes' times.
         """
-        mask = jnp.repeat(mask, xt.shape[0] // mask.shape[0], axis=0)
-        return self._read(self.transformer(self._suffix(xt), self._mask(mask, SUFFIX - 1), kv))
+        now = (jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, place, 1, -3), p.times) for p in prefixes)
+        parts = tuple(p.before for p in prefixes), tuple(now)
+        if isinstance(parts[0][0][0], tuple):  # layers apart: parts of each, not each of the parts
+            parts = tuple(zip(*(zip(*part, strict=True) for part in parts), strict=True))
+        rows = xt.shape[0] // len(prefixes)
+        mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
+        return self._read(self.transformer(self._suffix(xt), self._mask(mask, SUFFIX - 1), parts))
 
     def _read(self, x):
         return self.out(self.final_norm(x[:, -1])).astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.nn.attention import caption_mask
+from unclip_jax.nn.dense import Dense
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 
@@ -59,8 +60,8 @@ class PriorAR(nn.Module):
         if self.text is None and self.vocab_size:
             self.word_embed = nn.Embed(self.vocab_size, self.width, embedding_init=init)
         else:
-            self.states_in = nn.Dense(self.width)
-        self.text_in = nn.Dense(self.width)
+            self.states_in = Dense(self.width)
+        self.text_in = Dense(self.width)
         self.null_text = self.param("null_text", init, (self.embed_dim,))
         self.token_embed = nn.Embed(self.buckets + self.dot_buckets + 1, self.width, embedding_init=init)
         positions = (self.max_len + 1 + self.dims, self.width)
@@ -69,7 +70,7 @@ class PriorAR(nn.Module):
             self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype
         )
         self.final_norm = LayerNorm(self.dtype)
-        self.out = nn.Dense(self.buckets, use_bias=False, kernel_init=init)
+        self.out = Dense(self.buckets, use_bias=False, kernel_init=init)
         self.bias = self.param("bias", nn.initializers.zeros, (self.dims, self.buckets))
 
     def first(self, dot: jax.Array | None, rows: int = 0) -> jax.Array:
@@ -102,8 +103,8 @@ class PriorAR(nn.Module):
         x, mask = self._prefix(caption, mask, z_txt, keep)
         length = self.max_len + 1
         kv = self.transformer(x, caption_mask(mask, length, length), return_kv=True)[1]
-        room = [(0, 0), (0, 0), (0, self.dims), (0, 0), (0, 0)]
-        return jax.tree.map(lambda a: jnp.pad(a, room), kv), mask
+        room = [(0, self.dims), (0, 0), (0, 0)]
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 3) + room), kv), mask
 
     def step(self, token: jax.Array, place: jax.Array, kv: KV, mask: jax.Array) -> tuple[jax.Array, KV]:
         """One code more.

@@ -11,16 +11,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from unclip_jax.nn.rows import BATCH
+from unclip_jax.nn.rows import BATCH, in_order, platform
 
 HEADS = "tensor"
 EIGHT = 8  # what kernels like head dimensions, and cuDNN lengths, to be multiples of
 LANES, BLOCK = 128, 512  # of the TPU's kernel: sequences are cut in blocks, multiples of LANES, of at most BLOCK
+FEW = 3  # keys that are not worth a matrix product
+SHORT = 48  # a sequence from which on cuDNN computes it
 LONG = 1024  # a sequence from which on the TPU's kernel computes it
 # From here on, cuDNN's gradient leaves out that of a mask, which is as large as the scores and which nobody asks for.
 CONSTANT_MASKS = jax.__version_info__ >= (0, 11, 2)
+
+
+Part = Sequence[tuple[jax.Array, jax.Array]]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -46,43 +52,55 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
         mask = jnp.asarray(mask)[(None,) * (4 - mask.ndim)]
     mesh = jax.sharding.get_abstract_mesh()
     shapes = q.shape, k.shape, None if mask is None else mask.shape
-    chosen = implementation(_platform(mesh), q.dtype, *shapes)
+    chosen = implementation(platform(), q.dtype, *shapes)
     if chosen == "xla" or not _splits(mesh, q.shape[0]) or (chosen == "cudnn" and not _has_cudnn()):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
     return _split(KERNELS[chosen], mesh, q, k, v, mask)
 
 
-def attention_in_parts(
-    q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array]], mask: jax.Array | None = None
-) -> jax.Array:
+def attention_in_parts(q: jax.Array, parts: Sequence[Part], mask: jax.Array | None = None) -> jax.Array:
     """`attention` to keys and values that lie in several places, which are read where they are.
 
     For few queries on long sequences, where copying all keys together takes longer than computing with them.
 
     Args:
       q: [B, N, H, D].
-      parts: pairs (k, v), each [B', S_i, H, D] with B a multiple of B': runs of B / B' samples share one's.
+      parts: of the sequence, one after another; each one or more pairs (k, v) [B', S_i, H, D], the first of which is
+        for the first of so many equal parts of the B rows, and so on. Runs of rows share one of a pair's B'.
       mask: bool, broadcastable to [B, H, N, S], S = the sum of S_i, in the parts' order.
 
     Returns:
       [B, N, H, D] in q's dtype.
     """
-    b, n, h, d = q.shape
+    _, n, h, d = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = []
-    for k, _ in parts:
-        of_part = q.reshape(k.shape[0], -1, h, d)
-        score = jnp.einsum("BNHD,BSHD->BHNS", of_part, k.astype(q.dtype), preferred_element_type=wide)
-        scores.append(score.reshape(k.shape[0], h, -1, n, k.shape[1]).swapaxes(1, 2).reshape(b, h, n, -1))
-    scores = jnp.concatenate(scores, axis=-1) / d**0.5
-    weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -1e30)).astype(q.dtype)
-    out, start = 0.0, 0
-    for _, v in parts:
-        own = weights[..., start : start + v.shape[1]].reshape(v.shape[0], -1, h, n, v.shape[1])
-        own = own.swapaxes(1, 2).reshape(v.shape[0], h, -1, v.shape[1])
-        part = jnp.einsum("BHNS,BSHD->BNHD", own, v.astype(q.dtype), preferred_element_type=wide)
-        out, start = out + part.reshape(b, n, h, d), start + v.shape[1]
-    return out.astype(q.dtype)
+
+    def scores(q, k):
+        sharing = q.reshape(k.shape[0], -1, h, d)
+        if k.shape[1] <= FEW:
+            score = (sharing.astype(wide)[:, :, None] * k.astype(wide)[:, None]).sum(-1).transpose(0, 3, 1, 2)
+        else:
+            score = jnp.einsum("BNHD,BSHD->BHNS", sharing, k.astype(q.dtype), preferred_element_type=wide)
+        return score.reshape(k.shape[0], h, -1, n, k.shape[1]).swapaxes(1, 2).reshape(q.shape[0], h, n, -1)
+
+    def values(weights, v):
+        own = weights.reshape(v.shape[0], -1, h, n, v.shape[1]).swapaxes(1, 2).reshape(v.shape[0], h, -1, v.shape[1])
+        if v.shape[1] <= FEW:
+            part = (own.astype(wide).transpose(0, 2, 3, 1)[..., None] * v.astype(wide)[:, None]).sum(2)
+        else:
+            part = jnp.einsum("BHNS,BSHD->BNHD", own, v.astype(q.dtype), preferred_element_type=wide)
+        return part.reshape(-1, n, h, d)
+
+    def by_rows(function, x, part, which):
+        each = zip(jnp.split(x, len(part)), part, strict=True)
+        return jnp.concatenate([function(rows, pair[which]) for rows, pair in each])
+
+    seen = jnp.concatenate([by_rows(scores, q, part, 0) for part in parts], axis=-1) / d**0.5
+    weights = jax.nn.softmax(seen if mask is None else jnp.where(mask, seen, -1e30)).astype(q.dtype)
+    ends = np.cumsum([part[0][0].shape[1] for part in parts])
+    weights = jnp.split(weights, ends[:-1], axis=-1)
+    out = sum(by_rows(values, w, part, 1) for w, part in zip(weights, parts, strict=True))
+    return in_order(out.astype(q.dtype))
 
 
 def implementation(
@@ -90,25 +108,17 @@ def implementation(
 ) -> str:
     """Who computes attention of q [B, N, H, D], k [B, S, H, D] and a mask of such a shape: "xla" or one of KERNELS.
 
-    A kernel saves writing N x S scores a head and costs a launch and tiles that short sequences leave empty: it pays
-    where the scores are more than the N + 2 S vectors that they come from. So one query at a time is XLA's. The TPU's,
-    which no TPU timed, is for where the scores would fill the memory.
+    A kernel saves writing N x S scores a head and costs a launch and tiles that short sequences leave empty. cuDNN's
+    is worth it from SHORT tokens on; so one query at a time is XLA's. The TPU's, which no TPU timed, is for where the
+    scores would fill the memory.
     """
     (_, n, _, d), s = q, k[1]
-    if n * s <= (n + 2 * s) * d or d > 128 or d % EIGHT:
+    if d > 128 or d % EIGHT:
         return "xla"
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and (mask is None or CONSTANT_MASKS):
-        return "cudnn"
+        return "cudnn" if min(n, s) >= SHORT else "xla"
     of_keys = mask is None or mask[1:3] == (1, 1)
     return "flash" if platform == "tpu" and dtype == jnp.bfloat16 and min(n, s) >= LONG and of_keys else "xla"
-
-
-def _platform(mesh: AbstractMesh) -> str:
-    """Where that which is being traced will run: on the mesh's devices, which need not be here, or by default."""
-    if not mesh.empty and mesh.abstract_device is not None:
-        return mesh.abstract_device.platform
-    default = jax.config.jax_default_device
-    return getattr(default, "platform", default) or jax.default_backend()
 
 
 def _splits(mesh: AbstractMesh, batch: int) -> bool:

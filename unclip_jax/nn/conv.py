@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
+from unclip_jax.nn.dense import Dense, DenseGeneral
 from unclip_jax.nn.rows import rows
 
 KV = tuple[jax.Array, jax.Array]
@@ -79,7 +80,7 @@ class ResBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
         h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
         width = self.channels * (2 if self.scale_shift else 1)
-        emb = nn.Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
+        emb = Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
         norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
         if self.scale_shift:
             h = norm2(h, *jnp.split(emb.astype(jnp.promote_types(emb.dtype, jnp.float32)), 2, axis=-1))
@@ -117,16 +118,16 @@ class PixelAttention(nn.Module):
         split = (channels // self.head_channels, self.head_channels)
         pixels = height * width
         h = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, pixels, channels)
-        q, k, v = (nn.DenseGeneral(split, dtype=self.dtype, name=n)(h) for n in ("query", "key", "value"))
+        q, k, v = (DenseGeneral(split, dtype=self.dtype, name=n)(h) for n in ("query", "key", "value"))
         if context is not None:
             if not isinstance(context, tuple):
-                context = tuple(nn.DenseGeneral(split, dtype=self.dtype, name=n)(context) for n in CONTEXT)
+                context = tuple(DenseGeneral(split, dtype=self.dtype, name=n)(context) for n in CONTEXT)
             ck, cv = context
             k, v = jnp.concatenate([ck, k], axis=1), jnp.concatenate([cv, v], axis=1)
             if mask is not None:
                 mask = jnp.concatenate([mask, jnp.ones((b, pixels), bool)], axis=1)[:, None, None]
         h = attention(q, k, v, mask)
-        h = nn.DenseGeneral(
+        h = DenseGeneral(
             channels, axis=(-2, -1), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="out"
         )(h)
         return x + h.reshape(x.shape)
@@ -146,7 +147,7 @@ def context_kv(params: Mapping[str, Any], context: jax.Array, dtype: jnp.dtype) 
     """
 
     def project(kernel_and_bias):
-        layer = nn.DenseGeneral(kernel_and_bias["kernel"].shape[1:], dtype=dtype, parent=None)
+        layer = DenseGeneral(kernel_and_bias["kernel"].shape[1:], dtype=dtype, parent=None)
         return layer.apply({"params": kernel_and_bias}, context)
 
     layers = {layer: own for layer, own in params.items() if isinstance(own, Mapping) and CONTEXT[0] in own}

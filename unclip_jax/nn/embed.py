@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.nn.dense import Dense
+
 
 def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
     """cos(t w_i) then sin(t w_i), w_i = max_period^(-i / (width/2)) (Ho et al. 2020, in GLIDE's order: cosines first).
@@ -36,5 +38,5 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
         h = sinusoid(time, self.frequencies or self.width).astype(self.dtype)
-        h = nn.Dense(self.width, dtype=self.dtype, name="fc1")(h)
-        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(nn.silu(h))
+        h = Dense(self.width, dtype=self.dtype, name="fc1")(h)
+        return Dense(self.width, dtype=self.dtype, name="fc2")(nn.silu(h))

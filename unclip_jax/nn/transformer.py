@@ -1,27 +1,46 @@
 """The pre-LN Transformer that CLIP's towers, the prior and the caption encoder share.
 
-Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers].
+Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers]. On a
+GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass; and
+where the Transformer itself runs in a loop, `for_loops` cuts the weights before it.
 Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
 exact wherever the prefix cannot see what follows it, as under a causal mask. It may come in parts, which are not copied
 together. Where a sequence is drawn token by token they live in a buffer of its full length, into which each token's are
 written in its place (`at`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import attention, attention_in_parts
+from unclip_jax.nn.attention import Part, attention, attention_in_parts
+from unclip_jax.nn.dense import Dense, DenseGeneral
 from unclip_jax.nn.remat import remat
-from unclip_jax.nn.rows import rows
+from unclip_jax.nn.rows import in_order, platform, rows
+
+
+def pointwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """An elementwise function, computed in f32 at least, of which the backward pass keeps x and nothing else."""
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+
+    def plain(x):
+        return function(wide(x)).astype(x.dtype)
+
+    def backward(x, g):
+        return (jax.vjp(function, wide(x))[1](wide(g))[0].astype(x.dtype),)
+
+    of = jax.custom_vjp(plain)
+    of.defvjp(lambda x: (plain(x), x), backward)
+    return of
+
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": pointwise(lambda x: 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))),  # jax's own takes erfc, at twice the time
+    "gelu_tanh": pointwise(lambda x: nn.gelu(x, approximate=True)),
+    "quick_gelu": pointwise(lambda x: x * nn.sigmoid(1.702 * x)),
 }
 KV = tuple[jax.Array, jax.Array]
 
@@ -49,19 +68,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, kv: KV | tuple[KV, ...] | None, mask: jax.Array | None, at: jax.Array | None
+        self, x: jax.Array, kv: KV | Sequence[Part] | None, mask: jax.Array | None, at: jax.Array | None
     ) -> tuple[jax.Array, KV]:
-        """x [B, N, W], kv pairs [B', P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
+        """x [B, N, W], kv parts [B', P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
 
         With `at`: one pair, mask bool [B|1, 1, N, P] → (x, kv with x's own written into it).
         """
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
         small = nn.initializers.normal(self.out_std)
-        x = rows(x)
+        x = in_order(rows(x))
         h = LayerNorm(self.dtype, name="norm1")(x)
         names = ("query", "key", "value")
-        q, k, v = (nn.DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
+        q, k, v = (DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
         own = (k, v)
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
@@ -69,11 +88,11 @@ class Block(nn.Module):
         if at is not None or kv is None:
             h = attention(q, *own, mask)
         else:
-            h = attention_in_parts(q, [*(kv if isinstance(kv[0], tuple) else [kv]), own], mask)
-        x = x + nn.DenseGeneral(self.width, axis=(-2, -1), kernel_init=small, dtype=self.dtype, name="out")(h)
+            h = attention_in_parts(q, [*(kv if isinstance(kv[0], tuple) else [[kv]]), [own]], mask)
+        x = x + DenseGeneral(self.width, axis=(-2, -1), kernel_init=small, dtype=self.dtype, name="out")(h)
         h = LayerNorm(self.dtype, name="norm2")(x)
-        h = nn.Dense(int(self.width * self.mlp_ratio), kernel_init=dense, dtype=self.dtype, name="fc1")(h)
-        h = nn.Dense(self.width, kernel_init=small, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
+        h = Dense(int(self.width * self.mlp_ratio), kernel_init=dense, dtype=self.dtype, name="fc1")(h)
+        h = Dense(self.width, kernel_init=small, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
         return x + h, own
 
 
@@ -100,7 +119,7 @@ class Transformer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
-        kv: KV | tuple[KV, ...] | None = None,
+        kv: KV | Sequence[Part] | None = None,
         return_kv: bool = False,
         at: jax.Array | None = None,
     ) -> Any:
@@ -109,8 +128,8 @@ class Transformer(nn.Module):
         Args:
           x: [B, N, W].
           mask: bool, broadcastable to [B, heads, N, P + N], or to [B, heads, N, P] with `at`; None lets all see all.
-          kv: keys and values of a prefix, each [layers, B', P, heads, W / heads], as `return_kv` gave them, or several
-            such pairs, one after another; runs of B / B' samples share one's.
+          kv: keys and values of a prefix, each [layers, B, P, heads, W / heads], as `return_kv` gave them; or, without
+            `at`, a tuple of parts of such pairs as of `attention_in_parts`.
           at: i32[], the place in `kv` that x's own keys and values overwrite; None: they follow after it.
 
         Returns:
@@ -118,17 +137,46 @@ class Transformer(nn.Module):
         """
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        block = remat(Block, self.remat, prevent_cse=False)
+        out_std = (2 * self.layers * self.width) ** -0.5
+        of = (self.width, self.heads, self.mlp_ratio, self.activation, out_std, jnp.dtype(self.dtype))
+        x = x.astype(self.dtype)
+        if self.has_variable("params", APART.format(0)):
+            own = []
+            for i in range(self.layers):
+                x, kept = Block(*of, name=APART.format(i))(x, kv and kv[i], mask, at)
+                own.append(kept)
+            return (x, tuple(own)) if return_kv else x
+        unroll = platform() == "gpu"
         scanned = nn.scan(
-            block,
+            remat(Block, self.remat, prevent_cse=unroll),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.layers,
+            unroll=self.layers if unroll else 1,
         )
-        out_std = (2 * self.layers * self.width) ** -0.5
-        blocks = scanned(
-            self.width, self.heads, self.mlp_ratio, self.activation, out_std, jnp.dtype(self.dtype), name="blocks"
-        )
-        x, own = blocks(x.astype(self.dtype), kv, mask, at)
+        x, own = scanned(*of, name="blocks")(x, kv, mask, at)
         return (x, own) if return_kv else x
+
+
+APART = "block{}"
+
+
+def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's parameters with each Transformer's layers cut apart: no longer stacked, and not for training.
+
+    With them keys and values are a tuple of the layers' own, without the axis [layers].
+    """
+    out = {}
+    for name, own in params.items():
+        if name == "blocks":
+            layers = jax.tree.leaves(own)[0].shape[0]
+            out |= {APART.format(i): jax.tree.map(lambda a, i=i: a[i], own) for i in range(layers)}
+        else:
+            out[name] = layers_apart(own) if isinstance(own, Mapping) else own
+    return out
+
+
+def for_loops(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A network's parameters for steps that are run in a loop: `layers_apart` on a GPU."""
+    return layers_apart(params) if platform() == "gpu" else params

@@ -14,6 +14,7 @@ from unclip_jax import pca
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
+from unclip_jax.nn.transformer import for_loops
 from unclip_jax.tasks.clip import ask, caption_of, matrix_picture, unit
 from unclip_jax.tasks.prior_diffusion import best, candidate_keys, cosines
 
@@ -120,13 +121,13 @@ class PriorARTask:
         candidates, guidance = settings["candidates"], settings["guidance"]
         b = cond["z_txt"].shape[0]
         keys = candidate_keys(keys, candidates)
-        variables = {"params": params["net"]}
+        variables = {"params": for_loops(params["net"])}
         # Rows: all captions, then, with guidance, all captions dropped.
         halves = 1 if guidance == 1 else 2
         args = (caption_of(self.model, cond), cond["mask"], cond["z_txt"])
         args = [jnp.concatenate([a] * halves) for a in args]
         kv, mask = self.model.apply(variables, *args, jnp.arange(b * halves) < b, method="prefix")
-        kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=1), kv)
+        kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=-4), kv)
         mask = jnp.repeat(mask, candidates, axis=0)
 
         n = self.model.dot_buckets

@@ -13,6 +13,7 @@ from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
+from unclip_jax.nn.transformer import for_loops
 from unclip_jax.tasks.clip import ask, ask_empty, caption_of, drop_captions, matrix_picture, unit
 
 PREPARE_BATCHES = 32
@@ -102,31 +103,28 @@ class PriorTask:
 
         `candidates` embeddings are drawn for each caption and the one with the largest dot product with z_txt kept
         (the paper: 2), or with cond["near"] f32[B, D] where there is one, such as a picture's z_img. The prefix of
-        every caption, with all timesteps' tokens, is run once; its candidates share it.
+        every caption, with all timesteps' tokens, is run once; its candidates share it, and all share that of the
+        dropped caption.
         """
         settings = {**self.sampler, **over}
         candidates = settings.pop("candidates")
         b, d = cond["z_txt"].shape
         keys = candidate_keys(keys, candidates)
-        variables = {"params": params["net"]}
-        # Rows: all captions, then, with guidance, all captions dropped.
+        variables = {"params": for_loops(params["net"])}
+        # With guidance one caption more, dropped: it is the same for all.
         halves = 1 if settings["guidance"] == 1 else 2
         caption = "tokens" if self.model.vocab_size else "states"
-        seen = (caption, "mask", "z_txt", *["empty"] * self.empty_caption)
-        rows = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen}
-        keep = jnp.arange(b * halves) < b
-        if self.empty_caption:
-            rows, keep = drop_captions(rows, keep), None
+        seen = (caption, "mask", "z_txt")
+        dropped = cond["empty"] if self.empty_caption else cond
+        rows = {k: jnp.concatenate([cond[k], dropped[k][: halves - 1]]) for k in seen}
+        keep = None if self.empty_caption else jnp.arange(b + halves - 1) < b
         times = jnp.asarray(respace(self.schedule, settings["steps"]).timesteps)
-        args = (rows[caption], rows["mask"], rows["z_txt"], keep, times)
-        kv, time_kv, mask = self.model.apply(variables, *args, method="prefix")
+        args = (rows[caption], rows["mask"], rows["z_txt"], keep, times, (b, 1)[:halves])
+        prefixes = self.model.apply(variables, *args, method="prefix")
 
         def denoise(xt, time):
-            n = xt.shape[0] // candidates  # all rows, or the first half of them
-            at = jnp.searchsorted(times, time[0])
-            now = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, 1, axis=2), time_kv)
-            own = jax.tree.map(lambda a: a[:, :n], (kv, now))
-            return Out(self.model.apply(variables, xt, own, mask[:n], method="step"))
+            own = prefixes[: xt.shape[0] // len(keys)]  # both halves, or the first
+            return Out(self.model.apply(variables, xt, own, jnp.searchsorted(times, time[0]), method="step"))
 
         z = draw(
             self.schedule,

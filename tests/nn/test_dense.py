@@ -1,0 +1,99 @@
+"""Dense layers against Flax's own: the same gradients, of the same products; and how a CPU computes a weight's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.nn import dense
+from unclip_jax.nn.dense import Dense, DenseGeneral
+from unclip_jax.nn.remat import of_weights
+from unclip_jax.plan_count import count_gradient
+
+LAYERS = {  # our layer, Flax's, the shape of its input; all give as many numbers as they take
+    "features": (Dense(4), nn.Dense(4), (3, 7, 4)),
+    "heads": (DenseGeneral((2, 4)), nn.DenseGeneral((2, 4)), (3, 7, 8)),
+    "of_heads": (DenseGeneral(8, axis=(-2, -1)), nn.DenseGeneral(8, axis=(-2, -1)), (3, 7, 2, 4)),
+}
+each_layer = pytest.mark.parametrize(("own", "flax", "shape"), LAYERS.values(), ids=LAYERS)
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+
+
+def drawn(layer, shape, *more):
+    """(params, x) in f64, of which there are `more`."""
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros(shape)))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.standard_normal((*more, *a.shape)) / 3, shapes)
+    return params, rng.standard_normal((*more, *shape))
+
+
+def loss(layer):
+    return lambda params, x: jnp.sin(layer.apply({"params": params}, x)).sum()
+
+
+def deep(layer):
+    """Three of them in a scan that keeps products alone."""
+
+    def body(x, params):
+        return jnp.tanh(layer.apply({"params": params}, x)).reshape(x.shape), None
+
+    kept = jax.checkpoint(body, policy=of_weights, prevent_cse=False)
+    return lambda params, x: jnp.square(jax.lax.scan(kept, x, params)[0]).sum()
+
+
+def gradient(function):
+    return jax.grad(function, argnums=(0, 1))
+
+
+def same(one, other, *args):
+    found, wanted = (jax.jit(f)(*args) for f in (one, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, wanted)
+    assert all(a.dtype == np.float64 and np.abs(a).max() > 1e-3 for a in jax.tree.leaves(found))
+
+
+@each_layer
+def test_gradients_are_those_of_flax(own, flax, shape):
+    with jax.enable_x64():
+        same(gradient(loss(own)), gradient(loss(flax)), *drawn(own, shape))
+
+
+@each_layer
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_also_of_each_sample(own, flax, shape, axes):
+    """By vmap over weights and inputs, over inputs, over weights."""
+    with jax.enable_x64():
+        args = (arg if axis == 0 else jax.tree.map(lambda a: a[0], arg)
+                for arg, axis in zip(drawn(own, shape, 2), axes, strict=True))  # fmt: skip
+        same(*(jax.vmap(gradient(loss(layer)), axes) for layer in (own, flax)), *args)
+
+
+@each_layer
+def test_also_in_a_scan_with_remat_and_of_the_same_products(own, flax, shape):
+    with jax.enable_x64():
+        params, x = drawn(own, shape, 3)
+        same(gradient(deep(own)), gradient(deep(flax)), params, x[0])
+        (flops, kept), of_flax = (count_gradient(deep(layer), params, x[0]) for layer in (own, flax))
+    inner, outer = x[0].size // 21, params["bias"][0].size
+    assert (flops, kept) == of_flax and flops == 3 * 3 * 2 * 21 * inner * outer  # none of them twice
+
+
+@on_a_cpu
+@each_layer
+def test_no_product_on_a_cpu_reads_its_left_matrix_across(own, flax, shape):
+    """As XLA's of Flax's Dense does; those with axes of heads it may turn by itself."""
+    params, x = drawn(own, shape)
+    found = []
+    for layer in (own, flax):
+        text = jax.jit(gradient(loss(layer))).lower(params, x).compile().as_text()
+        found.append([line.split("lhs_contracting_dims=")[1][:3] for line in text.splitlines() if " dot(" in line])
+    assert found[0] == ["{1}"] * 3 and len(found[1]) == 3
+    assert "{0}" in found[1] or isinstance(flax, nn.DenseGeneral)
+
+
+@each_layer
+def test_elsewhere_the_program_is_flax_s(own, flax, shape, monkeypatch):
+    text = lambda layer: str(jax.make_jaxpr(gradient(loss(layer)))(*drawn(layer, shape)))  # noqa: E731
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(dense, "platform", lambda platform=platform: platform)
+        assert (text(own) == text(flax)) == (platform != "cpu") == ("optimization_barrier" not in text(own))
