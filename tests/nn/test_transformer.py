@@ -180,7 +180,7 @@ def test_layers_are_cut_apart_wherever_a_transformer_is_and_for_loops_on_gpus_al
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_on_a_gpu_layers_are_no_loop_and_lie_in_order(policy, monkeypatch):
-    """And give the same, as does their gradient."""
+    """And give the same, as does their gradient; a loop stays where the least memory is asked for."""
     with jax.enable_x64():
         x = tokens(dtype=np.float64)
         module = Transformer(WIDTH, LAYERS, HEADS, remat=policy, dtype=jnp.float64)
@@ -194,7 +194,7 @@ def test_on_a_gpu_layers_are_no_loop_and_lie_in_order(policy, monkeypatch):
             found.append(lowered.compile()(p, x))
         scanned, unrolled = texts
         assert "stablehlo.while" in scanned and "LayoutConstraint" not in scanned
-        assert "stablehlo.while" not in unrolled and "LayoutConstraint" in unrolled
+        assert ("stablehlo.while" in unrolled) == (policy == "full") and "LayoutConstraint" in unrolled
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *found)
 
 

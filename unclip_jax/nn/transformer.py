@@ -1,8 +1,9 @@
 """The pre-LN Transformer that CLIP's towers, the prior and the caption encoder share.
 
 Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers]. On a
-GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass; and
-where the Transformer itself runs in a loop, `for_loops` cuts the weights before it.
+GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass, but
+with `remat="full"`, which asks for the least memory; and where the Transformer itself runs in a loop, `for_loops` cuts
+the weights before it.
 Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
 exact wherever the prefix cannot see what follows it, as under a causal mask. It may come in parts, which are not copied
 together. Where a sequence is drawn token by token they live in a buffer of its full length, into which each token's are
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from unclip_jax.nn.attention import Part, attention, attention_in_parts
 from unclip_jax.nn.dense import Dense, DenseGeneral
-from unclip_jax.nn.remat import remat
+from unclip_jax.nn.remat import named, remat
 from unclip_jax.nn.rows import in_order, platform, rows
 
 
@@ -146,7 +147,7 @@ class Transformer(nn.Module):
                 x, kept = Block(*of, name=APART.format(i))(x, kv and kv[i], mask, at)
                 own.append(kept)
             return (x, tuple(own)) if return_kv else x
-        unroll = platform() == "gpu"
+        unroll = platform() == "gpu" and named(self.remat) != "full"
         scanned = nn.scan(
             remat(Block, self.remat, prevent_cse=unroll),
             variable_axes={"params": 0},
