@@ -60,7 +60,8 @@ def test_a_prior_trains_from_them_as_through_the_frozen_clip(folder):
     for _ in range(2):
         through, direct = (gradient(params, {"clip": clip.params}, next(s)) for s in (pictures, embedded))
         for a, b in zip(*map(jax.tree.leaves, (through, direct)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+            # What f32 rounds goes with an array's largest numbers.
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 3e-6 * np.abs(b).max())
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
