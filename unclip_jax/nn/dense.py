@@ -12,10 +12,10 @@ import jax
 from unclip_jax.nn.rows import platform
 
 
-def product(x: jax.Array, kernel: jax.Array, dimensions, precision=None, **how) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, dimensions, **how) -> jax.Array:
     """`jax.lax.dot_general` as a layer asks for it: x's last axes with the kernel's first."""
-    if platform() != "cpu":
-        return jax.lax.dot_general(x, kernel, dimensions, precision=precision, **how)
+    if platform() != "cpu" or any(wish is not None for wish in how.values()):
+        return jax.lax.dot_general(x, kernel, dimensions, **how)
     return _product(len(dimensions[0][1]), x, kernel)
 
 
