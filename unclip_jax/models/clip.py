@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.models.text import TextEncoder
-from unclip_jax.nn.dense import Dense
+from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.rows import rows
 from unclip_jax.nn.transformer import LayerNorm, Transformer
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.nn.conv import KV, context_kv
-from unclip_jax.nn.dense import Dense
+from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.transformer import LayerNorm
 
 

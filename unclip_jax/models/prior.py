@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.nn.attention import caption_mask
-from unclip_jax.nn.dense import Dense
 from unclip_jax.nn.embed import TimeEmbedding
+from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.rows import alone
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.nn.attention import caption_mask
-from unclip_jax.nn.dense import Dense
+from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unclip_jax.nn.conv import KV, GroupNorm, PixelAttention, ResBlock
 from unclip_jax.nn.embed import TimeEmbedding
+from unclip_jax.nn.layers import Conv
 from unclip_jax.nn.remat import remat
 
 
@@ -129,7 +130,7 @@ class UNet(nn.Module):
             return attention(self.head_channels, self.groups, dtype, name=name)(h, seen, context_mask)
 
         init = without_effect(self.extra, self.patch)
-        stem = nn.Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
+        stem = Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
         h = stem(fold(x, self.patch).astype(dtype))
         if self.positions:
             h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:])[None].astype(dtype)
@@ -161,11 +162,11 @@ class UNet(nn.Module):
         patch = self.patch
         if self.outer:
             init = without_effect(self.extra)
-            stem = nn.Conv(self.outer, (3, 3), kernel_init=init, dtype=dtype, name="outer_stem")(x.astype(dtype))
-            h = nn.Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
+            stem = Conv(self.outer, (3, 3), kernel_init=init, dtype=dtype, name="outer_stem")(x.astype(dtype))
+            h = Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
             h = block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
             patch = 1
         h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
         width, wide = self.out_channels * patch**2, jnp.promote_types(dtype, jnp.float32)
-        h = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
+        h = Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, patch)

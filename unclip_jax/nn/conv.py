@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import attention
-from unclip_jax.nn.dense import Dense, DenseGeneral
+from unclip_jax.nn.layers import Conv, Dense, DenseGeneral
 from unclip_jax.nn.rows import rows
 
 KV = tuple[jax.Array, jax.Array]
@@ -78,7 +78,7 @@ class ResBlock(nn.Module):
         """x [B, H, W, C], emb [B, E] → [B, H', W', channels]."""
         x, resample = rows(x), lambda a: rows(RESAMPLE[self.resample](a))
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
+        h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
         width = self.channels * (2 if self.scale_shift else 1)
         emb = Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
         norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
@@ -87,10 +87,10 @@ class ResBlock(nn.Module):
         else:
             h = norm2(h + emb[:, None, None])
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(h)
         x = resample(x)
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="skip")(x)
+            x = Conv(self.channels, (1, 1), dtype=self.dtype, name="skip")(x)
         return x + h
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.dense import Dense
+from unclip_jax.nn.layers import Dense
 
 
 def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import Part, attention, attention_in_parts
-from unclip_jax.nn.dense import Dense, DenseGeneral
+from unclip_jax.nn.layers import Dense, DenseGeneral
 from unclip_jax.nn.remat import named, remat
 from unclip_jax.nn.rows import in_order, platform, rows
 

@@ -1,4 +1,4 @@
-"""Dense layers against Flax's own: the same gradients, of the same products; and how a CPU computes a weight's."""
+"""Layers against Flax's own: the same gradients, of the same products; and how a CPU computes a weight's."""
 
 import flax.linen as nn
 import jax
@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.nn import dense
-from unclip_jax.nn.dense import Dense, DenseGeneral
+from unclip_jax.nn import layers
+from unclip_jax.nn.layers import Conv, Dense, DenseGeneral
 from unclip_jax.nn.remat import of_weights
 from unclip_jax.plan_count import count_gradient
 
@@ -16,7 +16,20 @@ LAYERS = {  # our layer, Flax's, the shape of its input; all give as many number
     "heads": (DenseGeneral((2, 4)), nn.DenseGeneral((2, 4)), (3, 7, 8)),
     "of_heads": (DenseGeneral(8, axis=(-2, -1)), nn.DenseGeneral(8, axis=(-2, -1)), (3, 7, 2, 4)),
 }
+CONVOLUTIONS = {
+    name: (Conv(*args, **more), nn.Conv(*args, **more), (3, 5, 6, 4))
+    for name, args, more in (
+        ("of_three", (4, (3, 3)), {}),
+        ("of_one", (4, (1, 1)), {}),
+        ("oblong", (4, (5, 3)), {}),
+        ("even", (4, (2, 2)), {}),
+        ("in_groups", (4, (3, 3)), {"feature_group_count": 2}),
+        ("dilated", (4, (3, 3)), {"kernel_dilation": 2}),
+    )
+}
 each_layer = pytest.mark.parametrize(("own", "flax", "shape"), LAYERS.values(), ids=LAYERS)
+each = pytest.mark.parametrize(("own", "flax", "shape"), [*LAYERS.values(), *CONVOLUTIONS.values()],
+                               ids=[*LAYERS, *CONVOLUTIONS])  # fmt: skip
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 
 
@@ -52,13 +65,13 @@ def same(one, other, *args):
     assert all(a.dtype == np.float64 and np.abs(a).max() > 1e-3 for a in jax.tree.leaves(found))
 
 
-@each_layer
+@each
 def test_gradients_are_those_of_flax(own, flax, shape):
     with jax.enable_x64():
         same(gradient(loss(own)), gradient(loss(flax)), *drawn(own, shape))
 
 
-@each_layer
+@each
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 def test_also_of_each_sample(own, flax, shape, axes):
     """By vmap over weights and inputs, over inputs, over weights."""
@@ -68,14 +81,23 @@ def test_also_of_each_sample(own, flax, shape, axes):
         same(*(jax.vmap(gradient(loss(layer)), axes) for layer in (own, flax)), *args)
 
 
-@each_layer
+@each
 def test_also_in_a_scan_with_remat_and_of_the_same_products(own, flax, shape):
     with jax.enable_x64():
         params, x = drawn(own, shape, 3)
         same(gradient(deep(own)), gradient(deep(flax)), params, x[0])
         (flops, kept), of_flax = (count_gradient(deep(layer), params, x[0]) for layer in (own, flax))
-    inner, outer = x[0].size // 21, params["bias"][0].size
-    assert (flops, kept) == of_flax and flops == 3 * 3 * 2 * 21 * inner * outer  # none of them twice
+    assert (flops, kept) == of_flax
+    if not isinstance(flax, nn.Conv):
+        inner, outer = x[0].size // 21, params["bias"][0].size
+        assert flops == 3 * 3 * 2 * 21 * inner * outer  # none of them twice
+
+
+@on_a_cpu
+def test_a_striding_convolution_is_flax_s():
+    own, flax = (make(4, (2, 2), strides=2, padding="VALID") for make in (Conv, nn.Conv))
+    text = lambda layer: str(jax.make_jaxpr(gradient(loss(layer)))(*drawn(layer, (3, 6, 6, 4))))  # noqa: E731
+    assert text(own) == text(flax)
 
 
 @on_a_cpu
@@ -91,9 +113,9 @@ def test_no_product_on_a_cpu_reads_its_left_matrix_across(own, flax, shape):
     assert "{0}" in found[1] or isinstance(flax, nn.DenseGeneral)
 
 
-@each_layer
+@pytest.mark.parametrize(("own", "flax", "shape"), [*LAYERS.values(), CONVOLUTIONS["of_three"]])
 def test_elsewhere_the_program_is_flax_s(own, flax, shape, monkeypatch):
     text = lambda layer: str(jax.make_jaxpr(gradient(loss(layer)))(*drawn(layer, shape)))  # noqa: E731
     for platform in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr(dense, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(layers, "platform", lambda platform=platform: platform)
         assert (text(own) == text(flax)) == (platform != "cpu") == ("optimization_barrier" not in text(own))
