@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run
-from unclip_jax.nn import attention, dense, transformer
+from unclip_jax.nn import attention, layers, transformer
 from unclip_jax.nn import rows as nn_rows
 from unclip_jax.nn.attention import causal_mask
 from unclip_jax.nn.remat import POLICIES
@@ -158,7 +158,7 @@ class Tower(nn.Module):
 
 
 def on_a_gpu(monkeypatch):
-    for module in (transformer, nn_rows, dense, attention):
+    for module in (transformer, nn_rows, layers, attention):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
 
 
