@@ -7,9 +7,7 @@ Peers come by `pip install "unclip_jax[bench]"`; rows whose peer is missing say 
 one process and timed in turns, ours, theirs, ours, …, after a run that does not count; the table has medians; ratios
 above 1 where we are faster. `--clock cpu` takes processor seconds instead of wall-clock, for a machine that others use.
 Peak memory is that of a process of its own for each side, which makes its networks and does the work once; its
-wall-clock, from the start of Python on, is the time to the first result ("cold"). Our commands set malloc
-(`unclip_jax.heap`), and so does this one; where both sides take turns it is set for the peer too, which gains by it.
-`--list` names the rows.
+wall-clock, from the start of Python on, is the time to the first result ("cold"). `--list` names the rows.
 
 On a GPU both sides compute in bfloat16, and the peer takes its turns twice, as it is and by torch.compile. Memory is
 the card's: ours that of the compiled programs with their arguments and results, the peer's what torch has allocated at
@@ -223,10 +221,6 @@ def main(argv=None) -> None:
         return print("\n".join(row.name for row in chosen))
     if args.alone is None or args.alone[1] == "peer":
         devices.set_up_torch(device, args.threads)
-    if device is devices.CPU and (args.alone is None or args.alone[1] == "ours"):
-        from unclip_jax import heap
-
-        heap.keep()
     if args.alone:
         return run_alone(next(row for row in chosen if row.name == args.alone[0]), args.alone[1])
     table(args, chosen, device)

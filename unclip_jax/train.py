@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, data, distributed, heap, optim, sharding, tasks
+from unclip_jax import checkpoint, data, distributed, optim, sharding, tasks
 from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.data.source import Source
@@ -157,7 +157,6 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     """
     meter = Meter()
     distributed.initialize()
-    heap.keep()
     run = make_run(config, workdir)
     config, every = run.config, run.config.every
     batches = functools.partial(_batches, run)

@@ -33,6 +33,12 @@ each = pytest.mark.parametrize(("own", "flax", "shape"), [*LAYERS.values(), *CON
 on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
 
 
+@pytest.fixture(autouse=True)
+def none_too_narrow(monkeypatch):
+    """For nine products in place of a convolution's gradient."""
+    monkeypatch.setattr(layers, "WIDE", 0)
+
+
 def drawn(layer, shape, *more):
     """(params, x) in f64, of which there are `more`."""
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros(shape)))["params"]
@@ -98,6 +104,15 @@ def test_a_striding_convolution_is_flax_s():
     own, flax = (make(4, (2, 2), strides=2, padding="VALID") for make in (Conv, nn.Conv))
     text = lambda layer: str(jax.make_jaxpr(gradient(loss(layer)))(*drawn(layer, (3, 6, 6, 4))))  # noqa: E731
     assert text(own) == text(flax)
+
+
+@on_a_cpu
+def test_a_narrow_convolution_is_flax_s(monkeypatch):
+    own, flax, shape = CONVOLUTIONS["of_three"]
+    text = lambda layer: str(jax.make_jaxpr(gradient(loss(layer)))(*drawn(layer, shape)))  # noqa: E731
+    for width, same_text in ((4 * 4, False), (4 * 4 + 1, True)):
+        monkeypatch.setattr(layers, "WIDE", width)
+        assert (text(own) == text(flax)) == same_text
 
 
 @on_a_cpu

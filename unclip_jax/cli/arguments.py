@@ -103,12 +103,10 @@ def given_settings(args) -> dict:
 
 def load(args):
     """The stack, and the settings that were given; checked as far as can be before the weights are read."""
-    from unclip_jax import heap
     from unclip_jax.pipeline import UnCLIP
 
     settings = given_settings(args)
     keep()
-    heap.keep()
     pipe = UnCLIP.load(args.model, low_memory=args.low_memory)
     pipe.settings(**settings)
     return pipe, settings

@@ -85,10 +85,8 @@ def check(args) -> int:
 
 def embed(args) -> None:
     """Writes a folder of embeddings."""
-    from unclip_jax import heap
     from unclip_jax.embed import embed as write
 
-    heap.keep()
     out = write(args.out, args.clip, _source(args), args.splits, args.batch_size, args.states)
     print(f"{out}: train a prior from it with --config.data.source=embeddings --config.data.path={out}")
 

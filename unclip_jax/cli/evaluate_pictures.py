@@ -19,11 +19,10 @@ TYPES = {
 
 def run(args) -> None:
     """Prints, and on request writes, the metrics of drawn pictures."""
-    from unclip_jax import distributed, heap
+    from unclip_jax import distributed
     from unclip_jax.evaluation import protocol, report, sweep
 
     distributed.initialize()
-    heap.keep()
     if args.sheet is not None:
         raise UserError("--sheet is for the shapes world's own prompts", "leave it out, and give --out")
     out = report.check_files(args.out, args.overwrite) if args.out is not None else None

@@ -1,7 +1,7 @@
 """Dense and convolutional layers: Flax's own, but for how a CPU computes the gradient of their weights.
 
 There XLA's product of a transposed matrix, xᵀ g, runs at half the speed of one that lies as it is read, and a
-transposed copy costs a tenth of it at most; the gradient of a convolution's kernel runs at a third to two thirds of the
+transposed copy costs a tenth of it at most; the gradient of a kernel of a wide convolution runs at a sixth to two thirds of the
 speed of as many such products as the kernel has places (docs/results.md).
 """
 
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.nn.rows import platform
+
+WIDE = 64**2  # channels in times channels out from which on a convolution's gradient is worth so many products
 
 
 def product(x: jax.Array, kernel: jax.Array, dimensions, **how) -> jax.Array:
@@ -44,7 +46,7 @@ def convolution(x: jax.Array, kernel: jax.Array, strides, padding, **how) -> jax
     """`jax.lax.conv_general_dilated` as a layer asks for it: x [B, H, W, C], kernel [h, w, C, O]."""
     plain = set(strides) == {1} and padding == "SAME" and all(side % 2 for side in kernel.shape[:2])
     ones = {*how["lhs_dilation"], *how["rhs_dilation"], how["feature_group_count"]} == {1}
-    plain = plain and ones and how.get("precision") is None
+    plain = plain and ones and how.get("precision") is None and kernel.shape[-2] * kernel.shape[-1] >= WIDE
     if platform() != "cpu" or x.ndim != 4 or not plain:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
     return _convolution(x, kernel)
