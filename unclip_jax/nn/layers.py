@@ -1,8 +1,8 @@
 """Dense and convolutional layers: Flax's own, but for how a CPU computes the gradient of their weights.
 
 There XLA's product of a transposed matrix, xᵀ g, runs at half the speed of one that lies as it is read, and a
-transposed copy costs a tenth of it at most; the gradient of a kernel of a wide convolution runs at a sixth to two thirds of the
-speed of as many such products as the kernel has places (docs/results.md).
+transposed copy costs a tenth of it at most; the gradient of a wide convolution's kernel runs at a sixth to two thirds
+of the speed of as many such products as the kernel has places (docs/results.md).
 """
 
 import functools
