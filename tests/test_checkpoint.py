@@ -167,6 +167,7 @@ def test_all_damaged_is_an_error_and_moves_nothing(run):
 def test_a_killed_write_is_no_step(tmp_path):
     script = """
         import os, signal, sys
+        from pathlib import Path
         import jax.numpy as jnp
         from unclip_jax.checkpoint import Checkpoints
         checkpoints = Checkpoints(sys.argv[1])
@@ -174,6 +175,8 @@ def test_a_killed_write_is_no_step(tmp_path):
         checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {"config": "{}"})
         checkpoints.wait()
         checkpoints.save(2, state, {"config": "{}"})
+        while not any("tmp" in path.name for path in Path(sys.argv[1], "checkpoints").iterdir()):
+            pass  # until it has begun
         os.kill(os.getpid(), signal.SIGKILL)
     """
     root = Path(__file__).parent.parent
