@@ -1,5 +1,6 @@
 """Embeddings worked out once: the same numbers as through the frozen CLIP, the same training."""
 
+import dataclasses
 import json
 
 import jax
@@ -52,16 +53,24 @@ def test_statistics_are_those_of_the_records(folder):
 def test_a_prior_trains_from_them_as_through_the_frozen_clip(folder):
     clip = tasks.load_clip(tiny_stack.path())
     task = tasks.make(tiny_stack.configs()["prior"], clip.model)
-    params = task.init(jax.random.key(0))
-    gradient = jax.jit(jax.value_and_grad(lambda params, frozen, batch: task.loss(
-        params, task.encode(frozen, batch), jax.random.key(1))[0]))  # fmt: skip
     pictures = loader.batches(data.make(**WORDS), Tokenizer.from_json(clip.tokenizer_json), 16, seed=5)
     embedded = loader.batches(data.make("embeddings", size=16, path=str(folder)), None, 16, seed=5)
-    for _ in range(2):
-        through, direct = (gradient(params, {"clip": clip.params}, next(s)) for s in (pictures, embedded))
+    encode = jax.jit(task.encode)
+    batches = [encode({"clip": clip.params}, next(source)) for _ in range(2) for source in (pictures, embedded)]
+    params = task.init(jax.random.key(0))
+    # The gradient in f64, so that only what f32 rounds in the embeddings is told apart.
+    with jax.enable_x64():
+        task = dataclasses.replace(task, model=task.model.clone(dtype=np.float64))
+        gradient = jax.jit(jax.value_and_grad(lambda params, batch: task.loss(params, batch, jax.random.key(1))[0]))
+        got = [gradient(*jax.tree.map(in_f64, (params, batch))) for batch in batches]
+    for through, direct in (got[:2], got[2:]):
         for a, b in zip(*map(jax.tree.leaves, (through, direct)), strict=True):
-            # What f32 rounds goes with an array's largest numbers.
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 3e-6 * np.abs(b).max())
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def in_f64(a):
+    return np.asarray(a, np.float64 if a.dtype == np.float32 else a.dtype)
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):

@@ -116,6 +116,20 @@ def test_a_narrow_convolution_is_flax_s(monkeypatch):
 
 
 @on_a_cpu
+@pytest.mark.parametrize("wish", [{"precision": "highest"}, {"preferred_element_type": jnp.float32}])
+def test_a_wish_is_passed_on(wish):
+    x, kernel = jnp.ones((1, 4, 4, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 8), jnp.bfloat16)
+    how = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1, **wish}
+    how["dimension_numbers"] = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    for call, weights in (
+        (lambda x, kernel: layers.convolution(x, kernel, (1, 1), "SAME", **how), kernel),
+        (lambda x, kernel: layers.product(x, kernel, (((3,), (0,)), ((), ())), **wish), kernel[0, 0]),
+    ):
+        (done,) = jax.make_jaxpr(call)(x, weights).eqns
+        assert all(done.params[name] is not None for name in wish)
+
+
+@on_a_cpu
 @each_layer
 def test_no_product_on_a_cpu_reads_its_left_matrix_across(own, flax, shape):
     """As XLA's of Flax's Dense does; those with axes of heads it may turn by itself."""

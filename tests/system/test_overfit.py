@@ -80,7 +80,7 @@ def test_prior_ar_draws_each_captions_own_codes(tmp_path):
     np.testing.assert_allclose(params["std"], spread[:5], rtol=1e-3, atol=1e-3)
     # Where the dot product asked for is the caption's own; one never seen with it may tell of another picture.
     right = (drawn == true[None]).mean(-1)
-    assert len(np.unique(true, axis=0)) == 8 and seen.sum() > 10 and right[seen].mean() > 0.9 and right.mean() > 0.6
+    assert len(np.unique(true, axis=0)) == 8 and seen.sum() > 10 and right[seen].mean() > 0.9 and right.mean() > 0.75
     assert told["loss"][0] == pytest.approx(np.log(16), rel=0.1) and told["loss"][-1] < 0.02
 
 

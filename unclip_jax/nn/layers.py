@@ -44,10 +44,11 @@ _product.defvjp(lambda inner, *args: (_plain_product(inner, *args), args), _prod
 
 def convolution(x: jax.Array, kernel: jax.Array, strides, padding, **how) -> jax.Array:
     """`jax.lax.conv_general_dilated` as a layer asks for it: x [B, H, W, C], kernel [h, w, C, O]."""
-    plain = set(strides) == {1} and padding == "SAME" and all(side % 2 for side in kernel.shape[:2])
-    ones = {*how["lhs_dilation"], *how["rhs_dilation"], how["feature_group_count"]} == {1}
-    plain = plain and ones and how.get("precision") is None and kernel.shape[-2] * kernel.shape[-1] >= WIDE
-    if platform() != "cpu" or x.ndim != 4 or not plain:
+    wished = how.get("precision") is not None or how.get("preferred_element_type") is not None
+    undilated = {*how["lhs_dilation"], *how["rhs_dilation"], how["feature_group_count"], *strides} == {1}
+    same = padding == "SAME" and all(side % 2 for side in kernel.shape[:2])
+    wide = kernel.shape[-2] * kernel.shape[-1] >= WIDE
+    if platform() != "cpu" or x.ndim != 4 or wished or not (undilated and same and wide):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
     return _convolution(x, kernel)
 
