@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from unclip_jax.cli.programs import fuse_for_cpus
+
 
 class Device(NamedTuple):
     """The device of both sides and their precision; see `CPU` and `GPU`.
@@ -106,10 +108,11 @@ DEVICES = {device.name: device for device in (CPU, GPU)}
 def prepare(device: Device, threads: int) -> None:
     """Sets what both frameworks read when they are first imported: threads of a CPU, memory of a GPU."""
     if device is CPU:
-        flags = os.environ.get("XLA_FLAGS", "")
+        fuse_for_cpus()
+        flags = os.environ["XLA_FLAGS"]
         if threads == 1:
             flags += " --xla_cpu_multi_thread_eigen=false"
-        os.environ |= {"XLA_FLAGS": flags.strip(), "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+        os.environ |= {"XLA_FLAGS": flags, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
     else:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")

@@ -121,11 +121,13 @@ def memorise(stage: str, **changes):
     own = {
         "clip": {"optim.lr": 5e-3},
         "prior_diffusion": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.steps": 10, "sampler.candidates": 1},
-        "prior_ar": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.candidates": 1, "num_steps": 120},
+        "prior_ar": {"optim.lr": 5e-3, "objective.text_drop": 0.0, "sampler.candidates": 1},
         "decoder": {"optim.lr": 1e-2, "objective.text_drop": 0.0, "objective.clip_drop": 0.0},
         "upsampler": {"optim.lr": 1e-2},
     }
     made = config(stage, **{name.replace(".", "__"): v for name, v in {**learn, **own[stage]}.items()} | changes)
     with made.unlocked():
         made.data.length = 8
+        if stage == "prior_ar":
+            made.model.dot_buckets = 2  # of more, most of those asked for in sampling would be news beside a caption
     return made

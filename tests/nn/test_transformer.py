@@ -14,7 +14,7 @@ from unclip_jax.nn import rows as nn_rows
 from unclip_jax.nn.attention import causal_mask
 from unclip_jax.nn.remat import POLICIES
 from unclip_jax.nn.transformer import ACTIVATIONS, LayerNorm, Transformer, for_loops, layers_apart
-from unclip_jax.plan_count import count_gradient
+from unclip_jax.plan_count import count_flops, count_gradient
 
 WIDTH, LAYERS, HEADS = 8, 3, 2
 erf = np.vectorize(math.erf)
@@ -147,6 +147,67 @@ def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gi
         np.testing.assert_allclose(tail.swapaxes(0, 1), whole[:, cut:], rtol=0, atol=1e-12)
         filled = stacked(filled) if apart else filled
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, kv)
+
+
+def read_of(outputs, read):
+    """Of each row of [B, N, W] the token that is read."""
+    return outputs[:, read] if isinstance(read, int) else outputs[np.arange(len(read)), read]
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+@pytest.mark.parametrize("read", [0, -1, np.array([3, 1])], ids=["first", "last", "each_its_own"])
+@pytest.mark.parametrize("way", ["cut", "whole", "unrolled", "apart"])
+def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, monkeypatch):
+    if way == "unrolled":
+        on_a_gpu(monkeypatch)
+    monkeypatch.setattr(transformer, "COPY", {"cut": 0}.get(way, 1000))
+    with jax.enable_x64():
+        x, module = tokens(dtype=np.float64), Transformer(WIDTH, layers, HEADS, dtype=jnp.float64)
+        p = draw(module, x, dtype=np.float64)
+        p = layers_apart(p) if way == "apart" else p
+        outputs = lambda p, x, **how: module.apply({"params": p}, x, causal_mask(5, 5), **how)  # noqa: E731
+        of_all = lambda p, x: jnp.sin(read_of(outputs(p, x), read))  # noqa: E731
+        of_one = lambda p, x: jnp.sin(outputs(p, x, read=read))  # noqa: E731
+        assert jax.eval_shape(of_one, p, x).shape == (2, WIDTH)
+        found = [
+            jax.jit(lambda p, x, f=f: (f(p, x), jax.grad(lambda *a: f(*a).sum(), argnums=(0, 1))(p, x)))(p, x)
+            for f in (of_all, of_one)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *found)
+        spared = count_flops(of_all, p, x) - count_flops(of_one, p, x)
+    product = 2 * 2 * WIDTH * WIDTH  # of a token in both rows
+    unread = 4 * ((2 + 2 * 4) * product + 2 * 2 * 2 * 5 * WIDTH)  # query, out and the MLP; attention to five
+    assert spared == (0 if way == "whole" else unread)
+
+
+@both_ways
+def test_one_token_is_read_after_a_prefix(apart):
+    with jax.enable_x64():
+        x, module = tokens(7, dtype=np.float64), Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
+        p = draw(module, x, dtype=np.float64)
+        whole = run(module, p, x, causal_mask(7, 7))
+        p = layers_apart(p) if apart else p
+        _, kv = run(module, p, x[:, :4], causal_mask(4, 4), return_kv=True)
+        tail = run(module, p, x[:, 4:], causal_mask(3, 7), kv, read=1)
+        np.testing.assert_allclose(tail, whole[:, 5], rtol=0, atol=1e-12)
+        again, own = run(module, p, x[:, 4:], causal_mask(3, 7), kv, return_kv=True, read=1)
+        own = stacked(own) if apart else own
+        assert own[0].shape == (LAYERS, 2, 3, HEADS, WIDTH // HEADS)  # of all tokens, read or not
+        np.testing.assert_allclose(again, tail, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_token_read_has_the_same_gradient_whatever_is_kept(policy, monkeypatch):
+    monkeypatch.setattr(transformer, "COPY", 0)
+    with jax.enable_x64():
+        x, found = tokens(dtype=np.float64), []
+        for kept in ("none", policy):
+            module = Transformer(WIDTH, LAYERS, HEADS, remat=kept, dtype=jnp.float64)
+            p = draw(module, x, dtype=np.float64)
+            square = lambda p, m=module: jnp.square(m.apply({"params": p}, x, read=-1)).sum()  # noqa: E731
+            found.append((jax.jit(jax.grad(square))(p), count_gradient(square, p)[1]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *(g for g, _ in found))
+        assert policy == "none" or found[1][1] < found[0][1]
 
 
 class Tower(nn.Module):

@@ -57,8 +57,8 @@ class VisionTransformer(nn.Module):
         x = LayerNorm(self.dtype, name="first_norm")(x)
         x = Transformer(
             self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype, name="transformer"
-        )(x)
-        return LayerNorm(self.dtype, name="final_norm")(x[:, 0])
+        )(x, read=0)
+        return LayerNorm(self.dtype, name="final_norm")(x)
 
 
 class CLIP(nn.Module):
@@ -106,11 +106,16 @@ class CLIP(nn.Module):
     def embed_text(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """tokens i32[B, L], mask bool[B, L] → z_txt f32[B, D], read at EOS, the last True; and the states [B, L, W]."""
         states = self.textual(tokens, mask)
-        last = jnp.maximum(mask.sum(-1) - 1, 0)
-        at_eos = jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
+        at_eos = jnp.take_along_axis(states, _eos(mask)[:, None, None], axis=1)[:, 0]
         return self._leave(self.text_projection(at_eos)), states
 
     def __call__(self, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """→ z_img f32[B, D], z_txt f32[B, D], and the temperature's inverse exp(min(s, ln 100)), a scalar."""
         scale = jnp.exp(jnp.minimum(self.logit_scale, jnp.log(100.0)))
-        return self.embed_image(image), self.embed_text(tokens, mask)[0], scale
+        z_txt = self._leave(self.text_projection(self.textual(tokens, mask, _eos(mask))))
+        return self.embed_image(image), z_txt, scale
+
+
+def _eos(mask: jax.Array) -> jax.Array:
+    """The place of the last True, or 0: bool[B, L] → i32[B]."""
+    return jnp.maximum(mask.sum(-1) - 1, 0)

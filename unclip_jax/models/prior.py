@@ -154,10 +154,12 @@ class Prior(nn.Module):
             parts = tuple(zip(*(zip(*part, strict=True) for part in parts), strict=True))
         rows = xt.shape[0] // len(prefixes)
         mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
-        return self._read(self.transformer(self._suffix(xt), self._mask(mask, SUFFIX - 1), parts))
+        return self._read(self._suffix(xt), self._mask(mask, SUFFIX - 1), parts)
 
-    def _read(self, x):
-        return self.out(self.final_norm(x[:, -1])).astype(jnp.promote_types(x.dtype, jnp.float32))
+    def _read(self, x, *given):
+        """Tokens that end with the query, and what else the Transformer is given → f32[B, D]."""
+        x = self.final_norm(self.transformer(x, *given, read=-1))
+        return self.out(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def __call__(
         self,
@@ -183,4 +185,4 @@ class Prior(nn.Module):
         """
         prefix, mask = self._prefix(caption, mask, z_txt, keep)
         x = jnp.concatenate([prefix, self._times(time)[:, None], self._suffix(xt)], axis=1)
-        return self._read(self.transformer(x, self._mask(mask, x.shape[1])))
+        return self._read(x, self._mask(mask, x.shape[1]))

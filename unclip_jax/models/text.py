@@ -30,8 +30,8 @@ class TextEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens i32[B, L], mask bool[B, L] (True through EOS) → [B, L, width]."""
+    def __call__(self, tokens: jax.Array, mask: jax.Array, read: jax.Array | None = None) -> jax.Array:
+        """tokens i32[B, L], mask bool[B, L] (True through EOS) → [B, L, width]; with `read` i32[B] the state there."""
         if tokens.shape[1] != self.max_len:
             raise ValueError(f"captions have {tokens.shape[1]} tokens, this encoder takes max_len={self.max_len}")
         init = nn.initializers.normal(0.02)
@@ -43,5 +43,5 @@ class TextEncoder(nn.Module):
         blocks = Transformer(
             self.width, self.layers, self.heads, 4.0, self.activation, self.remat, self.dtype, name="transformer"
         )
-        x = blocks(x, causal_mask(self.max_len, self.max_len) if self.causal else None)
+        x = blocks(x, causal_mask(self.max_len, self.max_len) if self.causal else None, read=read)
         return LayerNorm(self.dtype, name="final_norm")(x)

@@ -9,6 +9,8 @@
 The gradient is the same. From top to bottom the policies hold less and compute more.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -36,7 +38,7 @@ def named(policy: str | bool, key: str = "remat") -> str:
     return policy
 
 
-def remat(block: type[nn.Module], policy: str | bool, **how) -> type[nn.Module]:
-    """A block whose backward pass follows a policy; `how` as for `nn.remat`."""
-    policy = named(policy)
-    return block if policy == "none" else nn.remat(block, policy=of_weights if policy == "dots" else None, **how)
+def remat(block: type[nn.Module] | Callable, policy: str | bool, **how) -> type[nn.Module] | Callable:
+    """A block, a module or a function, whose backward pass follows a policy; `how` as for `jax.checkpoint`."""
+    policy, wrap = named(policy), nn.remat if isinstance(block, type) else jax.checkpoint
+    return block if policy == "none" else wrap(block, policy=of_weights if policy == "dots" else None, **how)

@@ -44,6 +44,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": pointwise(lambda x: x * nn.sigmoid(1.702 * x)),
 }
 KV = tuple[jax.Array, jax.Array]
+Read = int | jax.Array  # a token of each row: the place of all, or i32[B]
+COPY = 64  # tokens through one layer that take as long as copying a layer's weights and their gradient
 
 
 class LayerNorm(nn.Module):
@@ -69,20 +71,30 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, kv: KV | Sequence[Part] | None, mask: jax.Array | None, at: jax.Array | None
+        self,
+        x: jax.Array,
+        kv: KV | Sequence[Part] | None,
+        mask: jax.Array | None,
+        at: jax.Array | None,
+        read: Read | None = None,
     ) -> tuple[jax.Array, KV]:
         """x [B, N, W], kv parts [B', P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
 
-        With `at`: one pair, mask bool [B|1, 1, N, P] → (x, kv with x's own written into it).
+        With `at`: one pair, mask bool [B|1, 1, N, P] → (x, kv with x's own written into it). With `read`: x [B, 1, W].
         """
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
         small = nn.initializers.normal(self.out_std)
         x = in_order(rows(x))
         h = LayerNorm(self.dtype, name="norm1")(x)
-        names = ("query", "key", "value")
-        q, k, v = (DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=n)(h) for n in names)
-        own = (k, v)
+        query, key, value = (
+            DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=name) for name in ("query", "key", "value")
+        )
+        own = (key(h), value(h))
+        if read is not None:
+            x, h = _only(x, read, 1), _only(h, read, 1)
+            mask = mask if mask is None or mask.shape[-2] == 1 else _only(mask, read, 2)
+        q = query(h)
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
@@ -95,6 +107,14 @@ class Block(nn.Module):
         h = Dense(int(self.width * self.mlp_ratio), kernel_init=dense, dtype=self.dtype, name="fc1")(h)
         h = Dense(self.width, kernel_init=small, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
         return x + h, own
+
+
+def _only(x: jax.Array, read: Read, axis: int) -> jax.Array:
+    """Of each row of x [B|1, …] the place `read` of an axis, which is kept."""
+    if isinstance(read, int):
+        return jax.lax.index_in_dim(x, read, axis)
+    places = read.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.take_along_axis(jnp.broadcast_to(x, (len(read), *x.shape[1:])), places, axis)
 
 
 class Transformer(nn.Module):
@@ -123,6 +143,7 @@ class Transformer(nn.Module):
         kv: KV | Sequence[Part] | None = None,
         return_kv: bool = False,
         at: jax.Array | None = None,
+        read: Read | None = None,
     ) -> Any:
         """Runs the blocks.
 
@@ -132,31 +153,43 @@ class Transformer(nn.Module):
           kv: keys and values of a prefix, each [layers, B, P, heads, W / heads], as `return_kv` gave them; or, without
             `at`, a tuple of parts of such pairs as of `attention_in_parts`.
           at: i32[], the place in `kv` that x's own keys and values overwrite; None: they follow after it.
+          read: the one token of each row whose output is asked for, a place or i32[B]. The last block then computes no
+            other's, where that is worth more than cutting its weights from the stack.
 
         Returns:
-          [B, N, W]; with `return_kv` a pair of that and x's own keys and values, or with `at` all of `kv` with them.
+          [B, N, W], or [B, W] with `read`; with `return_kv` a pair of that and x's own keys and values, or with `at`
+          all of `kv` with them.
         """
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        out_std = (2 * self.layers * self.width) ** -0.5
+        policy, out_std = named(self.remat), (2 * self.layers * self.width) ** -0.5
         of = (self.width, self.heads, self.mlp_ratio, self.activation, out_std, jnp.dtype(self.dtype))
-        x = x.astype(self.dtype)
-        if self.has_variable("params", APART.format(0)):
-            own = []
+        x, block = x.astype(self.dtype), Block(*of, parent=None)
+        if self.is_initializing():
+            stack = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.layers)
+            stack(*of, name="blocks")(x, None, None, None)
+
+        def run(x, layer, read=None):
+            params, kv = layer
+            return block.apply({"params": params}, x, kv, mask, at, read)
+
+        params, last = self.variables["params"], self.layers - 1
+        if APART.format(0) in params:
+            own = ()
             for i in range(self.layers):
-                x, kept = Block(*of, name=APART.format(i))(x, kv and kv[i], mask, at)
-                own.append(kept)
-            return (x, tuple(own)) if return_kv else x
-        unroll = platform() == "gpu" and named(self.remat) != "full"
-        scanned = nn.scan(
-            remat(Block, self.remat, prevent_cse=unroll),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=self.layers,
-            unroll=self.layers if unroll else 1,
-        )
-        x, own = scanned(*of, name="blocks")(x, kv, mask, at)
+                x, kept = run(x, (params[APART.format(i)], kv and kv[i]), read if i == last else None)
+                own += (kept,)
+        else:
+            unroll = platform() == "gpu" and policy != "full"
+            part = lambda at: jax.tree.map(lambda a: a[at], (params["blocks"], kv))  # noqa: E731
+            worth = unroll or x.shape[0] * x.shape[1] >= COPY * self.layers
+            cut = read is not None and worth and not return_kv
+            body = remat(run, policy, prevent_cse=unroll)
+            x, own = jax.lax.scan(body, x, part(slice(last if cut else None)), unroll=unroll)
+            if cut:
+                x, _ = remat(lambda x, layer: run(x, layer, read), policy)(x, part(last))
+        if read is not None:
+            x = (_only(x, read, 1) if x.shape[1] > 1 else x)[:, 0]
         return (x, own) if return_kv else x
 
 
