@@ -8,10 +8,12 @@ import pytest
 from tests.random_params import draw
 from unclip_jax.errors import UserError
 from unclip_jax.models.unet import UNet
+from unclip_jax.nn.conv import context_kv
 from unclip_jax.nn.remat import POLICIES, named
 from unclip_jax.nn.transformer import Transformer
 from unclip_jax.plan_count import count_gradient
 
+TIME = np.array([3, 800])
 B, N, W, LAYERS, HEADS = 2, 12, 16, 3, 2
 PIXELS, TOKENS, C = 8, 3, 8
 
@@ -25,7 +27,17 @@ def unet(remat, dtype=np.float32):
     """Three residual blocks and attention in the middle, which also sees a context; dropout draws the same again."""
     net = UNet(C, (1,), 0, (1,), head_channels=4, groups=4, dropout=0.3, remat=remat, dtype=dtype)
     x = np.random.default_rng(0).standard_normal((B, PIXELS, PIXELS, 3)).astype(dtype)
-    return net, (x, np.array([3, 800]), None, np.ones((B, TOKENS, 5), dtype), None, True)
+    return net, (x, TIME, None, np.ones((B, TOKENS, 5), dtype), None, True)
+
+
+def levels(remat, dtype=np.float32, dropout=0.0):
+    """A level down of two residual blocks and attention, alike, and one up of three; the context is given projected."""
+    net = UNet(C, (1,), 2, (4,), head_channels=4, groups=4, dropout=dropout, remat=remat, dtype=dtype)
+    rng = np.random.default_rng(0)
+    x, context = (rng.standard_normal((B, *shape)).astype(dtype) for shape in ((4, 4, 3), (TOKENS, 5)))
+    params = draw(net, x, TIME, None, context, dtype=dtype)
+    seen = np.array([[True] * TOKENS, [True] + [False] * (TOKENS - 1)])
+    return net, params, (x, TIME, None, context_kv(params, context, dtype), seen, True)
 
 
 def square(net, args):
@@ -56,6 +68,39 @@ def test_gradients_are_those_without(make, dtype, rtol):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol / 100), plain, other)
     if make is transformer:  # outside of loops XLA undoes on CPUs what is computed again
         assert held[0] > held[1] > held[2]
+
+
+def test_a_unet_runs_equal_blocks_in_a_loop_where_the_least_is_asked_for():
+    """To train; with the same gradient."""
+    found, loops = [], {}
+    with jax.enable_x64():
+        for policy in POLICIES:
+            net, params, args = levels(policy, np.float64)
+            losses = [square(net, (*args[:-1], train))[0] for train in (True, False)]
+            loops[policy] = [str(jax.make_jaxpr(loss)(params, args[0])).count(" scan[") for loss in losses]
+            if policy != "dots":
+                found.append(jax.jit(jax.grad(losses[0]))(params, args[0]))
+    assert loops == {"none": [0, 0], "dots": [0, 0], "full": [2, 0]}
+    plain, looped = found
+    last = [plain[f"{where}_{what}1"] for where in ("down0", "up0") for what in ("block", "attn")]
+    assert all(np.abs(layer["out" if "out" in layer else "conv2"]["kernel"]).max() > 1e-6 for layer in last)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), plain, looped)
+
+
+def test_blocks_in_a_loop_drop_out_each_their_own(monkeypatch):
+    net, params, args = levels("full", dropout=0.3)
+    keys, scan = [], jax.lax.scan
+
+    def spied(body, carry, each):
+        keys.append(each[1].rngs["dropout"])
+        return scan(body, carry, each)
+
+    def drawn():
+        net.apply({"params": params}, *args, rngs={"dropout": jax.random.key(1)})
+        return jnp.concatenate(keys)
+
+    monkeypatch.setattr(jax.lax, "scan", spied)
+    assert len(np.unique(jax.random.key_data(jax.jit(drawn)()), axis=0)) == 5
 
 
 def counts(make):

@@ -4,7 +4,9 @@ Levels go down in resolution by residual blocks that pool, and up by residual bl
 output on the way down, the stem's and the pooled ones' included, is concatenated behind the features on the way up.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from unclip_jax.nn.conv import KV, GroupNorm, PixelAttention, ResBlock
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Conv
-from unclip_jax.nn.remat import remat
+from unclip_jax.nn.remat import named, remat
 
 
 def fold(x: jax.Array, patch: int) -> jax.Array:
@@ -46,6 +48,21 @@ def without_effect(extra: int, patch: int = 1):
     return init
 
 
+def stacked(trees: Sequence[Any]) -> Any:
+    """Equal trees of arrays as one, on a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Own(NamedTuple):
+    """What layers in a loop have of their own, stacked: by layer parameters, and keys and values of the context if it
+    is given so; keys of dropout.
+    """
+
+    params: Mapping[str, Any]
+    kv: Mapping[str, KV] | None
+    rngs: Mapping[str, jax.Array]
+
+
 class UNet(nn.Module):
     """x_t and time (and a conditioning vector, and context tokens) → a prediction of x_t's shape.
 
@@ -57,7 +74,9 @@ class UNet(nn.Module):
       out_channels: 3, or 6 where the variance is learned.
       scale_shift: how the embedding enters the blocks; see `ResBlock`.
       groups: of every GroupNorm (the paper: 32; must divide all channel counts).
-      remat: what the backward pass recomputes of each residual and each attention block; see `nn.remat`.
+      remat: what the backward pass recomputes of each residual and each attention block; see `nn.remat`. With "full",
+        which asks for the least memory, training runs neighbours of a level that are equal in a loop over their
+        weights, so that no two of them are recomputed at a time; the weights and their names are the same.
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
@@ -121,13 +140,47 @@ class UNet(nn.Module):
         res_block = remat(ResBlock, self.remat, static_argnums=(3,))
         attention = remat(PixelAttention, self.remat)
 
-        def block(h, channels, name, resample=""):
-            make = res_block(channels, resample, self.scale_shift, self.groups, self.dropout, dtype, name=name)
-            return make(h, t, train)
+        def layer(kind, settings, name, own):
+            """A layer of this network; or, with `own`, one in a loop over equal ones."""
+            if own is None:
+                return kind(*settings, name=name)
+            return lambda *args: kind(*settings, parent=None).apply({"params": own.params[name]}, *args, rngs=own.rngs)
 
-        def attend(h, name):
-            seen = context[name] if isinstance(context, Mapping) else context
-            return attention(self.head_channels, self.groups, dtype, name=name)(h, seen, context_mask)
+        def block(h, channels, name, resample="", own=None):
+            settings = (channels, resample, self.scale_shift, self.groups, self.dropout, dtype)
+            return layer(res_block, settings, name, own)(h, t, train)
+
+        def attend(h, name, own=None):
+            seen = context if own is None or own.kv is None else own.kv
+            seen = seen[name] if isinstance(seen, Mapping) else seen
+            return layer(attention, (self.head_channels, self.groups, dtype), name, own)(h, seen, context_mask)
+
+        def unit(h, skip, channels, names, own=None):
+            h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
+            h = block(h, channels, names[0], own=own)
+            return attend(h, names[1], own) if h.shape[1] in self.attention else h
+
+        loops = train and named(self.remat) == "full" and not self.is_initializing()
+
+        def units(h, skips, channels, level):
+            """A level's blocks, each of which takes one of `skips` behind its input → what each puts out."""
+            names = [(f"{level}_block{i}", f"{level}_attn{i}") for i in range(len(skips))]
+            takes = [(channels if i else h.shape[-1], getattr(skip, "shape", None)) for i, skip in enumerate(skips)]
+            out = [h]
+            for _, alike in itertools.groupby(range(len(skips)), takes.__getitem__):
+                first, *others = alike = list(alike)
+                if loops and others:
+
+                    def step(h, each, names=names[first]):
+                        h = unit(h, each[0], channels, names, each[1])
+                        return h, h
+
+                    each = stacked([(skips[i], self._own(names[i], names[first], context)) for i in alike])
+                    out.extend(jax.lax.scan(step, out[-1], each)[1])
+                else:
+                    for i in alike:
+                        out.append(unit(out[-1], skips[i], channels, names[i]))
+            return out[1:]
 
         init = without_effect(self.extra, self.patch)
         stem = Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
@@ -136,26 +189,18 @@ class UNet(nn.Module):
             h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:])[None].astype(dtype)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
-            for i in range(self.blocks):
-                h = block(h, self.channels * multiplier, f"down{level}_block{i}")
-                if h.shape[1] in self.attention:
-                    h = attend(h, f"down{level}_attn{i}")
-                skips.append(h)
+            skips += units(skips[-1], [None] * self.blocks, self.channels * multiplier, f"down{level}")
             if level < len(self.multipliers) - 1:
-                h = block(h, self.channels * multiplier, f"down{level}_pool", "down")
-                skips.append(h)
+                skips.append(block(skips[-1], self.channels * multiplier, f"down{level}_pool", "down"))
 
-        h = block(h, h.shape[-1], "mid_block0")
+        h = block(skips[-1], skips[-1].shape[-1], "mid_block0")
         if self.attention:
             h = attend(h, "mid_attn")
         h = block(h, h.shape[-1], "mid_block1")
 
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for i in range(self.blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(h, self.channels * multiplier, f"up{level}_block{i}")
-                if h.shape[1] in self.attention:
-                    h = attend(h, f"up{level}_attn{i}")
+            left = [skips.pop() for _ in range(self.blocks + 1)]
+            h = units(h, left, self.channels * multiplier, f"up{level}")[-1]
             if level:
                 h = block(h, self.channels * multiplier, f"up{level}_repeat", "up")
 
@@ -170,3 +215,9 @@ class UNet(nn.Module):
         width, wide = self.out_channels * patch**2, jnp.promote_types(dtype, jnp.float32)
         h = Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, patch)
+
+    def _own(self, names: tuple[str, str], called: tuple[str, str], context) -> "Own":
+        """What a residual block and its attention have of their own, by what a loop calls them."""
+        of = lambda found: {called[i]: found[name] for i, name in enumerate(names) if name in found}  # noqa: E731
+        rngs = {"dropout": self.make_rng("dropout")} if self.dropout else {}
+        return Own(of(self.variables["params"]), of(context) if isinstance(context, Mapping) else None, rngs)
