@@ -159,14 +159,22 @@ def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
 
 
+def to_draw(params: dict) -> dict:
+    """As `UnCLIP.load` keeps them."""
+    import jax
+
+    from unclip_jax.nn.layers import placed
+    from unclip_jax.nn.transformer import for_loops
+
+    return placed(for_loops(params), jax.local_devices()[0])
+
+
 def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: dict, batch: int, device: Device) -> Work:
     """One compiled program, all steps in it."""
     import jax
 
-    from unclip_jax.nn.transformer import for_loops
-
     task = our_task(s, stage, device, steps)
-    params, keys = for_loops(our_params(s, stage, models, task, device)), jax.random.split(jax.random.key(0), batch)
+    params, keys = to_draw(our_params(s, stage, models, task, device)), jax.random.split(jax.random.key(0), batch)
     program, cond = Program(task.sample), jax.device_put(cond)
     return Work(lambda: program(params, cond, keys), program)
 

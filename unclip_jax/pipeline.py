@@ -22,7 +22,7 @@ from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.nn.transformer import for_loops
+from unclip_jax.nn.layers import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
 from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of
@@ -76,7 +76,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         opened = open_stack(path, dtype)
-        params = opened.params if low_memory else {name: for_loops(opened.params[name]) for name in opened.params}
+        params = opened.params if low_memory else dict(opened.params)
         return cls(Tokenizer.from_json(opened.tokenizer_json), opened.tasks, opened.configs, params)
 
     @property
@@ -104,7 +104,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         mesh = sharding.make_mesh(devices=jax.local_devices() if devices is None else devices)
         params = self.params
         if not isinstance(params, OnDemand):
-            params = {name: jax.device_put(params[name], sharding.replicated(mesh)) for name in params}
+            params = {name: placed(params[name], sharding.replicated(mesh)) for name in params}
         return dataclasses.replace(self, params=params, mesh=mesh, _programs={})
 
     def settings(self, **changed) -> dict[str, dict]:
@@ -226,8 +226,8 @@ class UnCLIP(Edits, Painting, Reconstruction):
         bar = None if progress else True
         program = self._program(stage, options, method)
         params, parts = self.params[stage], []
-        if self.mesh is not None:
-            params = jax.device_put(params, sharding.replicated(self.mesh))  # nothing to do but with low memory
+        if self.mesh is not None and isinstance(self.params, OnDemand):
+            params = placed(params, sharding.replicated(self.mesh))
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
             given = jax.tree.map(lambda x, at=chunk: x[at], rows)

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
+from unclip_jax.nn.layers import placed
+from unclip_jax.nn.transformer import for_loops
 from unclip_jax.settings import PRIORS
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
@@ -27,7 +30,7 @@ class Opened(NamedTuple):
 
 
 class OnDemand(Mapping):
-    """{stage: its parameters on the device}, read from the stack anew each time, and kept by nobody here.
+    """{stage: its parameters on the device, as it draws with them}, read anew each time, and kept by nobody here.
 
     Args:
       path: of the stack.
@@ -39,10 +42,12 @@ class OnDemand(Mapping):
         self._path, self._names, self._dtype = path, dict(names), dtype
 
     def __getitem__(self, stage: str) -> dict:
-        name = self._names[stage]
+        name, device = self._names[stage], jax.local_devices()[0]
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
-        return jax.device_put(params, jax.local_devices()[0])
+        if device.platform != "cpu":  # the host cuts them
+            params = for_loops(jax.tree.map(np.asarray, params))
+        return placed(params, device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
