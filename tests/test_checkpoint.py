@@ -218,12 +218,19 @@ def test_weights_load_without_the_config(run, which):
     assert peek(run)[0] == loaded and peek(run)[1] == 3
 
 
-def test_no_averaged_weights(tmp_path):
+def test_where_no_average_is_kept_the_last_weights_are_given(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _state(ema=False), {"config": "{}"})
-    assert "which='params'" in _refused(load_params, tmp_path)
-    assert load_params(tmp_path, "params")[3] is None
+    for which in ("ema", "params"):
+        params, *_, tokenizer = load_params(tmp_path, which)
+        assert _bits(params) == _bits(_state().params) and tokenizer is None
     assert "'ema' or 'params'" in _refused(load_params, tmp_path, "opt")
+
+
+def test_a_checkpoint_of_other_things_is_told(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"numbers": jnp.ones(3)}, {"config": "{}"})
+    assert "holds no weights" in _refused(load_params, tmp_path)
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path, run):

@@ -34,7 +34,7 @@ def task(monkeypatch):
 
 
 def start(task, tx):
-    state = train.init_state(task, tx, jax.random.key(0))
+    state = train.init_state(task, tx, jax.random.key(0), ema_decay=0.6)
     return state._replace(params={**state.params, "wide": jnp.zeros(4)}, ema={**state.ema, "wide": jnp.zeros(4)})
 
 
@@ -135,7 +135,7 @@ def test_a_step_climbs_before_it_descends(task, accumulate):
 
 def test_climbing_on_eight_devices_is_climbing_on_one(task):
     tx, config = optax.sgd(0.1), toy.config()
-    state = train.init_state(task, tx, jax.random.key(0))
+    state = train.init_state(task, tx, jax.random.key(0), ema_decay=0.6)
     step = train.make_train_step(task, tx, 0.5, 5, sam_rho=0.2)
     expected = jax.jit(step)(state, {}, grey(0.3, 8), 0)[0]
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -282,6 +282,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_good_state_saved(task,
     assert lines(tmp_path / "bad")[-1]["loss"] is None
     with pytest.raises(UserError, match="at step 6"):
         train.train(toy.config(every__log=4, every__save=50), tmp_path / "bad")
+
+
+def test_a_run_without_an_average_keeps_none_and_learns_the_same(task, tmp_path):
+    error = []
+    for decay in (0.9, 0.0):
+        made = toy.config(num_steps=4, every__eval=4, eval__batches=1, every__save=2, ema_decay=decay)
+        train.train(made, tmp_path / str(decay))
+        error += [line["eval/error"] for line in lines(tmp_path / str(decay)) if "eval/error" in line]
+    learned, given = state_of(tmp_path / "0.9", "params"), state_of(tmp_path / "0.0", "ema")
+    assert learned[0] == given[0] == 4 and bits(learned[1]) == bits(given[1])
+    assert bits(state_of(tmp_path / "0.9", "ema")[1]) != bits(given[1])
+    assert len(error) == 2 and error[0] != error[1]  # of the average, and of the parameters
+    run = train.make_run(toy.config(ema_decay=0.0), tmp_path / "new")
+    assert run.shapes.ema is None and run.shapes.averaged is run.shapes.params
 
 
 def test_the_very_first_batch_may_be_bad(task, tmp_path, poison):

@@ -53,9 +53,9 @@ def add(monkeypatch) -> Toy:
     return task
 
 
-def config(**changes) -> ConfigDict:
+def config(ema_decay=0.9, **changes) -> ConfigDict:
     """A config of it: that of the tiny upsampler under another name."""
-    made = tiny_runs.config("upsampler", optim__lr=0.05, optim__schedule="constant", ema_decay=0.9, **changes)
+    made = tiny_runs.config("upsampler", optim__lr=0.05, optim__schedule="constant", ema_decay=ema_decay, **changes)
     with made.unlocked():
         made.task = "toy"
     return made

@@ -23,6 +23,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.storage import by_rows
 
 FORMAT_VERSION = 1
+PARTS = ("ema", "params")  # of a state, which hold weights
 
 
 class _Damaged(Exception):
@@ -144,28 +145,28 @@ def load_params(path: str | os.PathLike, which: str = "ema", step: int | None = 
 
     Args:
       path: the run's workdir, or the `checkpoints` folder in it.
-      which: "ema" (averaged weights) or "params" (the last ones).
+      which: "ema" (averaged weights, or the last ones where the run keeps no average) or "params" (the last ones).
 
     Raises:
-      UserError: no checkpoint there, no such step, damaged, no averaged weights, or a newer format.
+      UserError: no checkpoint there, no such step, damaged, no weights in it, or a newer format.
     """
-    if which not in ("ema", "params"):
+    if which not in PARTS:
         raise UserError(f"which={which!r} must be 'ema' or 'params'")
     directory, steps = _find(path)
 
     def read(number: int):
         meta = _read_meta(directory / str(number))
-        tree = _nested([name for name in meta["arrays"] if name.startswith(f"{which}/")])
-        if not tree:
-            fix = "use which='params'" if which == "ema" else ""
-            raise UserError(f"checkpoint {directory / str(number)} holds no {which!r} weights", fix)
+        trees = {part: _nested([name for name in meta["arrays"] if name.startswith(f"{part}/")]) for part in PARTS}
+        part = which if trees[which] else "params"
+        if not (tree := trees[part]):
+            raise UserError(f"checkpoint {directory / str(number)} holds no weights")
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = _reading(lambda: reader.restore(directory / str(number) / "state", args=args))
         state = jax.tree.map(jnp.asarray, state)
         _check_fingerprints(state, meta)
-        return state[which], meta
+        return state[part], meta
 
     (params, meta), found = _newest_sound(directory, steps, step, read)
     return params, _config(meta, directory), found, meta.get("tokenizer")

@@ -163,7 +163,7 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: 
             raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
         teacher = tasks.make(clip)
     task = tasks.make(config, teacher and teacher.model)
-    shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0)))
+    shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), config.ema_decay))
     state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
     frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = sharding.abstract(frozen, sharding.infer_frozen(frozen, mesh))
@@ -242,7 +242,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts |
 
 def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
     """What drawing one batch takes, `config.batch_size` outputs, all sampling steps in it."""
-    params = run.state.ema
+    params = run.state.averaged
     held = {"parameters": _held(params), "frozen CLIP": _held(run.frozen)}
 
     def draw(params, frozen, batch):

@@ -39,18 +39,24 @@ PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try aga
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds: the step, the parameters, their moving average, the optimizer's state."""
+    """What a checkpoint holds: the step, the parameters, their moving average if one is kept, the optimizer's state."""
 
     step: jax.Array
     params: Any
     ema: Any
     opt: Any
 
+    @property
+    def averaged(self) -> Any:
+        """What is evaluated and drawn with: the average, or the parameters where none is kept."""
+        return self.params if self.ema is None else self.ema
 
-def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step; the average starts at the parameters."""
+
+def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Array, ema_decay: float) -> TrainState:
+    """The state before the first step; the average starts at the parameters, with `ema_decay=0` there is none."""
     params = task.init(rng)
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
+    average = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params))
 
 
 def make_train_step(
@@ -71,7 +77,7 @@ def make_train_step(
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
         norm = optax.global_norm(grads)
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == index)
         new = TrainState(state.step + 1, params, ema, opt)
@@ -137,7 +143,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
         _check_same_run(config, earlier, workdir)
     task = tasks.make(config, clip.model if clip else None)
     with _said_of(f"the network of {config.task} cannot be built", "correct config.model"):
-        shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed)))
+        shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed), config.ema_decay))
     shardings = sharding.infer(shapes, config.rules, mesh)
     frozen = {"clip": clip.params} if clip else {}
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
@@ -205,7 +211,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 try:
                     if preempted and not last:
                         raise Stopped
-                    if checks.due(state.ema, number, last, logs):
+                    if checks.due(state.averaged, number, last, logs):
                         meter.lap("checks")
                 except Stopped:
                     if not save:
@@ -284,7 +290,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 
 def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
-    make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed))  # noqa: E731
+    make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed), run.config.ema_decay)  # noqa: E731
     state = jax.jit(make, out_shardings=run.shardings)()
     given = run.initial or {}
     params = state.params
@@ -295,7 +301,7 @@ def _fresh(run: Run, batches: Callable) -> TrainState:
     if params is state.params:
         return state
     params = jax.device_put(params, run.shardings.params)
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 
 def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
