@@ -95,12 +95,15 @@ def attention_in_parts(q: jax.Array, parts: Sequence[Part], mask: jax.Array | No
         each = zip(jnp.split(x, len(part)), part, strict=True)
         return jnp.concatenate([function(rows, pair[which]) for rows, pair in each])
 
-    seen = jnp.concatenate([by_rows(scores, q, part, 0) for part in parts], axis=-1) / d**0.5
-    weights = jax.nn.softmax(seen if mask is None else jnp.where(mask, seen, -1e30)).astype(q.dtype)
-    ends = np.cumsum([part[0][0].shape[1] for part in parts])
-    weights = jnp.split(weights, ends[:-1], axis=-1)
-    out = sum(by_rows(values, w, part, 1) for w, part in zip(weights, parts, strict=True))
-    return in_order(out.astype(q.dtype))
+    seen = [by_rows(scores, q, part, 0) / d**0.5 for part in parts]
+    if mask is not None:
+        masks = jnp.split(mask, np.cumsum([score.shape[-1] for score in seen])[:-1], axis=-1)
+        seen = [jnp.where(own, score, -1e30) for own, score in zip(masks, seen, strict=True)]
+    top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in seen])
+    weights = [jnp.exp(score - top) for score in seen]
+    total = sum(w.sum(-1, keepdims=True) for w in weights)
+    out = sum(by_rows(values, w.astype(q.dtype), part, 1) for w, part in zip(weights, parts, strict=True))
+    return in_order((out / total.swapaxes(1, 2)).astype(q.dtype))
 
 
 def implementation(
