@@ -7,6 +7,7 @@ import pytest
 
 from tests.random_params import draw
 from unclip_jax.errors import UserError
+from unclip_jax.models import unet as unet_module
 from unclip_jax.models.unet import UNet
 from unclip_jax.nn.conv import context_kv
 from unclip_jax.nn.remat import POLICIES, named
@@ -70,8 +71,8 @@ def test_gradients_are_those_without(make, dtype, rtol):
         assert held[0] > held[1] > held[2]
 
 
-def test_a_unet_runs_equal_blocks_in_a_loop_where_the_least_is_asked_for():
-    """To train; with the same gradient."""
+def test_a_unet_runs_equal_blocks_in_a_loop_where_the_least_is_asked_for(monkeypatch):
+    """To train, and not on a GPU; with the same gradient."""
     found, loops = [], {}
     with jax.enable_x64():
         for policy in POLICIES:
@@ -81,6 +82,9 @@ def test_a_unet_runs_equal_blocks_in_a_loop_where_the_least_is_asked_for():
             if policy != "dots":
                 found.append(jax.jit(jax.grad(losses[0]))(params, args[0]))
     assert loops == {"none": [0, 0], "dots": [0, 0], "full": [2, 0]}
+    monkeypatch.setattr(unet_module, "platform", lambda: "gpu")
+    net, params, args = levels("full")
+    assert " scan[" not in str(jax.make_jaxpr(square(net, args)[0])(params, args[0]))
     plain, looped = found
     last = [plain[f"{where}_{what}1"] for where in ("down0", "up0") for what in ("block", "attn")]
     assert all(np.abs(layer["out" if "out" in layer else "conv2"]["kernel"]).max() > 1e-6 for layer in last)

@@ -17,6 +17,7 @@ from unclip_jax.nn.conv import KV, GroupNorm, PixelAttention, ResBlock
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Conv
 from unclip_jax.nn.remat import named, remat
+from unclip_jax.nn.rows import platform
 
 
 def fold(x: jax.Array, patch: int) -> jax.Array:
@@ -76,7 +77,8 @@ class UNet(nn.Module):
       groups: of every GroupNorm (the paper: 32; must divide all channel counts).
       remat: what the backward pass recomputes of each residual and each attention block; see `nn.remat`. With "full",
         which asks for the least memory, training runs neighbours of a level that are equal in a loop over their
-        weights, so that no two of them are recomputed at a time; the weights and their names are the same.
+        weights, so that no two of them are recomputed at a time; the weights and their names are the same. Not on
+        GPUs, where XLA computes one after the other anyway, and the stacked weights would be held beside their own.
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
@@ -160,7 +162,7 @@ class UNet(nn.Module):
             h = block(h, channels, names[0], own=own)
             return attend(h, names[1], own) if h.shape[1] in self.attention else h
 
-        loops = train and named(self.remat) == "full" and not self.is_initializing()
+        loops = train and named(self.remat) == "full" and platform() != "gpu" and not self.is_initializing()
 
         def units(h, skips, channels, level):
             """A level's blocks, each of which takes one of `skips` behind its input → what each puts out."""
