@@ -77,6 +77,20 @@ def test_gradients_are_those_of_flax(own, flax, shape):
         same(gradient(loss(own)), gradient(loss(flax)), *drawn(own, shape))
 
 
+@on_a_cpu
+@pytest.mark.parametrize(("few", "not_many", "convolutions"), [(0, 0, 2), (0, 90, 1), (89, 89, 2), (90, 90, 0)])
+@pytest.mark.parametrize("name", ["of_three", "oblong"])
+def test_convolutions_of_many_pixels_and_of_few(name, few, not_many, convolutions, monkeypatch):
+    """Of 90: as one product where these are few, forward and for the input's gradient; always the same."""
+    monkeypatch.setattr(layers, "FEW", few)
+    monkeypatch.setattr(layers, "NOT_MANY", not_many)
+    own, flax, shape = CONVOLUTIONS[name]
+    with jax.enable_x64():
+        args = drawn(own, shape)
+        same(gradient(loss(own)), gradient(loss(flax)), *args)
+        assert str(jax.make_jaxpr(gradient(loss(own)))(*args)).count("conv_general_dilated[") == convolutions
+
+
 @each
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 def test_also_of_each_sample(own, flax, shape, axes):

@@ -1,12 +1,14 @@
-"""Dense and convolutional layers: Flax's own, but for how a CPU computes the gradient of their weights, and how a GPU
-keeps those of convolutions to draw with.
+"""Dense and convolutional layers: Flax's own, but for how a CPU computes the gradient of their weights and convolutions
+of few pixels, and how a GPU keeps those of convolutions to draw with.
 
 There XLA's product of a transposed matrix, xᵀ g, runs at half the speed of one that lies as it is read, and a
 transposed copy costs a tenth of it at most; the gradient of a wide convolution's kernel runs at a sixth to two thirds
-of the speed of as many such products as the kernel has places (docs/results.md).
+of the speed of as many such products as the kernel has places. A convolution of few pixels is one product of a matrix
+that has each pixel's neighbours side by side, up to twice as fast, as is the gradient of its input (docs/results.md).
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from unclip_jax.nn.rows import platform
 
 WIDE = 64**2  # channels in times channels out from which on a convolution's gradient is worth so many products
+FEW, NOT_MANY = 512, 2048  # pixels of a batch up to which a convolution, and its input's gradient, is one product
 
 
 def product(x: jax.Array, kernel: jax.Array, dimensions, **how) -> jax.Array:
@@ -59,23 +62,32 @@ def convolution(x: jax.Array, kernel: jax.Array, strides, padding, **how) -> jax
 
 
 def _plain_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _convolve(x, kernel, FEW)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, few: int) -> jax.Array:
+    """Of up to `few` pixels as one product."""
+    if math.prod(x.shape[:3]) <= few:
+        moved = jnp.concatenate(_moved(x, kernel), axis=-1)
+        return _plain_product(1, moved, kernel.reshape(-1, kernel.shape[-1]))
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _convolution_gradient(kept, g):
     """That of the kernel at a place (i, j) is gᵀ x, with x moved by as much."""
     x, kernel = kept
-    to_x = jax.linear_transpose(lambda x: _plain_convolution(x, kernel), x)(g)[0]
-    (height, width), (rows, columns) = x.shape[1:3], kernel.shape[:2]
+    to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, NOT_MANY), x)(g)[0]
     turned = jax.lax.optimization_barrier(g.transpose(3, 0, 1, 2))
-    x = jnp.pad(x, [(0, 0)] + [(side // 2, side // 2) for side in (rows, columns)] + [(0, 0)])
-
-    def at(i, j):
-        moved = x[:, i : i + height, j : j + width]
-        return jax.lax.dot_general(turned, moved, (((1, 2, 3), (0, 1, 2)), ((), ())))
-
-    places = jnp.stack([at(*place) for place in np.ndindex(rows, columns)])
+    over = (((1, 2, 3), (0, 1, 2)), ((), ()))
+    places = jnp.stack([jax.lax.dot_general(turned, at, over) for at in _moved(x, kernel)])
     return to_x, places.swapaxes(1, 2).reshape(kernel.shape)
+
+
+def _moved(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """x [B, H, W, C], with zeros around it, as each place of the kernel sees it."""
+    (height, width), (rows, columns) = x.shape[1:3], kernel.shape[:2]
+    x = jnp.pad(x, [(0, 0)] + [(side // 2, side // 2) for side in (rows, columns)] + [(0, 0)])
+    return [x[:, i : i + height, j : j + width] for i, j in np.ndindex(rows, columns)]
 
 
 _convolution = jax.custom_vjp(_plain_convolution)
