@@ -46,6 +46,15 @@ def test_keys_in_parts_are_one_long_row_of_keys_also_where_samples_share_them(ma
     np.testing.assert_allclose(attention_in_parts(q, parts, mask), by_hand(q, k, v, mask), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_one_mask_for_the_keys_of_all_parts(seen):
+    """Where nothing is seen all is, alike."""
+    q, k, v = inputs()
+    out = attention_in_parts(q, [[(k[:, :3], v[:, :3])], [(k[:, 3:], v[:, 3:])]], np.full((1, 1, 1, 1), seen))
+    expected = by_hand(q, k, v, None) if seen else np.broadcast_to(v.mean(1, keepdims=True), q.shape)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_half_of_the_rows_has_its_own_keys(masked):
     """The first three rows have a caption's keys each, the last three share one's."""

@@ -97,7 +97,8 @@ def attention_in_parts(q: jax.Array, parts: Sequence[Part], mask: jax.Array | No
 
     seen = [by_rows(scores, q, part, 0) / d**0.5 for part in parts]
     if mask is not None:
-        masks = jnp.split(mask, np.cumsum([score.shape[-1] for score in seen])[:-1], axis=-1)
+        ends = np.cumsum([score.shape[-1] for score in seen])
+        masks = jnp.split(jnp.broadcast_to(mask, (*mask.shape[:-1], ends[-1])), ends[:-1], axis=-1)
         seen = [jnp.where(own, score, -1e30) for own, score in zip(masks, seen, strict=True)]
     top = functools.reduce(jnp.maximum, [score.max(-1, keepdims=True) for score in seen])
     weights = [jnp.exp(score - top) for score in seen]
