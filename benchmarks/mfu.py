@@ -210,7 +210,7 @@ def _random_state(shapes):
 
     params = _random_params(shapes.params)
     zeros = lambda tree: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), tree)  # noqa: E731
-    return type(shapes)(zeros(shapes.step), params, params, zeros(shapes.opt))
+    return type(shapes)(zeros(shapes.step), params, None if shapes.ema is None else params, zeros(shapes.opt))
 
 
 def _random_params(shapes):

@@ -147,26 +147,20 @@ def our_task(s: dict, stage: str, device: Device, steps: int = 1):
 
 
 def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
-    """Our parameters of one stage on the device: those of diffusers' networks if given, zeros, or random ones."""
+    """Our parameters of one stage, to draw with: those of diffusers' networks if given, zeros, or random ones."""
     import jax
     import jax.numpy as jnp
 
+    from unclip_jax.nn.drawing import placed
+
     if models is not None:
         sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
-        return jax.tree.map(jnp.asarray, tensors(models)(stage, *sizes[stage]))
-    if device.half:
-        return jax.block_until_ready(jax.device_put(random_params(task, jnp.bfloat16)))
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
-
-
-def to_draw(params: dict) -> dict:
-    """As `UnCLIP.load` keeps them."""
-    import jax
-
-    from unclip_jax.nn.layers import placed
-    from unclip_jax.nn.transformer import for_loops
-
-    return placed(for_loops(params), jax.local_devices()[0])
+        params = tensors(models)(stage, *sizes[stage])
+    elif device.half:
+        params = random_params(task, jnp.bfloat16)
+    else:
+        params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
+    return jax.block_until_ready(placed(params, jax.local_devices()[0]))
 
 
 def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: dict, batch: int, device: Device) -> Work:
@@ -174,7 +168,8 @@ def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: di
     import jax
 
     task = our_task(s, stage, device, steps)
-    params, keys = to_draw(our_params(s, stage, models, task, device)), jax.random.split(jax.random.key(0), batch)
+    params = our_params(s, stage, models, task, device)
+    keys = jax.random.split(jax.random.key(0), batch)
     program, cond = Program(task.sample), jax.device_put(cond)
     return Work(lambda: program(params, cond, keys), program)
 

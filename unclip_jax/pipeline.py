@@ -22,7 +22,7 @@ from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.nn.layers import placed
+from unclip_jax.nn.drawing import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
 from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of

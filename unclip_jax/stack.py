@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
-from unclip_jax.nn.layers import placed
-from unclip_jax.nn.transformer import for_loops
+from unclip_jax.nn.drawing import placed
 from unclip_jax.settings import PRIORS
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
@@ -45,8 +44,8 @@ class OnDemand(Mapping):
         name, device = self._names[stage], jax.local_devices()[0]
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
-        if device.platform != "cpu":  # the host cuts them
-            params = for_loops(jax.tree.map(np.asarray, params))
+        if device.platform != "cpu":  # that the host cuts them, and the device holds them once
+            params = jax.tree.map(np.asarray, params)
         return placed(params, device)
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 from tests.random_params import draw, run
 from unclip_jax.models import prior as module
 from unclip_jax.models.prior import Prior
-from unclip_jax.nn.transformer import layers_apart
+from unclip_jax.nn.drawing import layers_apart
 
 B, D, L, STATES = 2, 5, 4, 7
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)

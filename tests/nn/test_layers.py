@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.nn import layers
-from unclip_jax.nn.layers import Conv, Dense, DenseGeneral, placed
+from unclip_jax.nn.layers import Conv, Dense, DenseGeneral
 from unclip_jax.nn.remat import of_weights
 from unclip_jax.plan_count import count_gradient
 
@@ -162,25 +162,3 @@ def test_elsewhere_the_program_is_flax_s(own, flax, shape, monkeypatch):
     for platform in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(layers, "platform", lambda platform=platform: platform)
         assert (text(own) == text(flax)) == (platform != "cpu") == ("optimization_barrier" not in text(own))
-
-
-def test_on_a_gpu_kernels_lie_as_cudnn_reads_them_and_give_the_same(monkeypatch):
-    layer, _, shape = CONVOLUTIONS["oblong"]
-    params, x = drawn(layer, shape)
-    device = jax.devices()[1]
-    there = placed(params, device)
-    assert order(there["kernel"]) == (0, 1, 2, 3)
-    monkeypatch.setattr(layers, "platform", lambda: "gpu")
-    for where in (device, jax.sharding.SingleDeviceSharding(device)):
-        turned = placed(there, where)
-        assert order(turned["kernel"]) == (3, 0, 1, 2) and order(turned["bias"]) == (0,)
-        assert all(a.devices() == {device} for a in jax.tree.leaves(turned))
-        jax.tree.map(np.testing.assert_array_equal, turned, there)
-    apply = jax.jit(lambda params, x: layer.apply({"params": params}, x))
-    np.testing.assert_allclose(apply(turned, x), apply(there, x), rtol=1e-6, atol=1e-6)
-    taken = apply.lower(turned, x).compile().input_formats[0][0]  # as it lies: nothing is turned on the way
-    assert taken["kernel"].layout.major_to_minor == (3, 0, 1, 2)
-
-
-def order(array):
-    return array.format.layout.major_to_minor

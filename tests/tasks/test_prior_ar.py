@@ -13,7 +13,7 @@ from tests.tasks import stubs
 from tests.tasks.test_prior_diffusion import batches, encoded
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
-from unclip_jax.nn.transformer import layers_apart
+from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.tasks import prior_ar
 from unclip_jax.tasks.prior_ar import PriorARTask, draw
 

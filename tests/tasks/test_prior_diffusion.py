@@ -15,7 +15,7 @@ from unclip_jax import tasks
 from unclip_jax.diffusion.sample import initial_noise, step_noise
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.models.prior import Prefix
-from unclip_jax.nn.transformer import layers_apart
+from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.tasks import prior_diffusion
 from unclip_jax.tasks.clip import caption_of
 from unclip_jax.tasks.prior_diffusion import PriorTask

@@ -1,5 +1,5 @@
 """Dense and convolutional layers: Flax's own, but for how a CPU computes the gradient of their weights and convolutions
-of few pixels, and how a GPU keeps those of convolutions to draw with.
+of few pixels.
 
 There XLA's product of a transposed matrix, xᵀ g, runs at half the speed of one that lies as it is read, and a
 transposed copy costs a tenth of it at most; the gradient of a wide convolution's kernel runs at a sixth to two thirds
@@ -9,15 +9,11 @@ that has each pixel's neighbours side by side, up to twice as fast, as is the gr
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from unclip_jax.nn.rows import platform
 
@@ -96,16 +92,3 @@ _convolution.defvjp(lambda *args: (_plain_convolution(*args), args), _convolutio
 Dense = functools.partial(nn.Dense, dot_general=product)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=product)
 Conv = functools.partial(nn.Conv, conv_general_dilated=convolution)
-
-
-def placed(params: Mapping[str, Any], where: jax.Device | Sharding) -> Mapping[str, Any]:
-    """A network's parameters, its Transformers' layers apart, on devices to draw with.
-
-    On a GPU convolutions' kernels [h, w, C, O] lie in memory as [O, h, w, C], which is how cuDNN reads them; else each
-    program would hold such a copy of them all for as long as it runs. Shapes and results are the same.
-    """
-    if platform() != "gpu":
-        return jax.device_put(params, where)
-    sharding = where if isinstance(where, Sharding) else SingleDeviceSharding(where)
-    kernel = Format(Layout((3, 0, 1, 2)), sharding)
-    return jax.tree.map(lambda a: jax.device_put(a, kernel if a.ndim == 4 else where), params)

@@ -2,7 +2,7 @@
 
 Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers]. On a
 GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass, but
-with `remat="full"`, which asks for the least memory; and where the Transformer itself runs in a loop, `for_loops` cuts
+with `remat="full"`, which asks for the least memory; and where the Transformer itself runs in a loop, `nn.drawing` cuts
 the weights before it.
 Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
 exact wherever the prefix cannot see what follows it, as under a causal mask. It may come in parts, which are not copied
@@ -10,7 +10,7 @@ together. Where a sequence is drawn token by token they live in a buffer of its 
 written in its place (`at`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +43,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": pointwise(lambda x: nn.gelu(x, approximate=True)),
     "quick_gelu": pointwise(lambda x: x * nn.sigmoid(1.702 * x)),
 }
+APART = "block{}"  # parameters of a layer that is no part of a stack; see `nn.drawing`
+PROJECTIONS, JOINED = ("query", "key", "value"), "query_key_value"  # of a block's tokens, each by itself or all as one
 KV = tuple[jax.Array, jax.Array]
 Read = int | jax.Array  # a token of each row: the place of all, or i32[B]
 COPY = 64  # tokens through one layer that take as long as copying a layer's weights and their gradient
@@ -87,14 +89,18 @@ class Block(nn.Module):
         small = nn.initializers.normal(self.out_std)
         x = in_order(rows(x))
         h = LayerNorm(self.dtype, name="norm1")(x)
-        query, key, value = (
-            DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=name) for name in ("query", "key", "value")
-        )
-        own = (key(h), value(h))
+        if self.has_variable("params", JOINED):
+            all_heads = (3 * self.heads, split[1])
+            q, k, v = jnp.split(DenseGeneral(all_heads, dtype=self.dtype, name=JOINED)(h), 3, axis=2)
+            q, own = q if read is None else _only(q, read, 1), (k, v)
+        else:
+            query, key, value = (
+                DenseGeneral(split, kernel_init=dense, dtype=self.dtype, name=name) for name in PROJECTIONS
+            )
+            q, own = query(h if read is None else _only(h, read, 1)), (key(h), value(h))
         if read is not None:
-            x, h = _only(x, read, 1), _only(h, read, 1)
+            x = _only(x, read, 1)
             mask = mask if mask is None or mask.shape[-2] == 1 else _only(mask, read, 2)
-        q = query(h)
         if at is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
@@ -191,26 +197,3 @@ class Transformer(nn.Module):
         if read is not None:
             x = (_only(x, read, 1) if x.shape[1] > 1 else x)[:, 0]
         return (x, own) if return_kv else x
-
-
-APART = "block{}"
-
-
-def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's parameters with each Transformer's layers cut apart: no longer stacked, and not for training.
-
-    With them keys and values are a tuple of the layers' own, without the axis [layers].
-    """
-    out = {}
-    for name, own in params.items():
-        if name == "blocks":
-            layers = jax.tree.leaves(own)[0].shape[0]
-            out |= {APART.format(i): jax.tree.map(lambda a, i=i: a[i], own) for i in range(layers)}
-        else:
-            out[name] = layers_apart(own) if isinstance(own, Mapping) else own
-    return out
-
-
-def for_loops(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A network's parameters for steps that are run in a loop: `layers_apart` on a GPU."""
-    return layers_apart(params) if platform() == "gpu" else params

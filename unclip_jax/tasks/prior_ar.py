@@ -14,7 +14,7 @@ from unclip_jax import pca
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
-from unclip_jax.nn.transformer import for_loops
+from unclip_jax.nn.drawing import for_loops
 from unclip_jax.tasks.clip import ask, caption_of, matrix_picture, unit
 from unclip_jax.tasks.prior_diffusion import best, candidate_keys, cosines
 

@@ -13,7 +13,7 @@ from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
-from unclip_jax.nn.transformer import for_loops
+from unclip_jax.nn.drawing import for_loops
 from unclip_jax.tasks.clip import ask, ask_empty, caption_of, drop_captions, matrix_picture, unit
 
 PREPARE_BATCHES = 32
