@@ -123,7 +123,7 @@ def _measured(size: Size, device, limit: float, steps: int, seconds: float, warm
 
     from unclip_jax import plan
     from unclip_jax.meter import peak_flops
-    from unclip_jax.train import compile_step
+    from unclip_jax.train_step import compile_step
 
     yield {**size._asdict(), "device": device.device_kind}
     config, clip = configured(size)
@@ -169,7 +169,7 @@ def _flops(run, traced, args) -> float:
     """Of a step, without recomputation."""
     from unclip_jax import optim, sharding, tasks
     from unclip_jax.plan_count import count_flops, jaxpr_flops
-    from unclip_jax.train import step_of
+    from unclip_jax.train_step import step_of
 
     config, plain = run.config, tasks.without_remat(run.task, run.config)
     if plain is run.task:

@@ -10,13 +10,13 @@ from benchmarks.sizes import LENGTH
 
 
 def our_training(task, batch: dict, device: Device, average: bool = True) -> Work:
-    """`train.make_train_step` as the loop runs it, on a batch that is encoded already."""
+    """`train_step.make_train_step` as the loop runs it, on a batch that is encoded already."""
     from types import SimpleNamespace
 
     import jax
 
     from unclip_jax import optim
-    from unclip_jax.train import init_state, make_train_step
+    from unclip_jax.train_step import init_state, make_train_step
 
     tx, decay = optim.make(1000, lr=1e-4, weight_decay=0.01), 0.999 * average
     given = random_params(task, np.float32) if device.half else None

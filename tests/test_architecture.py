@@ -26,15 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
     0: "errors storage config weights sharding optim checkpoint distributed metrics data gallery tokenizer pca"
-    " plan_count meter",
+    " plan_count meter fingerprint",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
-    4: "stack logs edits painting reconstruction",
-    5: "pipeline",
+    4: "stack logs edits painting reconstruction train_step",
+    5: "pipeline run",
     6: "train evaluation ui interop export embed demo warm",
     7: "plan",
-    8: "cli",
+    8: "plan_search plan_table",
+    9: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
 # A part named here imports these and itself, nothing else of the package, whatever their rank.

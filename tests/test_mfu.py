@@ -21,6 +21,8 @@ def changes(stage: str) -> tuple[str, ...]:
     """What makes configs/shapes/STAGE.py:tiny tinier, as in `tiny_runs`."""
     settings = {**tiny_runs.RUN, **tiny_runs.NETWORK[stage]}
     del settings["batch_size"]
+    if stage == "clip":
+        settings["ema_decay"] = 0.0  # as in the paper's, of which no average is kept
     return tuple(f"{name}={value}" for name, value in settings.items())
 
 

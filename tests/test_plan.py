@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from unclip_jax import cli, plan, sharding, tasks
+from unclip_jax import cli, plan, plan_search, sharding, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
 from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
+from unclip_jax.plan_search import search
+from unclip_jax.plan_table import ranking, table
 
 
 def shape(*dims):
@@ -185,7 +187,7 @@ def test_a_compiled_step_reports_what_the_compiler_says():
     report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), jax.devices()), "v5e")
     assert report.peak and report.traffic and report.collectives and report.fits
     assert set(report.seconds) == {"compute", "memory", "links"} and 0 < report.mfu_ceiling < 1
-    assert "fits" in plan.table([report]) and "predicted" in plan.table([report])
+    assert "fits" in table([report]) and "predicted" in table([report])
 
 
 def test_quick_asks_less_of_the_compiler_while_it_lasts():
@@ -232,7 +234,7 @@ def test_mistakes_are_one_line(case, capsys):
 
 def test_no_mesh_fits_a_search():
     with pytest.raises(UserError, match="no mesh"):
-        plan.search(tiny_runs.config("clip", batch_size=7), 8, "h100")
+        search(tiny_runs.config("clip", batch_size=7), 8, "h100")
 
 
 def test_counts_follow_from_those_without_recomputation():
@@ -261,7 +263,7 @@ def counted(monkeypatch):
         runs.append(run)
         return plan.Counts(1e9 * size * FLOPS[policy], 1e11 * size, 1e6 * size * KEPT[policy])
 
-    monkeypatch.setattr(plan, "count_train", count)
+    monkeypatch.setattr(plan_search, "count_train", count)
     return runs
 
 
@@ -269,21 +271,21 @@ def counted(monkeypatch):
 def test_a_search_ranks_what_fits_first(counted, monkeypatch):
     """Where all fits: the batch that was asked for, the least split, and nothing recomputed."""
     config = tiny_runs.config("clip", batch_size=32)
-    reports = plan.search(config, 8, "h100")
+    reports = search(config, 8, "h100")
     assert len(counted) == 9 and len(reports) == 9 * 4 and all(r.fits for r in reports)
     places = [(r.batch_size, r.mesh["fsdp"], r.remat) for r in reports]
     quick = [(b, n, p) for b in (32, 16, 8) for n in (1, 2, 4, 8) for p in ("none", "dots")]
     assert places == quick + [(b, n, "full") for b in (32, 16, 8) for n in (1, 2, 4, 8)]
-    told = plan.ranking(reports).splitlines()
+    told = ranking(reports).splitlines()
     assert len(told) == 22 and told[1].split()[:6] == ["1", "none", "8", "x", "1", "32"]
     assert "16 more, of which 16 fit" in told[-1]
 
     memory = reports[0].peak - 1e6 * 32 * (90 - 50) / 8  # less than 50 of a picture, or fewer pictures
     monkeypatch.setitem(plan.CHIPS, "h100", plan.CHIPS["h100"]._replace(memory=memory))
-    reports = plan.search(config, 8, "h100")
+    reports = search(config, 8, "h100")
     assert [r.fits for r in reports] == [True] * 32 + [False] * 4
     assert all((r.batch_size, r.remat, r.fits) == (32, "none", False) for r in reports[32:])
-    assert reports[0].remat == "dots" and "DOES NOT FIT" in plan.ranking(reports, 40).splitlines()[-1]
+    assert reports[0].remat == "dots" and "DOES NOT FIT" in ranking(reports, 40).splitlines()[-1]
 
 
 def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
@@ -291,7 +293,7 @@ def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
     slow = {"none": 3e12, "dots": 2e12, "full": 1e12}
     moved = lambda r, *_: dataclasses.replace(r, peak=1.0, traffic=slow[r.remat], collectives=())  # noqa: E731
     monkeypatch.setattr(plan, "_compile", moved)
-    reports = plan.search(tiny_runs.config("clip"), jax.devices()[:2], "v5e")
+    reports = search(tiny_runs.config("clip"), jax.devices()[:2], "v5e")
     assert [r.compiled for r in reports] == [True] * 3 + [False] * (9 * 2 - 3)
     assert [r.remat for r in reports[:3]] == ["full", "dots", "none"]
     assert {(r.batch_size, r.mesh["fsdp"]) for r in reports[:3]} == {(8, 1)}

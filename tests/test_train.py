@@ -22,8 +22,11 @@ from PIL import Image
 from tests import tiny_runs, tiny_stack, toy
 from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, weights
 from unclip_jax import config as configs
+from unclip_jax import run as runs
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError
+from unclip_jax.run import make_run
+from unclip_jax.train_step import init_state, make_train_step
 
 # One step.
 
@@ -34,7 +37,7 @@ def task(monkeypatch):
 
 
 def start(task, tx):
-    state = train.init_state(task, tx, jax.random.key(0), ema_decay=0.6)
+    state = init_state(task, tx, jax.random.key(0), ema_decay=0.6)
     return state._replace(params={**state.params, "wide": jnp.zeros(4)}, ema={**state.ema, "wide": jnp.zeros(4)})
 
 
@@ -45,7 +48,7 @@ def grey(value, n=2):
 def test_average_and_parameters_follow_their_formulas(task):
     """SGD on (m - c - jitter)^2: c += 2 lr (m - c - jitter); ema += (1 - d)(c - ema), d = min(0.6, (1+n)/(10+n))."""
     tx, lr, steps = optax.sgd(0.1), 0.1, 20
-    step = jax.jit(train.make_train_step(task, tx, ema_decay=0.6, seed=5))
+    step = jax.jit(make_train_step(task, tx, ema_decay=0.6, seed=5))
     state = start(task, tx)._replace(opt=tx.init(start(task, tx).params))
     c = ema = np.asarray(state.params["colour"], np.float64)
     decays = []
@@ -68,7 +71,7 @@ def test_randomness_follows_from_seed_and_step_alone(task):
     tx = optax.sgd(0.0)
 
     def jitters(seed, numbers):
-        step = jax.jit(train.make_train_step(task, tx, 0.5, seed))
+        step = jax.jit(make_train_step(task, tx, 0.5, seed))
         state = start(task, tx)
         return [float(step(state._replace(step=jnp.int32(n)), {}, grey(0.0), n)[1]["jitter"]) for n in numbers]
 
@@ -83,7 +86,7 @@ def bits(tree):
 
 def test_a_bad_batch_and_all_after_it_change_nothing(task):
     tx = optax.adam(0.1)
-    step = jax.jit(train.make_train_step(task, tx, 0.9, 0))
+    step = jax.jit(make_train_step(task, tx, 0.9, 0))
     state = start(task, tx)
     state = state._replace(opt=tx.init(state.params))
     state, _ = step(state, {}, grey(0.5), 0)
@@ -101,7 +104,7 @@ def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):
     monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (jnp.sqrt(p["colour"] - p["colour"]).sum(), {}))
     tx = optax.sgd(0.1)
     state = start(task, tx)
-    held, metrics = jax.jit(train.make_train_step(task, tx, 0.9, 0))(state, {}, grey(0.5), 0)
+    held, metrics = jax.jit(make_train_step(task, tx, 0.9, 0))(state, {}, grey(0.5), 0)
     assert bits(held) == bits(state) and np.isnan(metrics["loss"])
 
 
@@ -110,7 +113,7 @@ def test_a_step_climbs_before_it_descends(task, accumulate):
     """SAM on (m - c - jitter)^2 + mean(wide^2), SGD, in numpy: both gradients see the same batch and the same noise."""
     rho, lr = 0.2, 0.1
     tx = optax.MultiSteps(optax.sgd(lr), accumulate) if accumulate > 1 else optax.sgd(lr)
-    step = jax.jit(train.make_train_step(task, tx, 0.5, 5, sam_rho=rho))
+    step = jax.jit(make_train_step(task, tx, 0.5, 5, sam_rho=rho))
     state = start(task, tx)
     state = state._replace(params={**state.params, "wide": jnp.full(4, 0.3)})
     state = state._replace(opt=tx.init(state.params))
@@ -135,8 +138,8 @@ def test_a_step_climbs_before_it_descends(task, accumulate):
 
 def test_climbing_on_eight_devices_is_climbing_on_one(task):
     tx, config = optax.sgd(0.1), toy.config()
-    state = train.init_state(task, tx, jax.random.key(0), ema_decay=0.6)
-    step = train.make_train_step(task, tx, 0.5, 5, sam_rho=0.2)
+    state = init_state(task, tx, jax.random.key(0), ema_decay=0.6)
+    step = make_train_step(task, tx, 0.5, 5, sam_rho=0.2)
     expected = jax.jit(step)(state, {}, grey(0.3, 8), 0)[0]
     mesh = sharding.make_mesh(data=2, fsdp=4)
     shardings = sharding.infer(state, config.rules, mesh)
@@ -152,12 +155,12 @@ def test_a_gradient_that_is_not_finite_above_counts_as_a_bad_loss(task, monkeypa
     tx = optax.sgd(0.1)
     state = start(task, tx)
     state = state._replace(params={**state.params, "colour": jnp.zeros(3)})
-    held, metrics = jax.jit(train.make_train_step(task, tx, 0.9, 0, sam_rho=0.2))(state, {}, grey(0.5), 0)
+    held, metrics = jax.jit(make_train_step(task, tx, 0.9, 0, sam_rho=0.2))(state, {}, grey(0.5), 0)
     assert bits(held) == bits(state) and np.isnan(metrics["loss"])
 
 
 def test_the_step_and_the_loop_stay_readable():
-    assert len(inspect.getsource(train.make_train_step).splitlines()) < 40
+    assert len(inspect.getsource(make_train_step).splitlines()) < 40
     assert len(inspect.getsource(train.train).splitlines()) < 80
 
 
@@ -198,7 +201,7 @@ def test_what_a_run_writes(task, tmp_path, capsys):
     # The held-out metric is of the averaged weights, on the first batches of the split.
     measured = [line for line in written if "eval/error" in line]
     assert [line["step"] for line in measured] == [4, 8]
-    run = train.make_run(config, workdir)
+    run = make_run(config, workdir)
     stream = loader.batches(run.held_out, None, 8, seed=config.seed)
     means = np.concatenate([next(stream)["image"].mean((1, 2)) for _ in range(3)])
     colour = np.asarray(state_of(workdir, "ema")[1]["colour"])
@@ -294,7 +297,7 @@ def test_a_run_without_an_average_keeps_none_and_learns_the_same(task, tmp_path)
     assert learned[0] == given[0] == 4 and bits(learned[1]) == bits(given[1])
     assert bits(state_of(tmp_path / "0.9", "ema")[1]) != bits(given[1])
     assert len(error) == 2 and error[0] != error[1]  # of the average, and of the parameters
-    run = train.make_run(toy.config(ema_decay=0.0), tmp_path / "new")
+    run = make_run(toy.config(ema_decay=0.0), tmp_path / "new")
     assert run.shapes.ema is None and run.shapes.averaged is run.shapes.params
 
 
@@ -329,17 +332,17 @@ def test_the_command_passes_on_the_exit_code(task, tmp_path, monkeypatch, capsys
 
 
 def test_a_stage_without_clip_trains_its_tokenizer_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TOKENIZER_CAPTIONS", 50)
+    monkeypatch.setattr(runs, "TOKENIZER_CAPTIONS", 50)
     config = tiny_runs.config("clip", tokenizer__path="", tokenizer__vocab_size=300)
-    run = train.make_run(config, tmp_path)
+    run = make_run(config, tmp_path)
     assert 259 < run.tokenizer.vocab_size <= 300 and run.tokenizer.max_len == config.tokenizer.max_len
     assert run.config.tokenizer.vocab_size == run.tokenizer.vocab_size == run.task.model.text["vocab_size"]
     train._write_once(run)
-    monkeypatch.setattr(train, "TOKENIZER_CAPTIONS", 20)
-    other = train.make_run(config, tmp_path).tokenizer.to_json()
+    monkeypatch.setattr(runs, "TOKENIZER_CAPTIONS", 20)
+    other = make_run(config, tmp_path).tokenizer.to_json()
     assert other != run.tokenizer.to_json()  # nothing was saved yet, so nothing is kept
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    assert train.make_run(config, tmp_path).tokenizer.to_json() == run.tokenizer.to_json()
+    assert make_run(config, tmp_path).tokenizer.to_json() == run.tokenizer.to_json()
 
 
 def test_speeds_told_are_by_a_clock_and_a_closed_form(task, tmp_path, monkeypatch):
@@ -502,7 +505,7 @@ def test_a_run_starts_from_the_averaged_weights_it_is_given(kind, tmp_path):
         tiny_runs.save(tmp_path / "first", made, params, None)
     else:
         weights.save_stack(tmp_path / "first", {"upsampler": (params, made, 1, {})}, "{}", "float32")
-    run = train.make_run(changed("upsampler", {"init": str(tmp_path / "first")}), tmp_path / "run")
+    run = make_run(changed("upsampler", {"init": str(tmp_path / "first")}), tmp_path / "run")
     state = train._fresh(run, None)
     assert int(state.step) == 0
     for tree in (state.params, state.ema):
@@ -514,11 +517,11 @@ def test_weights_to_start_from_must_be_of_the_same_network(tmp_path):
     tiny_runs.save(tmp_path / "first", made, tiny_stack.weights(made), None)
     init = {"init": str(tmp_path / "first")}
     with pytest.raises(UserError, match="is .*, and config.model asks for .*Fix: take the config.model"):
-        train.make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
+        make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
     with pytest.raises(UserError, match="holds a run of the task 'upsampler', not 'decoder'"):
-        train.make_run(changed("decoder", init), tmp_path / "run")
+        make_run(changed("decoder", init), tmp_path / "run")
     with pytest.raises(UserError, match="no/run does not exist"):
-        train.make_run(changed("upsampler", {"init": "no/run"}), tmp_path / "run")
+        make_run(changed("upsampler", {"init": "no/run"}), tmp_path / "run")
 
 
 def test_part_of_a_network_can_be_started_from(tmp_path):
@@ -527,14 +530,14 @@ def test_part_of_a_network_can_be_started_from(tmp_path):
     tiny_runs.save(tmp_path / "first", made, {**params, "x0_variance": np.ones(3, np.float32)}, None)
     init = {"init": str(tmp_path / "first"), "init_partly": True}
 
-    run = train.make_run(changed("upsampler", {**init, "model.positions": True}), tmp_path / "run")
+    run = make_run(changed("upsampler", {**init, "model.positions": True}), tmp_path / "run")
     state = train._fresh(run, lambda start: None)
     positions = state.params.pop("positions")
     assert np.std(positions) > 0
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
     with pytest.raises(UserError, match="is .*, and config.model asks for"):
-        train.make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
+        make_run(changed("upsampler", {**init, "model.channels": 16}), tmp_path / "run")
 
 
 def test_a_workdir_with_another_config_is_refused(task, tmp_path):
@@ -551,22 +554,22 @@ def test_a_workdir_with_another_config_is_refused(task, tmp_path):
 
 
 def test_a_run_that_saved_nothing_does_not_bind_its_workdir(task, tmp_path):
-    train._write_once(train.make_run(toy.config(), tmp_path))
-    assert train.make_run(changed("toy", {"optim.lr": 0.5}), tmp_path).config.optim.lr == 0.5
+    train._write_once(make_run(toy.config(), tmp_path))
+    assert make_run(changed("toy", {"optim.lr": 0.5}), tmp_path).config.optim.lr == 0.5
 
 
 def test_a_run_keeps_to_its_clip(tmp_path):
     config = tiny_runs.config("prior_diffusion")
-    run = train.make_run(config, tmp_path)
+    run = make_run(config, tmp_path)
     assert len(run.config.clip_identity) == 16
     train._write_once(run)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    assert train.make_run(config, tmp_path).config == run.config
+    assert make_run(config, tmp_path).config == run.config
     other = tiny_runs.folder() / "clip"
     made, params = checkpoint.load_params(other)[1], tiny_stack.weights(tiny_runs.make("clip").config, seed=9)
     tiny_runs.save(tmp_path / "other", made, params, checkpoint.load_params(other)[3])
     with pytest.raises(UserError, match=f"clip_identity: '{run.config.clip_identity}' -> "):
-        train.make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
+        make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
 
 
 def test_a_workdir_has_one_run_at_a_time(task, tmp_path):
@@ -604,7 +607,7 @@ def test_lists_in_a_config_are_the_tuples_that_are_stored(task, tmp_path):
 
 def test_a_step_takes_its_states_memory(task, tmp_path):
     """Donation: every array of the old state is given up, and the compiler keeps each where it was."""
-    run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
+    run = make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
     batches = functools.partial(train._batches, run)
     state, batch = train._fresh(run, batches), next(batches(0))
     step, _ = train._compile(run, train._rehearse(run, batches))
@@ -646,7 +649,7 @@ def test_a_stop_signal_in_the_last_evaluation_is_the_end(task, tmp_path, monkeyp
 
 
 def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):
-    run = train.make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
+    run = make_run(toy.config(mesh__data=2, mesh__fsdp=4), tmp_path)
     assert tuple(run.shardings.params["wide"].spec) == ("fsdp",) == tuple(run.shardings.ema["wide"].spec)
     assert run.shardings.params["colour"].is_fully_replicated
     assert run.mesh.shape == {"data": 2, "fsdp": 4, "tensor": 1}

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
-from unclip_jax import checkpoint, sharding, tasks, train
+from unclip_jax import checkpoint, sharding, tasks
 from unclip_jax import config as configs
+from unclip_jax.run import Run, make_run
+from unclip_jax.train_step import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler")
@@ -96,16 +98,16 @@ def save(workdir: Path, made, params, tokenizer_json: str | None) -> None:
         saved.save(1, {"params": jax.tree.map(np.zeros_like, params), "ema": params}, meta)
 
 
-def make(stage: str, **changes) -> train.Run:
-    """`train.make_run` of `config`, for a folder that does not exist."""
-    return train.make_run(config(stage, **changes), folder() / "none")
+def make(stage: str, **changes) -> Run:
+    """`make_run` of `config`, for a folder that does not exist."""
+    return make_run(config(stage, **changes), folder() / "none")
 
 
-def state(run: train.Run) -> train.TrainState:
+def state(run: Run) -> TrainState:
     """A first state of random numbers, none of the weights zero; nothing is compiled for it."""
     params = tiny_stack.weights(run.config, getattr(run.task, "clip", None))
     opt = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), run.shapes.opt)
-    return train.TrainState(np.zeros((), np.int32), params, params, opt)
+    return TrainState(np.zeros((), np.int32), params, params, opt)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import by_rows
+from unclip_jax.fingerprint import by_path, fingerprint
 
 FORMAT_VERSION = 1
 PARTS = ("ema", "params")  # of a state, which hold weights
@@ -90,7 +90,7 @@ class Checkpoints:
 
         Raises:
           UserError: `step` is absent or damaged, no step is sound, the state has other arrays than
-            `abstract`, or a newer format.
+            `abstract`, or a newer format. An average is left unread where `abstract` has none.
         """
         self.wait()
         steps = self.steps()
@@ -100,10 +100,8 @@ class Checkpoints:
         def read(number: int):
             meta = _read_meta(self.directory / str(number))
             _check_same_arrays(abstract, meta, self.directory / str(number))
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = _reading(lambda: self._manager.restore(number, args=args).state)
-            _check_fingerprints(state, meta)
-            return state, meta
+            how = ocp.checkpoint_utils.construct_restore_args(abstract)
+            return _read_arrays(self.directory / str(number), meta, abstract, how), meta
 
         (state, meta), found = _newest_sound(self.directory, steps, step, read)
         if step is None:
@@ -161,12 +159,7 @@ def load_params(path: str | os.PathLike, which: str = "ema", step: int | None = 
         if not (tree := trees[part]):
             raise UserError(f"checkpoint {directory / str(number)} holds no weights")
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = _reading(lambda: reader.restore(directory / str(number) / "state", args=args))
-        state = jax.tree.map(jnp.asarray, state)
-        _check_fingerprints(state, meta)
-        return state[part], meta
+        return _read_arrays(directory / str(number), meta, tree, as_numpy)[part], meta
 
     (params, meta), found = _newest_sound(directory, steps, step, read)
     return params, _config(meta, directory), found, meta.get("tokenizer")
@@ -177,62 +170,6 @@ def peek(path: str | os.PathLike) -> tuple[ml_collections.ConfigDict, int]:
     directory, steps = _find(path)
     meta, step = _newest_sound(directory, steps, None, lambda number: _read_meta(directory / str(number)))
     return _config(meta, directory), step
-
-
-def fingerprint(tree) -> dict[str, int]:
-    """{path: u32} of every array: the sum mod 2^32 of a hash of (bits, position) of its elements.
-
-    Runs where the arrays lie and does not depend on their sharding. A change in one element always shows.
-    """
-    prints = [
-        (path, _hash(array) if isinstance(array, jax.Array) else _host_hash(np.asarray(array)))
-        for path, array in by_path(tree)
-    ]
-    return {
-        path: int(value)
-        for path, value in zip((p for p, _ in prints), jax.device_get([v for _, v in prints]), strict=True)
-    }
-
-
-def _host_hash(x: np.ndarray) -> np.uint32:
-    """`_hash` of an array of the host, by rows, so that little of it is on the device at once."""
-    words = 2 if jax.dtypes.canonicalize_dtype(x.dtype).itemsize == 8 else 1  # in which an element's bits are hashed
-    total = start = 0
-    for part in by_rows(x):
-        total += int(_hash(part, np.uint32(start * words % 2**32)))
-        start += part.size
-    return np.uint32(total % 2**32)
-
-
-@jax.jit
-def _hash(x, start=0):
-    bits = _bits(x)
-    position, stride = jnp.full(bits.shape, start, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    return jnp.sum(_mix(bits ^ _mix(position)), dtype=jnp.uint32)
-
-
-def _bits(x):
-    """The bits of any array as u32; 8-byte elements give a last axis of 2."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-
-
-def _mix(x):
-    """The 32-bit finaliser of MurmurHash3 (Appleby, public domain), a bijection."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def by_path(tree) -> list[tuple[str, jax.Array]]:
-    """Every array by its path "params/block/kernel"; the same for a TrainState and for its plain dict."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _nested(paths: Sequence[str]) -> dict:
@@ -335,27 +272,29 @@ def _read_meta(step: epath.Path) -> dict:
     return meta
 
 
-def _reading(restore: Callable):
-    """`restore()`, with what Orbax raises on broken files told as damage; want of memory is none."""
+def _read_arrays(step: epath.Path, meta: dict, tree, how):
+    """The arrays of a step that `tree` has, and no others, read as `how` says (Orbax's RestoreArgs); _Damaged."""
+    args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
     try:
-        return restore()
-    except (MemoryError, jax.errors.JaxRuntimeError, UserError):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = jax.tree.map(jnp.asarray, reader.restore(step / "state", args=args))
+    except (MemoryError, jax.errors.JaxRuntimeError, UserError):  # none of which is damage
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise _Damaged(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
-
-
-def _check_fingerprints(tree, meta: dict) -> None:
-    prints = fingerprint(tree)
+    prints = fingerprint(state)
     bad = [path for path, value in prints.items() if meta["arrays"][path][0] != value]
     if bad:
         raise _Damaged(f"{len(bad)} of {len(prints)} arrays differ from their fingerprint, first {bad[0]}")
+    return state
 
 
 def _check_same_arrays(abstract, meta: dict, where: epath.Path) -> None:
     wanted = {path: [str(x.dtype), list(x.shape)] for path, x in by_path(abstract)}
     stored = {path: kind[1:] for path, kind in meta["arrays"].items()}
+    if not any(path.startswith("ema/") for path in wanted):  # an average that is no longer kept may stay unread
+        stored = {path: kind for path, kind in stored.items() if not path.startswith("ema/")}
     if wanted == stored:
         return
     differing = [

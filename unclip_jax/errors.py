@@ -1,5 +1,6 @@
 """What a user did wrong, told in one line: the value, the requirement, the remedy."""
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 
@@ -23,3 +24,15 @@ def suggest(name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), options, n=1)
     listing = ", ".join(options[:20]) + (", …" if len(options) > 20 else "")
     return f"did you mean '{near[0]}'? Valid: {listing}" if near else f"use one of {listing}"
+
+
+@contextlib.contextmanager
+def said_of(what: str, fix: str):
+    """Whatever is raised inside, as one UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise UserError(f"{what}: {(why.strip().splitlines() or [''])[0][:300]}", fix) from e

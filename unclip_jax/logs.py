@@ -87,7 +87,7 @@ class Checks:
     """Previews and metrics of the averaged weights on held-out data, while training.
 
     Args:
-      run: of `train.make_run`.
+      run: of `run.make_run`.
       batches: batches(start, source, size, **loader settings) yields batches on the run's devices.
     """
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +24,7 @@ from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.meter import FLOPS
 from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
-from unclip_jax.tasks.remat import POLICIES
-from unclip_jax.train import TrainState, compile_step, init_state, step_of
+from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
 GIB = 1 << 30
 
@@ -111,6 +109,11 @@ class Report:
             times["memory"] = self.traffic / chip.bandwidth
             times["links"] = sum(c.wire_bytes for c in self.collectives) / chip.links
         return times
+
+    @property
+    def seconds_a_picture(self) -> float:
+        """Predicted, of whatever takes longest."""
+        return max(self.seconds.values()) / self.batch_size
 
     @property
     def mfu_ceiling(self) -> float:
@@ -296,104 +299,6 @@ def _held(tree) -> float:
 def _encoded(run: Abstract):
     """Shapes of an encoded batch and of a random key: the other arguments of `loss`."""
     return jax.eval_shape(run.task.encode, run.frozen, run.batch), jax.eval_shape(lambda: jax.random.key(0))
-
-
-def search(
-    config: ConfigDict, devices, chip: str, clip: ConfigDict | None = None, compile_best: int = 3
-) -> list[Report]:
-    """Train steps over meshes (data, fsdp) of the devices, 1, 1/2 and 1/4 of the config's batch, and remat policies.
-
-    Those that fit come first, and of them the fastest by predicted seconds a picture. Arithmetic on shapes predicts
-    compute alone, so what lies within a twentieth is equal: then the largest batch comes first, and the least split,
-    which transfer less for each picture. For TPUs the best of each policy are compiled, and stand before all others.
-    """
-    found = list(_candidates(config, devices, chip, clip))
-    if not found:
-        count = devices if isinstance(devices, int) else len(devices)
-        raise UserError(f"no mesh of {count} devices divides batch_size={config.batch_size}", "change the batch size")
-    fastest = min(_per_picture(report) for report, *_ in found)
-
-    def order(candidate):
-        r = candidate[0]
-        slower = int(20 * (_per_picture(r) / fastest - 1))
-        return not r.fits, slower, -r.batch_size, r.mesh["fsdp"], POLICIES.index(r.remat)
-
-    found.sort(key=order)
-    places = {policy: itertools.count() for policy in POLICIES}
-    turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(found)]
-    tried = [at for *_, at in sorted(turns)[:compile_best]] if chip in TPUS else []
-    best = [plan_train(run, chip, counts=counts) for _, run, counts in (found[at] for at in tried)]
-    rest = [report for at, (report, *_) in enumerate(found) if at not in tried]
-    return sorted(best, key=lambda r: (not r.fits, _per_picture(r))) + rest
-
-
-def _candidates(config: ConfigDict, devices, chip: str, clip) -> Iterator[tuple[Report, Abstract, Counts]]:
-    """What `search` tries, by arithmetic. The networks are traced for each batch and policy, not for each mesh."""
-    count, run = devices if isinstance(devices, int) else len(devices), None
-    for share in (1, 2, 4):
-        plain = None  # counts of this batch without recomputation
-        for policy in POLICIES:
-            counts, changed = None, tasks.with_policy(config, policy)
-            for fsdp in [n for n in range(1, count + 1) if count % n == 0]:
-                with changed.unlocked():
-                    changed.mesh.update(data=-1, fsdp=fsdp, tensor=1)
-                    changed.batch_size = config.batch_size // share
-                try:
-                    run = abstract(changed, devices, clip, like=run)
-                except UserError:  # such as a batch that does not divide
-                    continue
-                counts = counts or count_train(run, plain=plain)
-                plain = plain or counts
-                yield plan_train(run, chip, compiled=False, counts=counts), run, counts
-
-
-def _per_picture(report: Report) -> float:
-    return max(report.seconds.values()) / report.batch_size
-
-
-def table(reports: list[Report], title: str = "") -> str:
-    """Reports for reading; every time is a prediction."""
-    lines = [title] if title else []
-    for r in reports:
-        mesh = " x ".join(f"{name} {size}" for name, size in r.mesh.items() if size > 1) or "one device"
-        source = "compiled ahead of time" if r.compiled else "arithmetic on shapes, nothing compiled: a rough estimate"
-        remat = f", remat {r.remat}" if r.remat else ""
-        lines += [
-            f"{r.what} step on {r.devices} x {r.chip} ({mesh}), batch {r.batch_size}{remat} ({source})",
-            *(f"  {name:24}{size / GIB:10.3f} GiB a device" for name, size in r.held.items() if size),
-            f"  {'peak':24}{_gib(r.peak)} of {r.limit / GIB:.1f} GiB: {'fits' if r.fits else 'DOES NOT FIT'}",
-            f"  {'FLOPs, all devices':24}{r.flops:10.3e}, {r.model_flops:.3e} without recomputation",
-        ]
-        for c in r.collectives or ():
-            lines.append(f"  {c.kind + ' of ' + str(c.group):24}{c.bytes / GIB:10.3f} GiB a device in {c.count}")
-        if r.peak is not None:
-            times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in r.seconds.items())
-            lines.append(f"  {'predicted, each alone':24}{times}")
-            if r.what == "train":
-                lines.append(f"  {'predicted MFU ceiling':24}{100 * r.mfu_ceiling:10.1f} %")
-        if r.error:
-            lines.append(f"  the compiler says: {r.error}")
-            lines.append("  what would help: more devices in mesh.fsdp, a smaller batch_size, remat; or try --search")
-    return "\n".join(lines)
-
-
-def ranking(reports: list[Report], most: int = 20) -> str:
-    """A line for each of the first reports of a `search`; every time is a prediction."""
-    lines = ["  rank  remat  data x fsdp   batch  peak, GiB                  step, ms  pictures/s"]
-    for rank, r in enumerate(reports[:most], 1):
-        mesh, fits = f"{r.mesh['data']} x {r.mesh['fsdp']}", "fits" if r.fits else "DOES NOT FIT"
-        lines.append(
-            f"{rank:6}{r.remat:>7}{mesh:>13}{r.batch_size:8} {_gib(r.peak)}  {fits:14}"
-            f"{1e3 * max(r.seconds.values()):10.1f}{1 / _per_picture(r):12,.0f}{'  compiled' if r.compiled else ''}"
-        )
-    if len(reports) > most:
-        fit = sum(r.fits for r in reports[most:])
-        lines.append(f"   and {len(reports) - most} more, of which {fit} fit; --out FILE.json has all")
-    return "\n".join(lines)
-
-
-def _gib(size: float | None) -> str:
-    return "   unknown" if size is None else f"{size / GIB:10.3f}"
 
 
 def gpu_devices(spec: str):

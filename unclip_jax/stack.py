@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import placed
+from unclip_jax.nn.rows import platform
 from unclip_jax.settings import PRIORS
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
@@ -41,12 +42,12 @@ class OnDemand(Mapping):
         self._path, self._names, self._dtype = path, dict(names), dtype
 
     def __getitem__(self, stage: str) -> dict:
-        name, device = self._names[stage], jax.local_devices()[0]
+        name = self._names[stage]
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
-        if device.platform != "cpu":  # that the host cuts them, and the device holds them once
+        if platform() != "cpu":  # the host cuts them, so that the device holds them once
             params = jax.tree.map(np.asarray, params)
-        return placed(params, device)
+        return placed(params, jax.local_devices()[0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

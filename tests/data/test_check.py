@@ -67,8 +67,8 @@ def test_mistakes_are_one_line(case, tmp_path, monkeypatch, capsys):
 
 def test_embed_and_what_refuses_it(tmp_path, capsys):
     from tests import tiny_runs
-    from unclip_jax import train
     from unclip_jax.errors import UserError
+    from unclip_jax.run import make_run
 
     out = tmp_path / "e"
     clip = str(tiny_stack.path())
@@ -80,4 +80,4 @@ def test_embed_and_what_refuses_it(tmp_path, capsys):
     with config.unlocked():
         config.data = {"source": "embeddings", "path": str(out), "split": "train", "size": 16}
     with pytest.raises(UserError, match="config.clip is another"):
-        train.make_run(config, tmp_path / "w")
+        make_run(config, tmp_path / "w")

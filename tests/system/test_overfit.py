@@ -11,6 +11,7 @@ from tests import tiny_runs
 from tests.tiny_runs import one_device  # noqa: F401 (fixture)
 from unclip_jax import checkpoint, data, train
 from unclip_jax.data import loader
+from unclip_jax.run import make_run
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -21,7 +22,7 @@ def fit(stage: str, workdir, **changes):
     with config.unlocked():
         config.loader.update(changes)
     assert train.train(config, workdir) == 0
-    run = train.make_run(config, workdir)
+    run = make_run(config, workdir)
     batch = next(loader.batches(data.make(**config.data), run.tokenizer, 8, shuffle=False))
     params, _, step, _ = checkpoint.load_params(workdir, which="params")
     assert step == config.num_steps

@@ -15,13 +15,14 @@ import pytest
 from tests import tiny_runs, toy
 from tests.tiny_runs import one_device  # noqa: F401 (fixture)
 from unclip_jax import checkpoint, logs, sharding, train
+from unclip_jax.run import make_run
 
 OF_TIME = {"images_per_second", "device_flops_per_second", "input_wait", "checkpoint_seconds", "goodput"}
 
 
 def final(config, workdir):
     """Every array of the last checkpoint, by its path, and the lines of metrics.jsonl but for the times."""
-    run = train.make_run(config, workdir)
+    run = make_run(config, workdir)
     with checkpoint.Checkpoints(workdir, config.keep) as saved:
         state, meta, step = saved.restore(sharding.abstract(run.shapes, run.shardings))
     assert step == meta["data_step"] == int(state.step) == config.num_steps

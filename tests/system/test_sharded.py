@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from tests import tiny_runs
-from unclip_jax import sharding, train
+from unclip_jax import sharding
 from unclip_jax.data import loader
+from unclip_jax.train_step import compile_step, make_train_step
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 # Inner widths of transformer blocks and of residual blocks over the axis "tensor", where the mesh has one.
@@ -25,8 +26,8 @@ def run_steps(run, tx, mesh) -> tuple:
     state = jax.device_put(host, shardings)
     frozen = jax.device_get(run.frozen)
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh, min_size=1))
-    step = train.make_train_step(run.task, tx, 0.9, seed=3)
-    step = train.compile_step(step, mesh, shardings)
+    step = make_train_step(run.task, tx, 0.9, seed=3)
+    step = compile_step(step, mesh, shardings)
     stream = loader.batches(run.source, run.tokenizer, 8, seed=1)
     metrics = []
     for index in range(STEPS):

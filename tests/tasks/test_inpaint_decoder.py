@@ -12,6 +12,7 @@ from tests.tasks import stubs
 from tests.tasks.test_decoder import SIDE, batch, with_net
 from unclip_jax import tasks, train
 from unclip_jax.models.unet import UNet, fold, widen
+from unclip_jax.run import make_run
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -47,7 +48,7 @@ def test_a_run_that_begins_from_a_plain_decoder_begins_with_its_outputs(patch, t
     tiny_runs.save(tmp_path / "base", made, {**params, "x0_variance": np.ones(3, np.float32)}, None)
     with tuned.unlocked():
         tuned.objective.inpaint, tuned.init = True, str(tmp_path / "base")
-    run = train.make_run(tuned, tmp_path / "run")
+    run = make_run(tuned, tmp_path / "run")
     rng = np.random.default_rng(0)
     cond = {
         "image": rng.uniform(-1, 1, (2, 16, 16, 3)),

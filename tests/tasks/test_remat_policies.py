@@ -5,7 +5,8 @@ import pytest
 
 from tests import tiny_runs
 from unclip_jax import config as configs
-from unclip_jax import tasks, train
+from unclip_jax import run as runs
+from unclip_jax import tasks
 from unclip_jax.errors import UserError
 
 # What takes `remat` in each stage; the tiny prior_ar has no caption encoder of its own.
@@ -40,7 +41,7 @@ def test_stored_configs_and_earlier_runs_may_say_true_and_false():
     assert stored.model.vision.remat in (True, False) and tasks.policies(stored) == ("none", "full")
     shapes = [jax.eval_shape(tasks.make(c).init, jax.random.key(0)) for c in (stored, now)]
     assert shapes[0] == shapes[1]
-    train._check_same_run(now, stored, "runs/clip")  # goes on: the policy does not change what is learned
+    runs._check_same_run(now, stored, "runs/clip")  # goes on: the policy does not change what is learned
 
 
 BLOCKS = [("clip", "model.text"), ("decoder", "model.unet"), ("upsampler", "model")]

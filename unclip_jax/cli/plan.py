@@ -39,6 +39,8 @@ def run(args) -> int:
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is asked, no device is used
     from unclip_jax import plan, tasks
+    from unclip_jax.plan_search import search
+    from unclip_jax.plan_table import ranking, table
 
     clip = None
     if tasks.needs_clip(config):
@@ -53,7 +55,7 @@ def run(args) -> int:
         chip, devices = plan.gpu_devices(args.device)
     with plan.quick() if args.quick else contextlib.nullcontext():
         if args.search:
-            reports = plan.search(config, devices, chip, clip)
+            reports = search(config, devices, chip, clip)
         else:
             made = plan.abstract(config, devices, clip)
             kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
@@ -61,8 +63,8 @@ def run(args) -> int:
             reports = shown = [kind(made, chip, compiled) for kind in kinds[args.what]]
     title = f"{args.config}: predictions, not measurements"
     if args.search:
-        title, shown = f"{title}\n{plan.ranking(reports)}", [r for r in reports if r.compiled] or reports[:1]
-    print(plan.table(shown, title))
+        title, shown = f"{title}\n{ranking(reports)}", [r for r in reports if r.compiled] or reports[:1]
+    print(table(shown, title))
     if report_file:
         rows = [{**dataclasses.asdict(r), "fits": r.fits, "seconds": r.seconds} for r in reports]
         gallery.write_text(report_file, json.dumps(rows, indent=2) + "\n")

@@ -64,6 +64,76 @@ class Own(NamedTuple):
     rngs: Mapping[str, jax.Array]
 
 
+class Layers(NamedTuple):
+    """A UNet's residual and attention blocks by name, all of which see one time and context.
+
+    Attributes:
+      net: the UNet, whose method this is used in.
+      time: [B, 4 channels], embedded, with the conditioning vector.
+      context, context_mask, train: as of `UNet`.
+      own: in a loop, what the layers of this turn have of their own; None: they are the network's.
+    """
+
+    net: "UNet"
+    time: jax.Array
+    context: jax.Array | Mapping[str, KV] | None
+    context_mask: jax.Array | None
+    train: bool
+    own: Own | None = None
+
+    def block(self, h: jax.Array, channels: int, name: str, resample: str = "") -> jax.Array:
+        """A residual block."""
+        net, kind = self.net, remat(ResBlock, self.net.remat, static_argnums=(3,))
+        settings = (channels, resample, net.scale_shift, net.groups, net.dropout, jnp.dtype(net.dtype))
+        return self._called(kind, settings, name)(h, self.time, self.train)
+
+    def attend(self, h: jax.Array, name: str) -> jax.Array:
+        """An attention block."""
+        context = self.context if self.own is None or self.own.kv is None else self.own.kv
+        seen = context[name] if isinstance(context, Mapping) else context
+        settings = (self.net.head_channels, self.net.groups, jnp.dtype(self.net.dtype))
+        return self._called(remat(PixelAttention, self.net.remat), settings, name)(h, seen, self.context_mask)
+
+    def unit(self, h: jax.Array, skip: jax.Array | None, channels: int, names: tuple[str, str]) -> jax.Array:
+        """A residual block over h with `skip` behind it, and attention where this resolution has it."""
+        h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
+        h = self.block(h, channels, names[0])
+        return self.attend(h, names[1]) if h.shape[1] in self.net.attention else h
+
+    def level(self, h: jax.Array, skips: Sequence[jax.Array | None], channels: int, name: str) -> list[jax.Array]:
+        """A level's units, each of which takes one of `skips` → what each puts out; equal neighbours may be a loop."""
+        names = [(f"{name}_block{i}", f"{name}_attn{i}") for i in range(len(skips))]
+        takes = [(channels if i else h.shape[-1], getattr(skip, "shape", None)) for i, skip in enumerate(skips)]
+        out = [h]
+        for _, alike in itertools.groupby(range(len(skips)), takes.__getitem__):
+            first, *others = alike = list(alike)
+            if others and self.net.loops(self.train):
+
+                def step(h, each, names=names[first]):
+                    h = self._replace(own=each[1]).unit(h, each[0], channels, names)
+                    return h, h
+
+                each = stacked([(skips[i], self._own(names[i], names[first])) for i in alike])
+                out.extend(jax.lax.scan(step, out[-1], each)[1])
+            else:
+                for i in alike:
+                    out.append(self.unit(out[-1], skips[i], channels, names[i]))
+        return out[1:]
+
+    def _called(self, kind, settings: tuple, name: str):
+        if self.own is None:
+            return kind(*settings, name=name)
+        params, rngs = {"params": self.own.params[name]}, self.own.rngs
+        return lambda *args: kind(*settings, parent=None).apply(params, *args, rngs=rngs)
+
+    def _own(self, names: tuple[str, str], called: tuple[str, str]) -> Own:
+        """What a residual block and its attention have of their own, by what a loop calls them."""
+        of = lambda found: {called[i]: found[name] for i, name in enumerate(names) if name in found}  # noqa: E731
+        rngs = {"dropout": self.net.make_rng("dropout")} if self.net.dropout else {}
+        kv = of(self.context) if isinstance(self.context, Mapping) else None
+        return Own(of(self.net.variables["params"]), kv, rngs)
+
+
 class UNet(nn.Module):
     """x_t and time (and a conditioning vector, and context tokens) → a prediction of x_t's shape.
 
@@ -139,50 +209,7 @@ class UNet(nn.Module):
             raise ValueError(f"image {x.shape[1]}x{x.shape[2]} must be divisible by {factor}")
         t = TimeEmbedding(self.emb_width, self.channels, dtype, name="time")(time)
         t = t if emb is None else t + emb.astype(dtype)
-        res_block = remat(ResBlock, self.remat, static_argnums=(3,))
-        attention = remat(PixelAttention, self.remat)
-
-        def layer(kind, settings, name, own):
-            """A layer of this network; or, with `own`, one in a loop over equal ones."""
-            if own is None:
-                return kind(*settings, name=name)
-            return lambda *args: kind(*settings, parent=None).apply({"params": own.params[name]}, *args, rngs=own.rngs)
-
-        def block(h, channels, name, resample="", own=None):
-            settings = (channels, resample, self.scale_shift, self.groups, self.dropout, dtype)
-            return layer(res_block, settings, name, own)(h, t, train)
-
-        def attend(h, name, own=None):
-            seen = context if own is None or own.kv is None else own.kv
-            seen = seen[name] if isinstance(seen, Mapping) else seen
-            return layer(attention, (self.head_channels, self.groups, dtype), name, own)(h, seen, context_mask)
-
-        def unit(h, skip, channels, names, own=None):
-            h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
-            h = block(h, channels, names[0], own=own)
-            return attend(h, names[1], own) if h.shape[1] in self.attention else h
-
-        loops = train and named(self.remat) == "full" and platform() != "gpu" and not self.is_initializing()
-
-        def units(h, skips, channels, level):
-            """A level's blocks, each of which takes one of `skips` behind its input → what each puts out."""
-            names = [(f"{level}_block{i}", f"{level}_attn{i}") for i in range(len(skips))]
-            takes = [(channels if i else h.shape[-1], getattr(skip, "shape", None)) for i, skip in enumerate(skips)]
-            out = [h]
-            for _, alike in itertools.groupby(range(len(skips)), takes.__getitem__):
-                first, *others = alike = list(alike)
-                if loops and others:
-
-                    def step(h, each, names=names[first]):
-                        h = unit(h, each[0], channels, names, each[1])
-                        return h, h
-
-                    each = stacked([(skips[i], self._own(names[i], names[first], context)) for i in alike])
-                    out.extend(jax.lax.scan(step, out[-1], each)[1])
-                else:
-                    for i in alike:
-                        out.append(unit(out[-1], skips[i], channels, names[i]))
-            return out[1:]
+        layers = Layers(self, t, context, context_mask, train)
 
         init = without_effect(self.extra, self.patch)
         stem = Conv(self.channels, (3, 3), kernel_init=init, dtype=dtype, name="stem")
@@ -191,35 +218,33 @@ class UNet(nn.Module):
             h = h + self.param("positions", nn.initializers.normal(0.1), h.shape[1:])[None].astype(dtype)
         skips = [h]
         for level, multiplier in enumerate(self.multipliers):
-            skips += units(skips[-1], [None] * self.blocks, self.channels * multiplier, f"down{level}")
+            skips += layers.level(skips[-1], [None] * self.blocks, self.channels * multiplier, f"down{level}")
             if level < len(self.multipliers) - 1:
-                skips.append(block(skips[-1], self.channels * multiplier, f"down{level}_pool", "down"))
+                skips.append(layers.block(skips[-1], self.channels * multiplier, f"down{level}_pool", "down"))
 
-        h = block(skips[-1], skips[-1].shape[-1], "mid_block0")
+        h = layers.block(skips[-1], skips[-1].shape[-1], "mid_block0")
         if self.attention:
-            h = attend(h, "mid_attn")
-        h = block(h, h.shape[-1], "mid_block1")
+            h = layers.attend(h, "mid_attn")
+        h = layers.block(h, h.shape[-1], "mid_block1")
 
         for level, multiplier in reversed(list(enumerate(self.multipliers))):
             left = [skips.pop() for _ in range(self.blocks + 1)]
-            h = units(h, left, self.channels * multiplier, f"up{level}")[-1]
+            h = layers.level(h, left, self.channels * multiplier, f"up{level}")[-1]
             if level:
-                h = block(h, self.channels * multiplier, f"up{level}_repeat", "up")
+                h = layers.block(h, self.channels * multiplier, f"up{level}_repeat", "up")
 
         patch = self.patch
         if self.outer:
             init = without_effect(self.extra)
             stem = Conv(self.outer, (3, 3), kernel_init=init, dtype=dtype, name="outer_stem")(x.astype(dtype))
             h = Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
-            h = block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
+            h = layers.block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
             patch = 1
         h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
         width, wide = self.out_channels * patch**2, jnp.promote_types(dtype, jnp.float32)
         h = Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, patch)
 
-    def _own(self, names: tuple[str, str], called: tuple[str, str], context) -> "Own":
-        """What a residual block and its attention have of their own, by what a loop calls them."""
-        of = lambda found: {called[i]: found[name] for i, name in enumerate(names) if name in found}  # noqa: E731
-        rngs = {"dropout": self.make_rng("dropout")} if self.dropout else {}
-        return Own(of(self.variables["params"]), of(context) if isinstance(context, Mapping) else None, rngs)
+    def loops(self, train: bool) -> bool:
+        """Whether equal neighbours run in a loop; see `remat`."""
+        return train and named(self.remat) == "full" and platform() != "gpu" and not self.is_initializing()

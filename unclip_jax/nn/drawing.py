@@ -2,8 +2,8 @@
 
 Steps run in a loop, which on a GPU should read each weight from where it lies. There a scanned Transformer would copy
 each layer's weights out of the stack at every step; three projections of the same tokens would become one product whose
-weights are put together while it runs, at half the speed; and a convolution's kernel that does not lie as cuDNN reads it
-would be turned, and the turned copy held for as long as the program runs.
+weights are put together while it runs, at half the speed; and a convolution's kernel that does not lie as cuDNN reads
+it would be turned, and the turned copy held for as long as the program runs.
 """
 
 from collections.abc import Mapping

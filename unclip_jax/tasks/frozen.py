@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import checkpoint, weights
 from unclip_jax.errors import UserError
+from unclip_jax.fingerprint import fingerprint
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 
@@ -67,5 +68,5 @@ def load_clip(path: str | os.PathLike) -> FrozenCLIP:
 
 def clip_identity(params) -> str:
     """16 hexadecimal digits that tell one set of CLIP weights from another."""
-    prints = json.dumps(checkpoint.fingerprint(params), sort_keys=True)
+    prints = json.dumps(fingerprint(params), sort_keys=True)
     return hashlib.sha256(prints.encode()).hexdigest()[:16]

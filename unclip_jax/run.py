@@ -1,0 +1,160 @@
+"""What a training run is made of, built from its config and checked against its data, devices, CLIP and folder."""
+
+import inspect
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from unclip_jax import config as configs
+from unclip_jax import data, optim, sharding, tasks
+from unclip_jax.data import loader
+from unclip_jax.data.source import Source
+from unclip_jax.errors import UserError, said_of, suggest
+from unclip_jax.fingerprint import by_path
+from unclip_jax.tokenizer import Tokenizer
+from unclip_jax.train_step import TrainState, init_state
+
+# What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
+MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "init_partly:", "sampler.")
+MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
+MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:")
+TOKENIZER_CAPTIONS = 20_000
+
+
+class Run(NamedTuple):
+    """All that a training run is made of."""
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    held_out: Source | None
+    tokenizer: Tokenizer | None
+    task: tasks.Task
+    tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+    frozen: Mapping
+    shardings: TrainState
+    shapes: TrainState
+    initial: dict[str, jax.Array] | None  # the weights that config.init names, by name
+
+
+def make_run(config: ConfigDict, workdir: str | Path) -> Run:
+    """Checks the config against devices, CLIP, data and an earlier run in `workdir`, and builds what the loop needs.
+
+    Nothing is written. The config that comes back is complete: vocabulary and CLIP identity are filled in.
+
+    Raises:
+      UserError: whatever does not fit, before anything is compiled.
+    """
+    config = configs.from_json(configs.to_json(config), "config")
+    workdir, earlier = _earlier_run(workdir)
+    _check_values(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(config.batch_size, mesh)
+    tx = optim.make(config.num_steps, **config.optim)
+    source = data.make(**config.data)
+    checked = config.every.preview or config.every.eval
+    held_out = data.make(**{**config.data, "split": config.eval.split}) if checked else None
+    clip = tasks.load_clip(config.clip) if config.clip else None
+    _check_embedded(source, clip)
+    text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
+    tokenizer = Tokenizer.from_json(text) if text else None
+    with config.unlocked():
+        config.clip_identity = clip.identity if clip else ""
+        if tokenizer:
+            config.tokenizer.update(vocab_size=tokenizer.vocab_size, max_len=tokenizer.max_len)
+    if earlier:
+        _check_same_run(config, earlier, workdir)
+    task = tasks.make(config, clip.model if clip else None)
+    with said_of(f"the network of {config.task} cannot be built", "correct config.model"):
+        shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed), config.ema_decay))
+    shardings = sharding.infer(shapes, config.rules, mesh)
+    frozen = {"clip": clip.params} if clip else {}
+    frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
+    initial = None if earlier or not config.init else _initial(config, task, shapes.params)
+    return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
+
+
+def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
+    """The folder, and the config of the run that saved a checkpoint in it, or None."""
+    if not str(workdir) or "://" in str(workdir):
+        raise UserError(f"workdir {str(workdir)!r} must be a folder", "mount a bucket, and give the folder")
+    workdir = Path(workdir).expanduser()
+    stored = workdir / "config.json"
+    saved = any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
+    return workdir, configs.from_json(stored.read_text(), str(stored)) if saved and stored.is_file() else None
+
+
+def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> None:
+    changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}",
+            "use another --workdir, or the config that this one was started with",
+        )
+
+
+def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:
+    """The tokenizer of a stage without CLIP: none, the earlier run's, one given by path, or one trained on captions."""
+    if config.tokenizer is None:
+        return None
+    if workdir or config.tokenizer.path:
+        return Tokenizer.load(workdir / "tokenizer.json" if workdir else config.tokenizer.path).to_json()
+    captions = (source[i]["caption"] for i in itertools.islice(range(len(source)), TOKENIZER_CAPTIONS))
+    return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Raises UserError for what can be told wrong without building anything."""
+    tasks.check(config, bool(config.clip))
+    if config.clip and not tasks.needs_clip(config):
+        raise UserError(f"clip={config.clip!r} is of no use to the task '{config.task}'", "leave it out")
+    for block, function in (("mesh", sharding.make_mesh), ("optim", optim.make), ("loader", loader.batches)):
+        known = list(inspect.signature(function).parameters)
+        for key in config[block]:
+            if key not in known:
+                raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
+    flat = configs.flatten(config)
+    for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):
+        value, least = flat[name], 0 if name in ("every.preview", "every.eval") else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}={value!r} must be a whole number >= {least}")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must be in 0 … 2**32 - 1")
+
+
+def _check_embedded(source: Source, clip) -> None:
+    """UserError where a source holds another CLIP's embeddings than the one trained against."""
+    identity = getattr(source, "clip_identity", None)
+    if identity and (clip is None or clip.identity != identity):
+        what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
+        raise UserError(what, "set --config.clip to the CLIP they were made with; they train priors only")
+
+
+def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
+    """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays.
+
+    With `config.init_partly` those arrays alone that both networks have; UserError unless there are any, each of the
+    same shape.
+    """
+    params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    found, wanted = (dict(by_path(tree)) for tree in (params, shapes))
+    both = found.keys() & wanted.keys()
+    for name in sorted(both if config.get("init_partly") and both else found.keys() | wanted.keys()):
+        here, there = (str(side[name].shape) if name in side else "no array" for side in (wanted, found))
+        if here != there:
+            raise UserError(
+                f"init={config.init!r} holds another network: {name} is {there}, and config.model asks for {here}",
+                "take the config.model that those weights were trained with, or, where that network has more arrays or "
+                "fewer but those of one name have one shape, --config.init_partly=True",
+            )
+    return {name: found[name] for name in both}
