@@ -4,14 +4,12 @@ import jax
 import numpy as np
 
 from tests import tiny_stack
-from unclip_jax import stack
 from unclip_jax.nn import drawing
 from unclip_jax.stack import open_stack
 from unclip_jax.weights import load_stack
 
 
 def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
-    monkeypatch.setattr(stack, "platform", lambda: "gpu")
     monkeypatch.setattr(drawing, "platform", lambda: "gpu")
     put, given = jax.device_put, []
     monkeypatch.setattr(drawing.jax, "device_put", lambda a, where: given.append(a) or put(a, where))
@@ -19,13 +17,13 @@ def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
     stored = load_stack(tiny_stack.path(), ["prior", "decoder"]).stages
     for stage in ("prior", "decoder"):
         del given[:]
-        params, wanted = opened.params[stage], drawing.layers_apart(stored[stage].params)
+        params, wanted = opened.params[stage], drawing.layers_apart(stored[stage].params, join=True)
         assert all(type(a) is np.ndarray for a in given) and len(given) == len(jax.tree.leaves(wanted))
         jax.tree.map(np.testing.assert_array_equal, params, wanted)
     assert "block0" in opened.params["prior"]["net"]["transformer"]
     assert params["net"]["stem"]["kernel"].format.layout.major_to_minor == (3, 0, 1, 2)
 
 
-def test_for_a_cpu_they_are_as_stored():
-    params = open_stack(tiny_stack.path()).params["prior"]
-    jax.tree.map(np.testing.assert_array_equal, params, load_stack(tiny_stack.path(), ["prior"]).stages["prior"].params)
+def test_for_a_cpu_layers_are_cut_and_nothing_else():
+    params, stored = open_stack(tiny_stack.path()).params["prior"], load_stack(tiny_stack.path(), ["prior"])
+    jax.tree.map(np.testing.assert_array_equal, params, drawing.layers_apart(stored.stages["prior"].params))

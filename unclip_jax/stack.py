@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import placed
-from unclip_jax.nn.rows import platform
 from unclip_jax.settings import PRIORS
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
@@ -45,9 +44,7 @@ class OnDemand(Mapping):
         name = self._names[stage]
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
-        if platform() != "cpu":  # the host cuts them, so that the device holds them once
-            params = jax.tree.map(np.asarray, params)
-        return placed(params, jax.local_devices()[0])
+        return placed(jax.tree.map(np.asarray, params), jax.local_devices()[0])  # cut by the host: held once
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

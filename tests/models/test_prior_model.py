@@ -40,7 +40,7 @@ def test_prefix_and_step_give_what_the_whole_sequence_gives(vocab_size):
         for keep in (KEEP, np.array([False, True])):
             whole = run(prior, p, XT, TIME, caption, MASK, Z_TXT, keep)
             assert whole.shape == (B, D) and whole.dtype == np.float64
-            for params in (p, layers_apart(p)):
+            for params in (p, layers_apart(p), layers_apart(p, join=True)):
                 args = (caption, MASK, Z_TXT, keep, np.array([3, 500, 800]))
                 (both,) = run(prior, params, *args, method="prefix", sizes=(B,))
                 one, other = run(prior, params, *args, method="prefix", sizes=(1, 1))

@@ -1,5 +1,6 @@
 """The Transformer against its blocks in NumPy, kept keys and values against the whole sequence, and causality."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -100,7 +101,8 @@ def test_the_backward_pass_of_an_activation_keeps_its_input_alone(name, dtype):
     assert beside_x(ACTIVATIONS[name]) == 0 < beside_x(nn.gelu)
 
 
-both_ways = pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+WAYS = {"stacked": lambda p: p, "apart": layers_apart, "joined": functools.partial(layers_apart, join=True)}
+each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def stacked(kv):
@@ -108,26 +110,26 @@ def stacked(kv):
     return tuple(map(np.stack, zip(*kv, strict=True)))
 
 
-@both_ways
+@each_way
 @pytest.mark.parametrize("cut", [1, 4])
-def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, apart):
+def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, way):
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
         module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
         whole, all_kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
-        p = layers_apart(p) if apart else p
+        p = WAYS[way](p)
         head, kv = run(module, p, x[:, :cut], causal_mask(cut, cut), return_kv=True)
         tail = run(module, p, x[:, cut:], causal_mask(7 - cut, 7), kv)
-        kv = stacked(kv) if apart else kv
+        kv = stacked(kv) if way != "stacked" else kv
         assert kv[0].shape == (LAYERS, 2, cut, HEADS, WIDTH // HEADS) and whole.dtype == np.float64
         np.testing.assert_allclose(np.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
         np.testing.assert_allclose(kv, np.asarray(all_kv)[:, :, :, :cut], rtol=0, atol=1e-12)
 
 
-@both_ways
+@each_way
 @pytest.mark.parametrize("cut", [1, 4])
-def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut, apart):
+def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut, way):
     """The buffer starts with the prefix and, after it, numbers that nothing may see."""
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
@@ -135,8 +137,8 @@ def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gi
         p = draw(module, x, dtype=np.float64)
         whole, kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
         buffer = tuple(np.concatenate([a[:, :, :cut], np.full_like(a[:, :, cut:], 9)], 2) for a in kv)
-        if apart:
-            p, buffer = layers_apart(p), tuple((k, v) for k, v in zip(*buffer, strict=True))
+        if way != "stacked":
+            p, buffer = WAYS[way](p), tuple((k, v) for k, v in zip(*buffer, strict=True))
 
         def step(buffer, at):
             seen = (jnp.arange(7) <= at)[None, None, None]
@@ -146,7 +148,7 @@ def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gi
 
         filled, tail = jax.jit(lambda b: jax.lax.scan(step, b, jnp.arange(cut, 7)))(buffer)
         np.testing.assert_allclose(tail.swapaxes(0, 1), whole[:, cut:], rtol=0, atol=1e-12)
-        filled = stacked(filled) if apart else filled
+        filled = stacked(filled) if way != "stacked" else filled
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, kv)
 
 
@@ -157,7 +159,7 @@ def read_of(outputs, read):
 
 @pytest.mark.parametrize("layers", [1, LAYERS])
 @pytest.mark.parametrize("read", [0, -1, np.array([3, 1])], ids=["first", "last", "each_its_own"])
-@pytest.mark.parametrize("way", ["cut", "whole", "unrolled", "apart"])
+@pytest.mark.parametrize("way", ["cut", "whole", "unrolled", "apart", "joined"])
 def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, monkeypatch):
     if way == "unrolled":
         on_a_gpu(monkeypatch)
@@ -165,7 +167,7 @@ def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, mon
     with jax.enable_x64():
         x, module = tokens(dtype=np.float64), Transformer(WIDTH, layers, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        p = layers_apart(p) if way == "apart" else p
+        p = WAYS.get(way, WAYS["stacked"])(p)
         outputs = lambda p, x, **how: module.apply({"params": p}, x, causal_mask(5, 5), **how)  # noqa: E731
         of_all = lambda p, x: jnp.sin(read_of(outputs(p, x), read))  # noqa: E731
         of_one = lambda p, x: jnp.sin(outputs(p, x, read=read))  # noqa: E731
@@ -178,23 +180,23 @@ def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, mon
         spared = count_flops(of_all, p, x) - count_flops(of_one, p, x)
     product = 2 * 2 * WIDTH * WIDTH  # of a token in both rows
     unread = 4 * ((2 + 2 * 4) * product + 2 * 2 * 2 * 5 * WIDTH)  # query, out and the MLP; attention to five
-    if way == "apart":  # where the query is computed with keys and values
+    if way == "joined":  # the query is computed with keys and values
         unread -= 4 * product
     assert spared == (0 if way == "whole" else unread)
 
 
-@both_ways
-def test_one_token_is_read_after_a_prefix(apart):
+@each_way
+def test_one_token_is_read_after_a_prefix(way):
     with jax.enable_x64():
         x, module = tokens(7, dtype=np.float64), Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
         whole = run(module, p, x, causal_mask(7, 7))
-        p = layers_apart(p) if apart else p
+        p = WAYS[way](p)
         _, kv = run(module, p, x[:, :4], causal_mask(4, 4), return_kv=True)
         tail = run(module, p, x[:, 4:], causal_mask(3, 7), kv, read=1)
         np.testing.assert_allclose(tail, whole[:, 5], rtol=0, atol=1e-12)
         again, own = run(module, p, x[:, 4:], causal_mask(3, 7), kv, return_kv=True, read=1)
-        own = stacked(own) if apart else own
+        own = stacked(own) if way != "stacked" else own
         assert own[0].shape == (LAYERS, 2, 3, HEADS, WIDTH // HEADS)  # of all tokens, read or not
         np.testing.assert_allclose(again, tail, rtol=0, atol=1e-12)
 
