@@ -157,7 +157,7 @@ class Program:
         import jax
 
         self._jitted, self.compiled = jax.jit(function, **jit), None
-        self._traced, self.compile_seconds = None, 0.0
+        self.flops, self.compile_seconds = 0.0, 0.0
 
     def __call__(self, *args):
         if self.compiled is None:
@@ -165,17 +165,13 @@ class Program:
         return self.compiled(*args)
 
     def _compile(self, args) -> None:
-        start = time.perf_counter()
-        self._traced = self._jitted.trace(*args)
-        self.compiled = self._traced.lower().compile()
-        self.compile_seconds = time.perf_counter() - start
-
-    @property
-    def flops(self) -> float:
-        """Of matrix products and convolutions, in one call."""
         from unclip_jax.plan_count import jaxpr_flops
 
-        return jaxpr_flops(self._traced.jaxpr) if self._traced else 0.0
+        start = time.perf_counter()
+        traced = self._jitted.trace(*args)
+        self.compiled = traced.lower().compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.flops = jaxpr_flops(traced.jaxpr)
 
 
 class Work:
