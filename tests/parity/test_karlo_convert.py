@@ -24,6 +24,7 @@ from tests.interop.test_karlo import lay, shapes_of  # noqa: E402
 from tests.parity import tiny_clip  # noqa: E402
 from unclip_jax import cli  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
+from unclip_jax.nn.drawing import for_loops  # noqa: E402
 from unclip_jax.pipeline import UnCLIP  # noqa: E402
 from unclip_jax.weights import Stage, load_stack  # noqa: E402
 
@@ -81,7 +82,7 @@ def test_a_converted_pipeline_draws_from_prompts(folders, stack):
     pipe = UnCLIP.load(stack)
     assert pipe.size == 64 and list(pipe.tasks) == ["clip", "prior", "decoder", "upsampler"]
     for name, stage in folders["stages"].items():
-        jax.tree.map(np.testing.assert_array_equal, pipe.params[name], stage.params)
+        jax.tree.map(np.testing.assert_array_equal, pipe.params[name], for_loops(stage.params))
     drawn = pipe.generate(PROMPTS, return_stages=True, **DRAW)
     assert drawn.images.shape == (2, 64, 64, 3) and drawn.base.shape == (2, 16, 16, 3)
     assert not np.array_equal(drawn.images[0], drawn.images[1])
