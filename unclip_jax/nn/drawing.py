@@ -33,8 +33,8 @@ def placed(params: Mapping[str, Any], where: jax.Device | Sharding) -> Mapping[s
 
 
 def for_loops(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A network's parameters for steps that are run in a loop: `layers_apart`, on a GPU joined. On TPUs as they are."""
-    return params if platform() == "tpu" else layers_apart(params, join=platform() == "gpu")
+    """A network's parameters for steps that are run in a loop: `layers_apart`, on a GPU joined."""
+    return layers_apart(params, join=platform() == "gpu")
 
 
 def layers_apart(params: Mapping[str, Any], join: bool = False) -> dict[str, Any]:
