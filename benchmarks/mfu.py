@@ -78,8 +78,8 @@ STAGES: dict[str, tuple[Size, ...]] = {
         Size(60, PRIOR_AR, 40, "dots", L14),
         Size(60, PRIOR_AR, 48, "full", L14),
     ),
-    "upsampler_64_256": (Size(60, UP256, 96, "dots"), Size(60, UP256, 48, "dots")),
-    "upsampler_256_1024": (Size(60, UP1024, 24, "dots"), Size(60, UP1024, 12, "dots")),
+    "upsampler_64_256": (Size(110, UP256, 640, "dots"), Size(60, UP256, 96, "dots"), Size(60, UP256, 48, "dots")),
+    "upsampler_256_1024": (Size(110, UP1024, 128, "dots"), Size(60, UP1024, 24, "dots"), Size(60, UP1024, 12, "dots")),
 }
 
 
