@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from unclip_jax.cli.programs import fuse_for_cpus
-
 
 class Device(NamedTuple):
     """The device of both sides and their precision; see `CPU` and `GPU`.
@@ -108,8 +106,7 @@ DEVICES = {device.name: device for device in (CPU, GPU)}
 def prepare(device: Device, threads: int) -> None:
     """Sets what both frameworks read when they are first imported: threads of a CPU, memory of a GPU."""
     if device is CPU:
-        fuse_for_cpus()
-        flags = os.environ["XLA_FLAGS"]
+        flags = os.environ.get("XLA_FLAGS", "")
         if threads == 1:
             flags += " --xla_cpu_multi_thread_eigen=false"
         os.environ |= {"XLA_FLAGS": flags, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
@@ -161,10 +158,12 @@ class Program:
 
     def __call__(self, *args):
         if self.compiled is None:
-            self._compile(args)
+            self.compile(*args)
         return self.compiled(*args)
 
-    def _compile(self, args) -> None:
+    def compile(self, *args) -> None:
+        """Before it is called, for arguments of such shapes."""
+        from unclip_jax import malloc
         from unclip_jax.plan_count import jaxpr_flops
 
         start = time.perf_counter()
@@ -172,6 +171,8 @@ class Program:
         self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - start
         self.flops = jaxpr_flops(traced.jaxpr)
+        del traced
+        malloc.trim()
 
 
 class Work:

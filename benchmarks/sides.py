@@ -120,8 +120,8 @@ def diffusers_stage(s: dict, stage: str, device: Device, training: bool = False)
     return tuple(diffusers_model(cls, config, device, training) for cls, config in made)
 
 
-def our_task(s: dict, stage: str, device: Device, steps: int = 1):
-    """Our task of one stage, in Karlo's form; without a CLIP, as what CLIP says is given."""
+def our_task(s: dict, stage: str, device: Device, steps: int = 1, **more):
+    """Our task of one stage, in Karlo's form; without a CLIP, as what CLIP says is given. `more`: of a prior."""
     from types import SimpleNamespace
 
     from unclip_jax.diffusion.schedule import make_schedule
@@ -137,7 +137,7 @@ def our_task(s: dict, stage: str, device: Device, steps: int = 1):
     sampler = {"name": "ddpm", "steps": steps}
     if stage == "prior":
         sampler |= {"guidance": GUIDANCE["prior"], "candidates": 1}
-        return PriorTask(Prior(**s["prior"], dtype=dtype), schedule, clip, sampler, empty_caption=True)
+        return PriorTask(Prior(**s["prior"], dtype=dtype, **more), schedule, clip, sampler, empty_caption=True)
     if stage == "decoder":
         sampler |= {"guidance": GUIDANCE["decoder"]}
         net = Decoder(**s["decoder"], dtype=dtype)

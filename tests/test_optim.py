@@ -137,6 +137,31 @@ def test_zero_gradients_leave_undecayed_arrays_bit_identical():
     assert changed == {"dense/kernel", "stack/kernel"}
 
 
+@pytest.mark.parametrize("size", [0.1, 3.0])
+def test_clipping_is_optax_s_whether_the_norm_is_known_or_not(size):
+    grads = {"a": size * np.array([0.6, 0.0, 0.8], np.float32), "b": jnp.asarray([[2.0]], jnp.bfloat16)}
+    wanted, _ = optax.clip_by_global_norm(1.5).update(grads, optax.EmptyState())
+    for known in ({}, {"norm": optax.global_norm(grads)}):
+        found, _ = optim.clip(1.5).update(grads, optax.EmptyState(), **known)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2 if a.ndim > 1 else 1e-6), found, wanted)
+        assert found["b"].dtype == jnp.bfloat16
+    told, _ = optim.clip(1.5).update(grads, optax.EmptyState(), norm=jnp.float32(15.0))
+    np.testing.assert_allclose(told["a"], grads["a"] / 10, rtol=1e-6)
+
+
+def test_of_accumulated_batches_their_mean_s_norm_counts():
+    """Not that of the last one, which a train step tells of."""
+    params, after = {"w": jnp.zeros(2)}, []
+    for tell in (False, True):
+        tx = optax.with_extra_args_support(optim.make(4, lr=1.0, accumulate=2, clip_norm=1.0, eps=1.0))
+        state = tx.init(params)
+        for g in ({"w": jnp.array([9.0, 0.0])}, {"w": jnp.array([-8.0, 0.0])}):
+            updates, state = tx.update(g, state, params, **({"norm": optax.global_norm(g)} if tell else {}))
+        after.append(updates["w"])
+    np.testing.assert_array_equal(*after)
+    assert after[0][0] != 0
+
+
 def test_no_decay_and_no_clipping():
     params = _params(np.random.default_rng(2))
     huge = jax.tree.map(lambda x: np.full_like(x, 1e6), params)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny_runs, tiny_stack, toy
-from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, weights
+from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, train_step, weights
 from unclip_jax import config as configs
 from unclip_jax import run as runs
 from unclip_jax.data import loader
@@ -84,7 +85,10 @@ def bits(tree):
     return [np.asarray(a).tobytes() for a in jax.tree.leaves(tree)]
 
 
-def test_a_bad_batch_and_all_after_it_change_nothing(task):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_bad_batch_and_all_after_it_change_nothing(task, platform, monkeypatch):
+    """By a branch, or, as on a GPU, by a choice of each array."""
+    monkeypatch.setattr(train_step, "platform", lambda: platform)
     tx = optax.adam(0.1)
     step = jax.jit(make_train_step(task, tx, 0.9, 0))
     state = start(task, tx)
@@ -97,6 +101,22 @@ def test_a_bad_batch_and_all_after_it_change_nothing(task):
     assert bits(later) == bits(state) and np.isfinite(metrics["loss"])
     after, _ = step(held, {}, grey(0.5), 1)
     assert int(after.step) == 2 and bits(after.params) != bits(state.params)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_the_optimizer_and_the_average_work_in_place():
+    """Beside the state there is room for the gradient, and not for half of one more."""
+    size = 2**18
+    task = SimpleNamespace(
+        init=lambda key: {f"w{i}": jnp.ones((size,)) for i in range(4)},
+        encode=lambda frozen, batch: batch,
+        loss=lambda p, batch, rng: (sum(jnp.square(jnp.sin(w) - batch["x"]).sum() for w in p.values()), {}),
+    )
+    tx = optim.make(9, lr=0.1, weight_decay=0.1)
+    state = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), 0.9))
+    step = jax.jit(make_train_step(task, tx, 0.9, 0), donate_argnums=0)
+    held = step.lower(state, {}, {"x": np.zeros(size, np.float32)}, 0).compile().memory_analysis()
+    assert held.alias_size_in_bytes >= 4 * 4 * 4 * size and held.temp_size_in_bytes < 1.5 * 4 * 4 * size
 
 
 def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):

@@ -91,10 +91,24 @@ def make(
         )
     else:
         descend = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
-    tx = optax.chain(optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm), descend)
+    tx = optax.chain(optax.identity() if clip_norm is None else clip(clip_norm, accumulate), descend)
     return (
         optax.MultiSteps(tx, every_k_schedule=accumulate).gradient_transformation() if accumulate > 1 else tx
     )
+
+
+def clip(greatest: float, accumulate: int = 1) -> optax.GradientTransformation:
+    """g min(1, greatest / |g|), |g| over all arrays: one factor for them, which XLA applies in the pass that follows.
+
+    Whoever knows |g| may give it as `norm`; not where several batches' gradients are accumulated.
+    """
+
+    def update(grads, state, params=None, *, norm=None, **_):
+        norm = optax.global_norm(grads) if norm is None or accumulate > 1 else norm
+        factor = jnp.minimum(1.0, greatest / norm)
+        return jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def learning_rate(

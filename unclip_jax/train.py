@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, distributed, sharding, tasks
+from unclip_jax import checkpoint, distributed, malloc, sharding, tasks
 from unclip_jax import config as configs
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, said_of
@@ -50,11 +50,16 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
-        state = restored[0] if restored else _fresh(run, batches)
-        start = int(state.step)
+        start = int(restored[0].step) if restored else 0
         if start >= config.num_steps:
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
+        meter.lap("start")
+        stop = distributed.install_signal_handlers()
+        step_fn, meter.flops = _compile(run, traced)
+        meter.lap("compile")
+        state = restored[0] if restored else _fresh(run, batches)
+        malloc.trim()
         meter.go_on(restored[1] if restored else {})
         logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
         trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
@@ -62,16 +67,12 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
         def store(step, state):
             saved.save(step, state, {**meta, **meter.stored(), "data_step": step})
 
-        stop = distributed.install_signal_handlers()
         stream = batches(start)
         meter.lap("start")
         try:
             for number in range(start + 1, config.num_steps + 1):
                 batch = next(stream)
                 meter.lap("input")
-                if number == start + 1:
-                    step_fn, meter.flops = _compile(run, traced)
-                    meter.lap("compile")
                 trace.before(number)
                 state, metrics = step_fn(state, run.frozen, batch, number - 1)
                 logs.add(metrics)
@@ -121,7 +122,9 @@ def _compile(run: Run, traced: jax.stages.Traced) -> tuple[Callable, float]:
         flops = jaxpr_flops(traced.jaxpr)
     else:
         flops = jaxpr_flops(_trace(run, plain, traced.args_info[0][2]).jaxpr)
-    return traced.lower().compile(), flops / run.mesh.size
+    compiled = traced.lower().compile()
+    malloc.trim()
+    return compiled, flops / run.mesh.size
 
 
 def _trace(run: Run, task: tasks.Task, batch: Any) -> jax.stages.Traced:

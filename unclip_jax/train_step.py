@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip_jax import optim, sharding, tasks
+from unclip_jax.nn.rows import platform
 
 
 class TrainState(NamedTuple):
@@ -42,19 +43,27 @@ def make_train_step(
     metrics["loss"] tells; it stays so for all later batches too, whose index is no longer its step.
     """
 
+    tx = optax.with_extra_args_support(tx)
+
     def step(state: TrainState, frozen: Mapping, batch: Mapping, index: jax.Array) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = task.encode(frozen, batch)
         gradient = jax.value_and_grad(lambda params: task.loss(params, batch, rng), has_aux=True)
         (loss, metrics), grads = optim.sharpness_aware(gradient, sam_rho)(state.params)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
         norm = optax.global_norm(grads)
         sound = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == index)
-        new = TrainState(state.step + 1, params, ema, opt)
-        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+
+        def updated(state: TrainState) -> TrainState:
+            updates, opt = tx.update(grads, state.opt, state.params, norm=norm)
+            params = optax.apply_updates(state.params, updates)
+            rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            ema = None if state.ema is None else jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+            return TrainState(state.step + 1, params, ema, opt)
+
+        if platform() == "gpu":  # where the host would wait for the device before a branch
+            new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), updated(state), state)
+        else:  # in place; both kept for a choice would be as large as the state
+            new = jax.lax.cond(sound, updated, lambda state: state, state)
         return new, {"loss": jnp.where(jnp.isfinite(norm), loss, jnp.nan), "grad_norm": norm, **metrics}
 
     return step

@@ -107,6 +107,39 @@ def test_large_scores_stay_finite():
     assert all(np.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("shape", [None, (B, 1, 1, S), (1, 1, N, S), (B, H, N, S)])
+def test_the_gradient_is_that_of_the_formula(shape):
+    """Where a query sees nothing, too: all values have a part in its mean, no key or query."""
+    mask = None
+    if shape:
+        mask = np.random.default_rng(1).random(shape) < 0.5
+        mask[0, 0, 0] = False
+
+    def formula(q, k, v):
+        scores = jnp.einsum("bnhd,bshd->bhns", q, k) / np.sqrt(D)
+        scores = scores if mask is None else jnp.where(mask, scores, -1e9)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        return jnp.einsum("bhns,bshd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+    with jax.enable_x64():
+        args = inputs(dtype=np.float64)
+        found, wanted = (
+            jax.jit(jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), (0, 1, 2)))(*args)
+            for f in (lambda *a: attention(*a, mask), formula)
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_keeps_weights_once_in_the_dtype_of_the_queries(dtype):
+    q, k, v = (jnp.asarray(a, dtype) for a in inputs())
+    mask = np.ones((1, 1, N, S), bool)
+    kept = jax.tree.leaves(jax.vjp(lambda *a: attention(*a, mask), q, k, v)[1])
+    weights = [a for a in kept if a.size == B * H * N * S]
+    assert [(a.shape, a.dtype) for a in weights] == [((B, H, N, S), dtype)]
+    assert sum(a.size for a in kept if a.size > 1) <= q.size + k.size + v.size + weights[0].size + mask.size
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (3, 7), (1, 5)])
 def test_causal_mask_lets_each_see_itself_and_all_before(queries, keys):
     mask = causal_mask(queries, keys)

@@ -52,6 +52,37 @@ def test_group_norm_in_bfloat16_computes_in_f32():
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=2**-8, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_of_a_norm_keeps_its_input_alone(dtype):
+    """And what is small: of each sample or channel."""
+    x, norm = jnp.asarray(picture(2, 16, 16, 8), dtype), GroupNorm(2, dtype, jax.nn.silu)
+    p, (scale, shift) = draw(norm, x), picture(2, 2, 8)
+    pull = jax.vjp(lambda p, x, *of: norm.apply({"params": p}, x, *of), p, x, scale, shift)[1]
+    kept = [a for a in jax.tree.leaves(pull) if a.size > 2 * 2 * 8]
+    assert [(a.shape, a.dtype) for a in kept] == [(x.shape, dtype)]
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_norm_s_gradient_is_that_of_its_formula(modulated):
+    def formula(p, x, *of):
+        parts = x.reshape(2, 4, 6, 4, 2)
+        mean, square = (a.mean((1, 2, 4), keepdims=True) for a in (parts, jnp.square(parts)))
+        gamma, beta = (p[name][None, None, None] for name in ("scale", "bias"))
+        y = ((parts - mean) / jnp.sqrt(square - mean**2 + 1e-5)).reshape(x.shape) * gamma + beta
+        return jax.nn.silu(y * (1 + of[0][:, None, None]) + of[1][:, None, None] if of else y)
+
+    with jax.enable_x64():
+        x, of = picture(2, 4, 6, 8).astype(np.float64), picture(2, 2, 8, seed=1).astype(np.float64)
+        norm, of = GroupNorm(4, jnp.float64, jax.nn.silu), tuple(of) if modulated else ()
+        p = draw(norm, x, dtype=np.float64)
+        own = lambda p, x, *of: norm.apply({"params": p}, x, *of)  # noqa: E731
+        found, wanted = (
+            jax.jit(jax.grad(lambda *args, f=f: jnp.sin(f(*args)).sum(), argnums=tuple(range(2 + len(of)))))(p, x, *of)
+            for f in (own, formula)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, wanted)
+
+
 def test_downsample_is_the_mean_of_four_pixels():
     x = picture(2, 4, 6, 3)
     want = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4

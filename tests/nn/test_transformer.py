@@ -272,6 +272,25 @@ def test_layer_norm():
     np.testing.assert_allclose(norm.apply({"params": p}, x), layer_norm(x, p["norm"]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_of_a_layer_norm_keeps_its_input_alone(dtype):
+    x, norm = jnp.asarray(tokens(), dtype), LayerNorm(dtype)
+    pull = jax.vjp(lambda p, x: norm.apply({"params": p}, x), draw(norm, x), x)[1]
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(pull) if a.size > WIDTH] == [(x.shape, dtype)]
+
+
+def test_the_gradient_of_a_layer_norm_is_that_of_flax_s():
+    with jax.enable_x64():
+        x, norm = tokens(dtype=np.float64), LayerNorm(jnp.float64)
+        p = draw(norm, x, dtype=np.float64)
+        flax = nn.LayerNorm(epsilon=1e-5)
+        found, wanted = (
+            jax.grad(lambda p, x, f=f: jnp.sin(f(p, x)).sum(), argnums=(0, 1))(p, x)
+            for f in (lambda p, x: norm.apply({"params": p}, x), lambda p, x: flax.apply({"params": p["norm"]}, x))
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), found, wanted)
+
+
 def test_width_must_split_into_heads():
     with pytest.raises(ValueError, match="width=8 must be a multiple of heads=3"):
         jax.eval_shape(lambda: Transformer(8, 1, 3).init(jax.random.key(0), tokens()))

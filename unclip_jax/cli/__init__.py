@@ -25,7 +25,6 @@ from unclip_jax.cli import (
     weights,
 )
 from unclip_jax.cli.arguments import Parser
-from unclip_jax.cli.programs import fuse_for_cpus
 from unclip_jax.errors import UserError, suggest
 
 # In the order of `unclip --help`.
@@ -51,8 +50,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    if "jax" not in sys.modules:
-        fuse_for_cpus()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)

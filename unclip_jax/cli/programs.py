@@ -4,18 +4,6 @@ import os
 from pathlib import Path
 
 
-def fuse_for_cpus() -> None:
-    """Has XLA on CPUs compute several results of the same arrays in one pass over memory where it can, as elsewhere.
-
-    AdamW's moments, the weights and their average are such: a train step takes a tenth less time (docs/results.md). To
-    be called before jax starts. Whoever gives such options in XLA_FLAGS is heeded.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_extra_options" not in given:
-        option = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
-        os.environ["XLA_FLAGS"] = f"{given} {option}".strip()
-
-
 def keep(make: bool = False) -> Path | None:
     """JAX's persistent cache of compiled programs: the folder, or None for no cache.
 

@@ -240,7 +240,7 @@ class UNet(nn.Module):
             h = Conv(self.outer * patch**2, (1, 1), dtype=dtype, name="outer_in")(h)
             h = layers.block(jnp.concatenate([unfold(h, patch), stem], axis=-1), self.outer, "outer_block")
             patch = 1
-        h = nn.silu(GroupNorm(self.groups, dtype, name="out_norm")(h))
+        h = GroupNorm(self.groups, dtype, nn.silu, name="out_norm")(h)
         width, wide = self.out_channels * patch**2, jnp.promote_types(dtype, jnp.float32)
         h = Conv(width, (3, 3), kernel_init=nn.initializers.zeros, dtype=wide, name="out")(h)
         return unfold(h, patch)

@@ -44,18 +44,43 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
       [B, N, H, D] in q's dtype.
     """
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    if q.dtype == jnp.float64:  # jax's own has its softmax in f32 whatever it is given
-        scores = jnp.einsum("BNHD,BSHD->BHNS", q, k) / q.shape[-1] ** 0.5
-        seen = scores if mask is None else jnp.where(mask, scores, -1e30)
-        return jnp.einsum("BHNS,BSHD->BNHD", jax.nn.softmax(seen), v)
     if mask is not None:
         mask = jnp.asarray(mask)[(None,) * (4 - mask.ndim)]
     mesh = jax.sharding.get_abstract_mesh()
     shapes = q.shape, k.shape, None if mask is None else mask.shape
     chosen = implementation(platform(), q.dtype, *shapes)
     if chosen == "xla" or not _splits(mesh, q.shape[0]) or (chosen == "cudnn" and not _has_cudnn()):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return _by_xla(q, k, v, mask)
     return _split(KERNELS[chosen], mesh, q, k, v, mask)
+
+
+def _by_xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """As it is written, of any dtype; jax's own has its softmax in f32 at most, and keeps it three times to train."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("BNHD,BSHD->BHNS", q, k, preferred_element_type=wide) / q.shape[-1] ** 0.5
+    return jnp.einsum("BHNS,BSHD->BNHD", _weights(q.dtype, scores, mask), v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weights(dtype: jnp.dtype, scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """softmax(scores) over what the mask shows, as `dtype`; the backward pass keeps it and nothing else."""
+    return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -1e30)).astype(dtype)
+
+
+def _kept_weights(dtype, scores, mask):
+    weights = _weights(dtype, scores, mask)
+    return weights, (weights, mask)
+
+
+def _weights_gradient(dtype, kept, g):
+    weights, mask = kept
+    wide = jnp.promote_types(dtype, jnp.float32)
+    weights, g = weights.astype(wide), g.astype(wide)
+    to_scores = weights * (g - (weights * g).sum(-1, keepdims=True))
+    return to_scores if mask is None else jnp.where(mask, to_scores, 0), None
+
+
+_weights.defvjp(_kept_weights, _weights_gradient)
 
 
 def attention_in_parts(q: jax.Array, parts: Sequence[Part], mask: jax.Array | None = None) -> jax.Array:

@@ -1,6 +1,6 @@
 """The convolutional parts of the ADM UNet (Dhariwal & Nichol 2021): residual block, attention to pixels and context."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,14 +15,15 @@ KV = tuple[jax.Array, jax.Array]
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm computed in f32 (eps 1e-5), returned in `dtype`.
+    """GroupNorm and what follows it, pixel by pixel, computed in f32 (eps 1e-5), returned in `dtype`.
 
     Written as per-channel moments pooled over each group: XLA reduces one pass over x, and the batch axis is never
-    folded into another, so it stays sharded.
+    folded into another, so it stays sharded. The backward pass keeps x and computes the rest again.
     """
 
     groups: int = 32
     dtype: jnp.dtype = jnp.float32
+    then: Callable[[jax.Array], jax.Array] = lambda y: y
 
     @nn.compact
     def __call__(self, x: jax.Array, scale: jax.Array | None = None, shift: jax.Array | None = None) -> jax.Array:
@@ -30,16 +31,19 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         gamma = self.param("scale", nn.initializers.ones, (channels,))
         beta = self.param("bias", nn.initializers.zeros, (channels,))
-        h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jax.checkpoint(self._normalised, prevent_cse=True)(x, gamma, beta, scale, shift)
+
+    def _normalised(self, x, gamma, beta, scale, shift):
+        h, size = x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.shape[-1] // self.groups
         moments = jnp.stack([h.mean((1, 2)), jnp.square(h).mean((1, 2))])
-        mean, square = moments.reshape(2, -1, self.groups, channels // self.groups).mean(-1)
+        mean, square = moments.reshape(2, -1, self.groups, size).mean(-1)
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-5)
-        mean, inverse = (jnp.repeat(a, channels // self.groups, axis=-1) for a in (mean, inverse))
+        mean, inverse = (jnp.repeat(a, size, axis=-1) for a in (mean, inverse))
         a = inverse * gamma[None]
         b = beta[None] - mean * a
         if scale is not None:
             a, b = a * (1 + scale), b * (1 + scale) + shift
-        return (h * a[:, None, None] + b[:, None, None]).astype(self.dtype)
+        return self.then(h * a[:, None, None] + b[:, None, None]).astype(self.dtype)
 
 
 def downsample(x: jax.Array) -> jax.Array:
@@ -77,16 +81,16 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, emb: jax.Array, train: bool = False) -> jax.Array:
         """x [B, H, W, C], emb [B, E] → [B, H', W', channels]."""
         x, resample = rows(x), lambda a: rows(RESAMPLE[self.resample](a))
-        h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
+        h = GroupNorm(self.groups, self.dtype, nn.silu, name="norm1")(x)
         h = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(resample(h))
         width = self.channels * (2 if self.scale_shift else 1)
         emb = Dense(width, dtype=self.dtype, name="emb")(nn.silu(emb))
-        norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
+        norm2 = GroupNorm(self.groups, self.dtype, nn.silu, name="norm2")
         if self.scale_shift:
             h = norm2(h, *jnp.split(emb.astype(jnp.promote_types(emb.dtype, jnp.float32)), 2, axis=-1))
         else:
             h = norm2(h + emb[:, None, None])
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv2")(h)
         x = resample(x)
         if x.shape[-1] != self.channels:

@@ -28,18 +28,31 @@ def product(x: jax.Array, kernel: jax.Array, dimensions, **how) -> jax.Array:
     return _product(len(dimensions[0][1]), x, kernel)
 
 
+def _matrices(inner: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [rows, joined] and kernel [joined, columns], where `inner` axes are joined: XLA would turn what has several."""
+    joined = math.prod(kernel.shape[:inner])
+    return x.reshape(-1, joined), kernel.reshape(joined, -1)
+
+
 def _plain_product(inner: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Over `inner` axes."""
-    return jax.lax.dot_general(x, kernel, ((range(x.ndim - inner, x.ndim), range(inner)), ((), ())))
+    return jnp.matmul(*_matrices(inner, x, kernel)).reshape(x.shape[: x.ndim - inner] + kernel.shape[inner:])
+
+
+def _turned(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """x.transpose(axes), of x as it lies in memory: XLA does not fuse what x comes from into branches, whose elements
+    it would else compute one by one, out of their order.
+    """
+    turn = lambda x: x.transpose(axes)  # noqa: E731
+    return jax.lax.cond(x.ravel()[0] < 0, turn, turn, x)
 
 
 def _product_gradient(inner, kept, g):
-    x, kernel = kept
-    outer = x.ndim - inner
-    to_x = ((range(outer, g.ndim), range(inner, kernel.ndim)), ((), ()))
-    turned = jax.lax.optimization_barrier(x.transpose(*range(outer, x.ndim), *range(outer)))
-    to_kernel = ((range(inner, x.ndim), range(outer)), ((), ()))
-    return jax.lax.dot_general(g, kernel, to_x), jax.lax.dot_general(turned, g, to_kernel)
+    (x, kernel), shapes = _matrices(inner, *kept), [a.shape for a in kept]
+    g = g.reshape(len(x), -1)
+    of_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
+    of_kernel = _turned(x, (1, 0)) @ g
+    return of_x.reshape(shapes[0]), of_kernel.reshape(shapes[1])
 
 
 _product = jax.custom_vjp(_plain_product, nondiff_argnums=(0,))
@@ -64,26 +77,34 @@ def _plain_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _convolve(x: jax.Array, kernel: jax.Array, few: int) -> jax.Array:
     """Of up to `few` pixels as one product."""
     if math.prod(x.shape[:3]) <= few:
-        moved = jnp.concatenate(_moved(x, kernel), axis=-1)
-        return _plain_product(1, moved, kernel.reshape(-1, kernel.shape[-1]))
+        (height, width), around = x.shape[1:3], _surrounded(x, kernel)
+        moved = [around[:, i : i + height, j : j + width] for i, j in np.ndindex(kernel.shape[:2])]
+        moved = jnp.concatenate(moved, axis=-1)
+        return moved @ kernel.reshape(-1, kernel.shape[-1])
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _convolution_gradient(kept, g):
-    """That of the kernel at a place (i, j) is gᵀ x, with x moved by as much."""
+    """That of the kernel at a place (i, j) is (gᵀ x)ᵀ, with x moved by as much."""
     x, kernel = kept
     to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, NOT_MANY), x)(g)[0]
-    turned = jax.lax.optimization_barrier(g.transpose(3, 0, 1, 2))
-    over = (((1, 2, 3), (0, 1, 2)), ((), ()))
-    places = jnp.stack([jax.lax.dot_general(turned, at, over) for at in _moved(x, kernel)])
-    return to_x, places.swapaxes(1, 2).reshape(kernel.shape)
+    zero = 0 * g[0, 0, 0, 0]  # which ties to g what else would be made and held from the forward pass on
+    around, turned, columns = _surrounded(x, kernel, zero), _turned(g, (3, 0, 1, 2)), kernel.shape[1]
+
+    def fill(place, found):
+        moved = jax.lax.dynamic_slice(around, (0, place // columns, place % columns, 0), x.shape)
+        at = jax.lax.dot_general(turned, moved, (((1, 2, 3), (0, 1, 2)), ((), ())))
+        return jax.lax.dynamic_update_index_in_dim(found, _turned(at, (1, 0)), place, 0)
+
+    places = math.prod(kernel.shape[:2])
+    empty = jnp.broadcast_to(zero, (places, *kernel.shape[2:]))
+    return to_x, jax.lax.fori_loop(0, places, fill, empty).reshape(kernel.shape)
 
 
-def _moved(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
-    """x [B, H, W, C], with zeros around it, as each place of the kernel sees it."""
-    (height, width), (rows, columns) = x.shape[1:3], kernel.shape[:2]
-    x = jnp.pad(x, [(0, 0)] + [(side // 2, side // 2) for side in (rows, columns)] + [(0, 0)])
-    return [x[:, i : i + height, j : j + width] for i, j in np.ndindex(rows, columns)]
+def _surrounded(x: jax.Array, kernel: jax.Array, by: jax.Array | float = 0.0) -> jax.Array:
+    """x [B, H, W, C] with as many pixels around it as the kernel reaches over its edges."""
+    reach = [(0, 0), *((side // 2, side // 2) for side in kernel.shape[:2]), (0, 0)]
+    return jnp.pad(x, reach, constant_values=by)
 
 
 _convolution = jax.custom_vjp(_plain_convolution)

@@ -51,14 +51,15 @@ COPY = 64  # tokens through one layer that take as long as copying a layer's wei
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm computed in f32 (eps 1e-5) and returned in `dtype`."""
+    """LayerNorm computed in f32 (eps 1e-5) and returned in `dtype`; the backward pass keeps x and computes it again."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return nn.LayerNorm(epsilon=1e-5, dtype=wide, name="norm")(x).astype(self.dtype)
+        norm = nn.remat(nn.LayerNorm, prevent_cse=False)
+        return norm(epsilon=1e-5, dtype=wide, name="norm")(x).astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -1,0 +1,45 @@
+"""The heap is trimmed where that can be done; nothing happens elsewhere."""
+
+import ctypes
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from unclip_jax import malloc
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as told:
+        return int(told.read().split()[1]) * 4096
+
+
+GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@pytest.mark.skipif(not GLIBC, reason="of glibc")
+def test_what_was_freed_goes_back():
+    """Blocks of the heap, every second of which stays, so that malloc itself gives none of the others back."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [libc.malloc(2**16) for _ in range(2000)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**16)
+    for block in blocks[::2]:
+        libc.free(block)
+    before = resident()
+    malloc.trim()
+    after = resident()
+    for block in blocks[1::2]:
+        libc.free(block)
+    assert before - after > 1000 * 2**15
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_elsewhere_nothing_happens(error, monkeypatch):
+    def missing(*_):
+        raise error
+
+    monkeypatch.setattr(malloc, "ctypes", SimpleNamespace(CDLL=missing))
+    malloc.trim()
