@@ -1,5 +1,7 @@
 """The autoregressive prior: decoding by cache against the whole sequence, causality, what a dropped caption hides."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from tests.random_params import draw, run
 from unclip_jax.models.prior_ar import PriorAR
+from unclip_jax.nn.drawing import layers_apart
 
 B, D, L, K, STATES, BUCKETS, DOTS = 2, 5, 4, 6, 7, 9, 3
 MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
@@ -27,29 +30,36 @@ def make(kind="tokens", dtype="float64"):
     return net, caption, draw(net, CODES, DOT, caption, MASK, Z_TXT, KEEP, dtype=np.float64)
 
 
+@pytest.mark.parametrize("sizes", [(B,), (1, 1)])
+@pytest.mark.parametrize("join", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_give_what_the_whole_sequence_gives(kind):
-    """Each code's logits, decoded token by token into the cache in one scan, captions kept and dropped."""
+def test_steps_give_what_the_whole_sequence_gives(kind, join, sizes):
+    """Each code's logits, decoded token by token into the cache in one scan; one caption is dropped; two embeddings
+    share each.
+    """
     with jax.enable_x64():
         net, caption, p = make(kind)
         keep = np.array([False, True])
-        whole = run(net, p, CODES, DOT, caption, MASK, Z_TXT, keep)
-        assert whole.shape == (B, K, BUCKETS) and whole.dtype == np.float64
+        twice = functools.partial(jnp.repeat, repeats=2, axis=0)
+        codes = np.random.default_rng(4).integers(0, BUCKETS, (2 * B, K))
+        whole = run(net, p, codes, twice(DOT), twice(caption), twice(MASK), twice(Z_TXT), twice(keep))
+        assert whole.shape == (2 * B, K, BUCKETS) and whole.dtype == np.float64
 
         @jax.jit
         def decode(p, codes):
-            kv, mask = net.apply({"params": p}, caption, MASK, Z_TXT, keep, method="prefix")
-            assert kv[0].shape == (2, B, L + 1 + K, 2, 4)
+            apply = functools.partial(net.apply, {"params": p})
+            prefixes = apply(caption, MASK, Z_TXT, keep, sizes, method="prefix")
+            assert [prefix.before[0][0].shape for prefix in prefixes] == [(b, L + 1, 2, 4) for b in sizes]
 
-            def step(kv, inputs):
-                logits, kv = net.apply({"params": p}, *inputs, kv, mask, method="step")
-                return kv, logits
+            def step(own, inputs):
+                logits, own = apply(*inputs, prefixes, own, method="step")
+                return own, logits
 
-            first = jnp.where(keep, net.first(DOT), net.first(None, B))
-            tokens = jnp.concatenate([first[None], codes.T[:-1]])
-            return jax.lax.scan(step, kv, (tokens, jnp.arange(K)))[1].swapaxes(0, 1)
+            first = twice(jnp.where(keep, net.first(DOT), net.first(None, B)))
+            inputs = jnp.concatenate([first[None], codes.T[:-1]]), jnp.arange(K)
+            return jax.lax.scan(step, net.room(2 * B), inputs)[1].swapaxes(0, 1)
 
-        np.testing.assert_allclose(decode(p, CODES), whole, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(decode(layers_apart(p, join), codes), whole, rtol=0, atol=1e-12)
 
 
 def test_a_code_is_predicted_from_those_before_it_only():

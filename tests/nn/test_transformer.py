@@ -101,13 +101,19 @@ def test_the_backward_pass_of_an_activation_keeps_its_input_alone(name, dtype):
     assert beside_x(ACTIVATIONS[name]) == 0 < beside_x(nn.gelu)
 
 
-WAYS = {"stacked": lambda p: p, "apart": layers_apart, "joined": functools.partial(layers_apart, join=True)}
+WAYS = {"apart": layers_apart, "joined": functools.partial(layers_apart, join=True)}
 each_way = pytest.mark.parametrize("way", WAYS)
 
 
-def stacked(kv):
-    """Of layers apart, as of stacked ones."""
-    return tuple(map(np.stack, zip(*kv, strict=True)))
+def parts(kv, *more):
+    """Of each layer one part for each of these, a pair for all rows."""
+    return tuple(tuple((pair,) for pair in layer) for layer in zip(kv, *more, strict=True))
+
+
+def whole_of(module, p, x):
+    """Outputs from layers that lie in a stack, and keys and values from layers apart."""
+    seen = causal_mask(x.shape[1], x.shape[1])
+    return run(module, p, x, seen), run(module, layers_apart(p), x, seen, return_kv=True)[1]
 
 
 @each_way
@@ -117,39 +123,44 @@ def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, way):
         x = tokens(7, dtype=np.float64)
         module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        whole, all_kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
-        p = WAYS[way](p)
+        (whole, all_kv), p = whole_of(module, p, x), WAYS[way](p)
         head, kv = run(module, p, x[:, :cut], causal_mask(cut, cut), return_kv=True)
-        tail = run(module, p, x[:, cut:], causal_mask(7 - cut, 7), kv)
-        kv = stacked(kv) if way != "stacked" else kv
-        assert kv[0].shape == (LAYERS, 2, cut, HEADS, WIDTH // HEADS) and whole.dtype == np.float64
+        tail = run(module, p, x[:, cut:], causal_mask(7 - cut, 7), parts(kv))
+        assert len(kv) == LAYERS and kv[0][0].shape == (2, cut, HEADS, WIDTH // HEADS) and whole.dtype == np.float64
         np.testing.assert_allclose(np.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
         np.testing.assert_allclose(kv, np.asarray(all_kv)[:, :, :, :cut], rtol=0, atol=1e-12)
 
 
 @each_way
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("cut", [0, 1, 4])
 def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut, way):
-    """The buffer starts with the prefix and, after it, numbers that nothing may see."""
+    """After a prefix that lies elsewhere, if there is one; the buffer starts with numbers that nothing may see."""
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
         module = Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        whole, kv = run(module, p, x, causal_mask(7, 7), return_kv=True)
-        buffer = tuple(np.concatenate([a[:, :, :cut], np.full_like(a[:, :, cut:], 9)], 2) for a in kv)
-        if way != "stacked":
-            p, buffer = WAYS[way](p), tuple((k, v) for k, v in zip(*buffer, strict=True))
+        (whole, all_kv), p = whole_of(module, p, x), WAYS[way](p)
+        before, after = (jax.tree.map(lambda a, at=at: a[:, at], all_kv) for at in (slice(cut), slice(cut, None)))
+        prefix = [before] if cut else []
 
         def step(buffer, at):
             seen = (jnp.arange(7) <= at)[None, None, None]
             token = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1)
-            out, buffer = module.apply({"params": p}, token, seen, buffer, return_kv=True, at=at)
+            kv = parts(*prefix, buffer)
+            out, buffer = module.apply({"params": p}, token, seen, kv, return_kv=True, at=at - cut)
             return buffer, out[:, 0]
 
+        buffer = jax.tree.map(lambda a: jnp.full_like(a, 9), after)
         filled, tail = jax.jit(lambda b: jax.lax.scan(step, b, jnp.arange(cut, 7)))(buffer)
         np.testing.assert_allclose(tail.swapaxes(0, 1), whole[:, cut:], rtol=0, atol=1e-12)
-        filled = stacked(filled) if way != "stacked" else filled
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, kv)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), filled, after)
+
+
+def test_layers_in_a_stack_keep_no_keys_and_values():
+    x, module = tokens(), Transformer(WIDTH, LAYERS, HEADS)
+    p = draw(module, x)
+    with pytest.raises(ValueError, match="see nn.drawing.layers_apart"):
+        module.apply({"params": p}, x, return_kv=True)
 
 
 def read_of(outputs, read):
@@ -167,7 +178,7 @@ def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, mon
     with jax.enable_x64():
         x, module = tokens(dtype=np.float64), Transformer(WIDTH, layers, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        p = WAYS.get(way, WAYS["stacked"])(p)
+        p = WAYS.get(way, dict)(p)
         outputs = lambda p, x, **how: module.apply({"params": p}, x, causal_mask(5, 5), **how)  # noqa: E731
         of_all = lambda p, x: jnp.sin(read_of(outputs(p, x), read))  # noqa: E731
         of_one = lambda p, x: jnp.sin(outputs(p, x, read=read))  # noqa: E731
@@ -190,14 +201,12 @@ def test_one_token_is_read_after_a_prefix(way):
     with jax.enable_x64():
         x, module = tokens(7, dtype=np.float64), Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
         p = draw(module, x, dtype=np.float64)
-        whole = run(module, p, x, causal_mask(7, 7))
-        p = WAYS[way](p)
-        _, kv = run(module, p, x[:, :4], causal_mask(4, 4), return_kv=True)
+        whole, p = run(module, p, x, causal_mask(7, 7)), WAYS[way](p)
+        kv = parts(run(module, p, x[:, :4], causal_mask(4, 4), return_kv=True)[1])
         tail = run(module, p, x[:, 4:], causal_mask(3, 7), kv, read=1)
         np.testing.assert_allclose(tail, whole[:, 5], rtol=0, atol=1e-12)
         again, own = run(module, p, x[:, 4:], causal_mask(3, 7), kv, return_kv=True, read=1)
-        own = stacked(own) if way != "stacked" else own
-        assert own[0].shape == (LAYERS, 2, 3, HEADS, WIDTH // HEADS)  # of all tokens, read or not
+        assert own[LAYERS - 1][0].shape == (2, 3, HEADS, WIDTH // HEADS)  # of all tokens, read or not
         np.testing.assert_allclose(again, tail, rtol=0, atol=1e-12)
 
 
@@ -244,8 +253,9 @@ def test_without_a_causal_mask_the_prefix_does_not_do():
     """So that the test above could fail."""
     x, module = tokens(7), Transformer(WIDTH, LAYERS, HEADS)
     p = draw(module, x)
-    _, kv = run(module, p, x[:, :4], return_kv=True)
-    assert not np.allclose(run(module, p, x[:, 4:], None, kv), run(module, p, x)[:, 4:], atol=1e-3)
+    apart = layers_apart(p)
+    _, kv = run(module, apart, x[:, :4], return_kv=True)
+    assert not np.allclose(run(module, apart, x[:, 4:], None, parts(kv)), run(module, p, x)[:, 4:], atol=1e-3)
 
 
 def test_nothing_reaches_back_through_a_causal_mask():

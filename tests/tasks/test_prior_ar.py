@@ -151,11 +151,10 @@ def test_a_sample_does_not_depend_on_its_batch_mates(drawn):
     assert np.abs(again - z)[[0, 1, 3]].max(1).min() > 1e-2
 
 
-@pytest.mark.parametrize("lie", [lambda p: p, lambda p: layers_apart(p, join=True)], ids=["stacked", "joined"])
-def test_the_same_is_drawn_however_the_layers_lie(drawn, lie, monkeypatch):
-    """By default, on a CPU, they are cut apart."""
+def test_the_same_is_drawn_where_projections_are_one(drawn, monkeypatch):
+    """As on a GPU."""
     task, params, cond, keys, z, _ = drawn
-    monkeypatch.setattr(prior_ar, "for_loops", lie)
+    monkeypatch.setattr(prior_ar, "for_loops", lambda p: layers_apart(p, join=True))
     found = jax.jit(lambda *args: task.sample(*args))(params, cond, keys)
     np.testing.assert_allclose(found, z, rtol=1e-5, atol=1e-6)
 
@@ -183,18 +182,15 @@ def test_codes_are_drawn_as_often_as_their_probabilities_say():
 def test_evaluate_compares_with_what_costs_nothing(measured):
     params = {**measured[1], "net": {}}
 
-    def prefix(caption, mask, z_txt, keep):
-        return (jnp.zeros((1, len(caption), 2, 1, 1)),) * 2, mask
+    def prefix(caption, mask, z_txt, keep, sizes):
+        return sizes
 
-    def step(token, place, kv, mask):
-        return 99 * jax.nn.one_hot(codes[:, place], BUCKETS), kv
-
-    def first(dot, rows=0):
-        return dot
+    def step(token, place, prefixes, own):
+        return 99 * jax.nn.one_hot(codes[:, place], BUCKETS), own
 
     net = lambda *_: 99 * jax.nn.one_hot(codes, BUCKETS)  # noqa: E731
     task = with_net(prefix=prefix, step=step, __call__=net)
-    task.model.attributes["first"] = first
+    task.model.attributes |= {"first": lambda dot, rows=0: dot, "room": lambda rows: jnp.zeros(rows)}
     batch = encoded(task, next(batches(2, 9)))
     codes = task.codes(params, batch["z_img"])
     told = jax.jit(lambda *args: (task.evaluate(*args, jax.random.key(0)), task.preview(*args, jax.random.key(0))))

@@ -6,19 +6,17 @@ whose output at the query predicts the unnoised CLIP image embedding. Nothing be
 a sampler runs all that once, with the timestep tokens of all its steps (`prefix`), and two tokens a step (`step`).
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unclip_jax.nn.attention import caption_mask
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Dense
-from unclip_jax.nn.rows import alone
+from unclip_jax.nn.rows import in_parts
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 SUFFIX = 3  # timestep, noised embedding, query
@@ -28,13 +26,13 @@ class Prefix(NamedTuple):
     """What precedes the noised embedding of B captions.
 
     Attributes:
-      before: keys and values [layers, B, L+1, heads, W/heads] of what precedes the timestep.
-      times: those of all timesteps' tokens [layers, B, S, heads, W/heads], none of which sees another.
+      before: of each layer keys and values [B, L+1, heads, W/heads] of what precedes the timestep.
+      times: those of all timesteps' tokens [B, S, heads, W/heads], none of which sees another.
       mask: bool[B, L], of the captions' tokens.
     """
 
-    before: KV
-    times: KV
+    before: tuple[KV, ...]
+    times: tuple[KV, ...]
     mask: jax.Array
 
 
@@ -114,9 +112,9 @@ class Prior(nn.Module):
         """What the steps of a sample at `times` [S] share: all tokens before the noised embedding, in one pass.
 
         Args:
-          sizes: of the prefixes that the batch is cut into; on several devices each is a pass of its own, so that the
-            captions of one batch that is split over them are not moved by what is put beside them.
+          sizes: of the prefixes that the batch is cut into; see `rows.in_parts`.
         """
+        first = self.max_len + 1
 
         def run(caption, mask, z_txt, keep):
             x, mask = self._prefix(caption, mask, z_txt, keep)
@@ -125,20 +123,11 @@ class Prior(nn.Module):
             place = jnp.arange(x.shape[1])
             other_time = (place[None] >= first) & (place[None] != place[:, None])
             visible = caption_mask(mask, len(place), len(place)) & ~other_time[None, None]
-            return self.transformer(x, visible, return_kv=True)[1], mask
+            kv = self.transformer(x, visible, return_kv=True)[1]
+            before, after = (jax.tree.map(lambda a, at=at: a[:, at], kv) for at in (slice(first), slice(first, None)))
+            return Prefix(before, after, mask)
 
-        first, given = self.max_len + 1, (caption, mask, z_txt, keep)
-        places = [slice(*pair) for pair in itertools.pairwise(np.cumsum([0, *sizes]))]
-        if alone():
-            kv, mask = run(*given)
-            found = [(jax.tree.map(lambda a, at=at: a[..., at, :, :, :], kv), mask[at]) for at in places]
-        else:
-            found = [run(*jax.tree.map(lambda a, at=at: a[at], given)) for at in places]
-
-        def part(kv, at):
-            return jax.tree.map(lambda a: a[..., at, :, :], kv)
-
-        return tuple(Prefix(part(kv, slice(first)), part(kv, slice(first, None)), mask) for kv, mask in found)
+        return tuple(in_parts(run, sizes, caption, mask, z_txt, keep))
 
     def step(self, xt: jax.Array, prefixes: Sequence[Prefix], place: jax.Array) -> jax.Array:
         """One denoising step: xt f32[B, D] → f32[B, D].
@@ -148,10 +137,9 @@ class Prior(nn.Module):
             of embeddings share a caption's.
           place: i32[], of the step's time among the prefixes' times.
         """
-        now = (jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, place, 1, -3), p.times) for p in prefixes)
-        parts = tuple(p.before for p in prefixes), tuple(now)
-        if isinstance(parts[0][0][0], tuple):  # layers apart: parts of each, not each of the parts
-            parts = tuple(zip(*(zip(*part, strict=True) for part in parts), strict=True))
+        now = (jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, place, 1, 1), p.times) for p in prefixes)
+        of_layers = (zip(*part, strict=True) for part in ((p.before for p in prefixes), now))
+        parts = tuple(zip(*of_layers, strict=True))
         rows = xt.shape[0] // len(prefixes)
         mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
         return self._read(self._suffix(xt), self._mask(mask, SUFFIX - 1), parts)

@@ -4,11 +4,11 @@
 
 whose outputs from the dot product on predict codes 1 … K, the CLIP image embedding's principal components in buckets.
 A sampler runs caption and text embedding once (`prefix`), then a token for each code (`step`), each against the keys
-and values of all before it.
+and values of all before it, of which those of the codes lie in a buffer (`room`).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,20 @@ import jax.numpy as jnp
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.nn.attention import caption_mask
 from unclip_jax.nn.layers import Dense
+from unclip_jax.nn.rows import in_parts
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
+
+
+class Prefix(NamedTuple):
+    """What precedes the codes of B captions.
+
+    Attributes:
+      before: of each layer keys and values [B, L+1, heads, W/heads].
+      mask: bool[B, L], of the captions' tokens.
+    """
+
+    before: tuple[KV, ...]
+    mask: jax.Array
 
 
 class PriorAR(nn.Module):
@@ -95,34 +108,46 @@ class PriorAR(nn.Module):
         x = self.out(self.final_norm(x))
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def prefix(self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array) -> tuple[KV, jax.Array]:
-        """What all codes of a sample follow: keys and values, and the mask bool[B, L].
+    def prefix(
+        self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array, sizes: Sequence[int]
+    ) -> tuple[Prefix, ...]:
+        """What all codes of a sample follow; `sizes` of the prefixes the batch is cut into: see `rows.in_parts`."""
 
-        Each of the two is [layers, B, L+1+K, heads, W/heads]: a buffer with room for the K tokens to come.
-        """
-        x, mask = self._prefix(caption, mask, z_txt, keep)
-        length = self.max_len + 1
-        kv = self.transformer(x, caption_mask(mask, length, length), return_kv=True)[1]
-        room = [(0, self.dims), (0, 0), (0, 0)]
-        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 3) + room), kv), mask
+        def run(*given):
+            x, mask = self._prefix(*given)
+            return Prefix(self.transformer(x, caption_mask(mask, *[x.shape[1]] * 2), return_kv=True)[1], mask)
 
-    def step(self, token: jax.Array, place: jax.Array, kv: KV, mask: jax.Array) -> tuple[jax.Array, KV]:
+        return tuple(in_parts(run, sizes, caption, mask, z_txt, keep))
+
+    def room(self, rows: int) -> tuple[KV, ...]:
+        """Of each layer a buffer of keys and values [rows, K, heads, W/heads], for the K tokens to come."""
+        empty = jnp.zeros((rows, self.dims, self.heads, self.width // self.heads), self.dtype)
+        return ((empty, empty),) * self.layers
+
+    def step(
+        self, token: jax.Array, place: jax.Array, prefixes: Sequence[Prefix], own: tuple[KV, ...]
+    ) -> tuple[jax.Array, tuple[KV, ...]]:
         """One code more.
 
         Args:
           token: i32[B], that of `first` at place 0, then the last code.
           place: i32[], how many codes there are.
-          kv, mask: of `prefix`, or `kv` of the step before.
+          prefixes: one for each of so many equal parts of the batch, as many captions in each as divide its rows: runs
+            of embeddings share a caption's.
+          own: of `room`, or of the step before.
 
         Returns:
-          Logits f32[B, buckets] of the next code, and `kv` with the token's own keys and values.
+          Logits f32[B, buckets] of the next code, and `own` with the token's keys and values.
         """
         at = self.max_len + 1 + place
         x = self.token_embed(token)[:, None] + jax.lax.dynamic_slice_in_dim(self.position, at, 1)[None]
+        rows = token.shape[0] // len(prefixes)
+        mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
         past = jnp.arange(self.max_len + 1 + self.dims) <= at
         seen = jnp.pad(mask, ((0, 0), (0, 1 + self.dims)), constant_values=True) & past[None]
-        x, kv = self.transformer(x, seen[:, None, None], kv, return_kv=True, at=at)
-        return self._read(x)[:, 0] + jax.lax.dynamic_slice_in_dim(self.bias, place, 1), kv
+        kv = tuple((pairs, (buffer,)) for *pairs, buffer in zip(*(p.before for p in prefixes), own, strict=True))
+        x, own = self.transformer(x, seen[:, None, None], kv, return_kv=True, at=place)
+        return self._read(x)[:, 0] + jax.lax.dynamic_slice_in_dim(self.bias, place, 1), own
 
     def __call__(
         self,

@@ -40,7 +40,7 @@ def for_loops(params: Mapping[str, Any]) -> Mapping[str, Any]:
 def layers_apart(params: Mapping[str, Any], join: bool = False) -> dict[str, Any]:
     """A network's parameters with each Transformer's layers cut apart; with `join` query, key and value are one.
 
-    Not for training. With them keys and values are a tuple of the layers' own, without the axis [layers].
+    Not for training.
     """
     out = {}
     for name, own in params.items():

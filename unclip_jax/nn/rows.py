@@ -5,9 +5,13 @@ instead of rows, and sums them over devices in every layer, several times the tr
 name no axis but by `rows`, which does nothing unless the function is traced by `sharding.split_rows`.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
@@ -34,6 +38,20 @@ def alone() -> bool:
     """Whether that which is being traced runs on one device, as far as is known."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 if mesh.empty else mesh.size == 1
+
+
+def in_parts(run: Callable, sizes: Sequence[int], *given: Any) -> list:
+    """What `run` makes of so many rows of `given` and of so many after them: trees whose arrays have the rows first.
+
+    On one device one pass over all; on several each is a pass of its own, so that the rows of one part that is split
+    over them are not moved by what is put beside them.
+    """
+    cut = lambda tree, at: jax.tree.map(lambda a: a[at], tree)  # noqa: E731
+    places = [slice(*pair) for pair in itertools.pairwise(np.cumsum([0, *sizes]))]
+    if alone():
+        made = run(*given)
+        return [cut(made, at) for at in places]
+    return [run(*cut(given, at)) for at in places]
 
 
 def platform() -> str:

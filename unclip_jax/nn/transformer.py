@@ -4,12 +4,12 @@ Layers are scanned: one block is compiled whatever the depth, and its parameters
 GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass, but
 with `remat="full"`, which asks for the least memory; and where the Transformer itself runs in a loop, `nn.drawing` cuts
 the weights before it.
-Keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
-exact wherever the prefix cannot see what follows it, as under a causal mask. It may come in parts, which are not copied
-together. Where a sequence is drawn token by token they live in a buffer of its full length, into which each token's are
-written in its place (`at`).
+So cut, keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
+exact wherever the prefix cannot see what follows it, as under a causal mask. It comes in parts, which are not copied
+together. What is drawn token by token has its own in a buffer, into which each token's are written in its place (`at`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,14 +76,15 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        kv: KV | Sequence[Part] | None,
+        kv: Sequence[Part],
         mask: jax.Array | None,
-        at: jax.Array | None,
+        at: jax.Array | None = None,
         read: Read | None = None,
     ) -> tuple[jax.Array, KV]:
         """x [B, N, W], kv parts [B', P, H, D] to look back on, mask bool [B|1, 1, N, P+N] → (x, x's own (k, v)).
 
-        With `at`: one pair, mask bool [B|1, 1, N, P] → (x, kv with x's own written into it). With `read`: x [B, 1, W].
+        With `at` the last part is a buffer, mask bool [B|1, 1, N, P] → (x, it with x's own written into it). With
+        `read`: x [B, 1, W].
         """
         split = (self.heads, self.width // self.heads)
         dense = nn.initializers.normal(self.width**-0.5)
@@ -103,12 +104,9 @@ class Block(nn.Module):
             x = _only(x, read, 1)
             mask = mask if mask is None or mask.shape[-2] == 1 else _only(mask, read, 2)
         if at is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(kv, own, strict=True))
-        if at is not None or kv is None:
-            h = attention(q, *own, mask)
-        else:
-            h = attention_in_parts(q, [*(kv if isinstance(kv[0], tuple) else [[kv]]), [own]], mask)
+            (*kv, (buffer,)), write = kv, jax.lax.dynamic_update_slice_in_dim
+            own = tuple(write(past, now.astype(past.dtype), at, 1) for past, now in zip(buffer, own, strict=True))
+        h = attention_in_parts(q, [*kv, [own]], mask) if kv else attention(q, *own, mask)
         x = x + DenseGeneral(self.width, axis=(-2, -1), kernel_init=small, dtype=self.dtype, name="out")(h)
         h = LayerNorm(self.dtype, name="norm2")(x)
         h = Dense(int(self.width * self.mlp_ratio), kernel_init=dense, dtype=self.dtype, name="fc1")(h)
@@ -147,7 +145,7 @@ class Transformer(nn.Module):
         self,
         x: jax.Array,
         mask: jax.Array | None = None,
-        kv: KV | Sequence[Part] | None = None,
+        kv: Sequence[Sequence[Part]] | None = None,
         return_kv: bool = False,
         at: jax.Array | None = None,
         read: Read | None = None,
@@ -157,15 +155,15 @@ class Transformer(nn.Module):
         Args:
           x: [B, N, W].
           mask: bool, broadcastable to [B, heads, N, P + N], or to [B, heads, N, P] with `at`; None lets all see all.
-          kv: keys and values of a prefix, each [layers, B, P, heads, W / heads], as `return_kv` gave them; or, without
-            `at`, a tuple of parts of such pairs as of `attention_in_parts`.
-          at: i32[], the place in `kv` that x's own keys and values overwrite; None: they follow after it.
+          kv: for each layer the keys and values of what precedes x, in parts as of `attention_in_parts`: pairs of
+            [B, P, heads, W / heads], as `return_kv` gave them. Both are for layers that lie apart.
+          at: i32[], the place in `kv`'s last part, one pair, that x's own overwrite; None: they follow after it.
           read: the one token of each row whose output is asked for, a place or i32[B]. The last block then computes no
             other's, where that is worth more than cutting its weights from the stack.
 
         Returns:
-          [B, N, W], or [B, W] with `read`; with `return_kv` a pair of that and x's own keys and values, or with `at`
-          all of `kv` with them.
+          [B, N, W], or [B, W] with `read`; with `return_kv` a pair of that and, of each layer, x's own keys and values,
+          or with `at` the last part with them.
         """
         if self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
@@ -174,27 +172,26 @@ class Transformer(nn.Module):
         x, block = x.astype(self.dtype), Block(*of, parent=None)
         if self.is_initializing():
             stack = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.layers)
-            stack(*of, name="blocks")(x, None, None, None)
+            stack(*of, name="blocks")(x, (), None)
 
-        def run(x, layer, read=None):
-            params, kv = layer
-            return block.apply({"params": params}, x, kv, mask, at, read)
-
-        params, last = self.variables["params"], self.layers - 1
+        params, last, own = self.variables["params"], self.layers - 1, ()
         if APART.format(0) in params:
-            own = ()
             for i in range(self.layers):
-                x, kept = run(x, (params[APART.format(i)], kv and kv[i]), read if i == last else None)
+                layer, past = {"params": params[APART.format(i)]}, () if kv is None else kv[i]
+                x, kept = block.apply(layer, x, past, mask, at, read if i == last else None)
                 own += (kept,)
+        elif kv is not None or return_kv:
+            raise ValueError("keys and values are those of layers that lie apart; see nn.drawing.layers_apart")
         else:
             unroll = platform() == "gpu" and policy != "full"
-            part = lambda at: jax.tree.map(lambda a: a[at], (params["blocks"], kv))  # noqa: E731
-            worth = unroll or x.shape[0] * x.shape[1] >= COPY * self.layers
-            cut = read is not None and worth and not return_kv
+            part = lambda at: jax.tree.map(lambda a: a[at], params["blocks"])  # noqa: E731
+            run = lambda x, layer, read=None: block.apply({"params": layer}, x, (), mask, None, read)[0]  # noqa: E731
+            cut = read is not None and (unroll or x.shape[0] * x.shape[1] >= COPY * self.layers)
             body = remat(run, policy, prevent_cse=unroll)
-            x, own = jax.lax.scan(body, x, part(slice(last if cut else None)), unroll=unroll)
+            over = part(slice(last if cut else None))
+            x, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), x, over, unroll=unroll)
             if cut:
-                x, _ = remat(lambda x, layer: run(x, layer, read), policy)(x, part(last))
+                x = remat(functools.partial(run, read=read), policy)(x, part(last))
         if read is not None:
             x = (_only(x, read, 1) if x.shape[1] > 1 else x)[:, 0]
         return (x, own) if return_kv else x

@@ -115,36 +115,37 @@ class PriorARTask:
 
         `candidates` embeddings are drawn for each caption, each with a dot product from the top half of the data's
         (the paper), and the one with the largest dot product with z_txt kept. The prefix of every caption is run once
-        and shared by its candidates; every code is one token more against the keys and values of those before it.
+        and shared by its candidates, and all share that of the dropped caption; every code is one token more against
+        the keys and values of those before it.
         """
         settings = {**self.sampler, **over}
         candidates, guidance = settings["candidates"], settings["guidance"]
         b = cond["z_txt"].shape[0]
         keys = candidate_keys(keys, candidates)
         variables = {"params": for_loops(params["net"])}
-        # Rows: all captions, then, with guidance, all captions dropped.
+        # With guidance one caption more, dropped: it is the same for all.
         halves = 1 if guidance == 1 else 2
         args = (caption_of(self.model, cond), cond["mask"], cond["z_txt"])
-        args = [jnp.concatenate([a] * halves) for a in args]
-        kv, mask = self.model.apply(variables, *args, jnp.arange(b * halves) < b, method="prefix")
-        kv = jax.tree.map(lambda a: jnp.repeat(a, candidates, axis=-4), kv)
-        mask = jnp.repeat(mask, candidates, axis=0)
+        args = [jnp.concatenate([a, a[: halves - 1]]) for a in args]
+        keep = jnp.arange(b + halves - 1) < b
+        prefixes = self.model.apply(variables, *args, keep, (b, 1)[:halves], method="prefix")
 
         n = self.model.dot_buckets
         dot = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), n // 2, n))(keys)
         first = [self.model.first(dot), self.model.first(None, len(dot))][:halves]
 
         def one_more(carry, place):
-            token, kv = carry
-            logits, kv = self.model.apply(variables, token, place, kv, mask, method="step")
+            token, own = carry
+            logits, own = self.model.apply(variables, token, place, prefixes, own, method="step")
             if halves == 2:
                 given, dropped = jnp.split(logits, 2)
                 logits = dropped + guidance * (given - dropped)
-            own = jax.vmap(lambda key: jax.random.fold_in(key, 1 + place))(keys)
-            code = draw(logits, own, settings["temperature"], settings["top_p"])
-            return (jnp.concatenate([code] * halves), kv), code
+            chance = jax.vmap(lambda key: jax.random.fold_in(key, 1 + place))(keys)
+            code = draw(logits, chance, settings["temperature"], settings["top_p"])
+            return (jnp.concatenate([code] * halves), own), code
 
-        _, codes = jax.lax.scan(one_more, (jnp.concatenate(first), kv), jnp.arange(self.model.dims))
+        start = jnp.concatenate(first), self.model.room(halves * len(keys))
+        _, codes = jax.lax.scan(one_more, start, jnp.arange(self.model.dims))
         return best(self.embedding(params, codes.T), cond.get("near", cond["z_txt"]))
 
     def evaluate(self, params, batch, rng):
