@@ -190,7 +190,7 @@ def test_evaluate_compares_with_what_costs_nothing(measured):
 
     net = lambda *_: 99 * jax.nn.one_hot(codes, BUCKETS)  # noqa: E731
     task = with_net(prefix=prefix, step=step, __call__=net)
-    task.model.attributes |= {"first": lambda dot, rows=0: dot, "room": lambda rows: jnp.zeros(rows)}
+    task.model.attributes.update(first=lambda dot, rows=0: dot, room=lambda rows: jnp.zeros(rows))
     batch = encoded(task, next(batches(2, 9)))
     codes = task.codes(params, batch["z_img"])
     told = jax.jit(lambda *args: (task.evaluate(*args, jax.random.key(0)), task.preview(*args, jax.random.key(0))))
