@@ -225,9 +225,8 @@ class UnCLIP(Edits, Painting, Reconstruction):
         size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
         bar = None if progress else True
         program = self._program(stage, options, method)
-        params, parts = self.params[stage], []
-        if self.mesh is not None and isinstance(self.params, OnDemand):
-            params = placed(params, sharding.replicated(self.mesh))
+        spread, parts = self.mesh is not None and isinstance(self.params, OnDemand), []
+        params = self.params.read(stage, sharding.replicated(self.mesh)) if spread else self.params[stage]
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
             chunk = np.minimum(np.arange(start, start + size), total - 1)
             given = jax.tree.map(lambda x, at=chunk: x[at], rows)

@@ -40,11 +40,15 @@ class OnDemand(Mapping):
     def __init__(self, path: Path, names: Mapping[str, str], dtype: str | None):
         self._path, self._names, self._dtype = path, dict(names), dtype
 
-    def __getitem__(self, stage: str) -> dict:
+    def __getitem__(self, stage: str) -> Mapping:
+        return self.read(stage, jax.local_devices()[0])
+
+    def read(self, stage: str, where: jax.Device | jax.sharding.Sharding) -> Mapping:
+        """The same on other devices than the first."""
         name = self._names[stage]
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
-        return placed(jax.tree.map(np.asarray, params), jax.local_devices()[0])  # cut by the host: held once
+        return placed(jax.tree.map(np.asarray, params), where)  # cut by the host: held once
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -47,7 +47,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     config, every = run.config, run.config.every
     batches = functools.partial(_batches, run)
     traced = _rehearse(run, batches)
-    with _locked(run.workdir), checkpoint.Checkpoints(run.workdir, config.keep) as saved:
+    checkpoints = functools.partial(checkpoint.Checkpoints, run.workdir, config.keep)
+    with _locked(run.workdir), checkpoints() as saved, contextlib.ExitStack() as held:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
         start = int(restored[0].step) if restored else 0
@@ -55,8 +56,9 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
         meter.lap("start")
-        stop = distributed.install_signal_handlers()
+        held.callback(distributed.install_signal_handlers())
         step_fn, meter.flops = _compile(run, traced)
+        del traced
         meter.lap("compile")
         state = restored[0] if restored else _fresh(run, batches)
         malloc.trim()
@@ -101,7 +103,6 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                     return _stopped(number, last)
                 meter.lap("step")
         finally:
-            stop()
             trace.close()
             logs.close()
             stream.close()

@@ -1,7 +1,8 @@
 """What the backward pass computes again instead of keeping it, by name, of each block of a Transformer or a UNet:
 
     policy   kept of a block beside its input               computed again
-    none     all that its gradient reads                    nothing
+    none     all that its gradient reads, but of norms      norms
+             their input
     dots     what its weights give: matrix products and     norms, activations, resampling, attention between tokens
              convolutions
     full     nothing                                        all: a forward pass more
