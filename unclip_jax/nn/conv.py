@@ -31,7 +31,7 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         gamma = self.param("scale", nn.initializers.ones, (channels,))
         beta = self.param("bias", nn.initializers.zeros, (channels,))
-        return jax.checkpoint(self._normalised, prevent_cse=True)(x, gamma, beta, scale, shift)
+        return jax.checkpoint(self._normalised, prevent_cse=False)(x, gamma, beta, scale, shift)
 
     def _normalised(self, x, gamma, beta, scale, shift):
         h, size = x.astype(jnp.promote_types(x.dtype, jnp.float32)), x.shape[-1] // self.groups
