@@ -15,7 +15,7 @@ KV = tuple[jax.Array, jax.Array]
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm and what follows it, pixel by pixel, computed in f32 (eps 1e-5), returned in `dtype`.
+    """GroupNorm computed in f32 (eps 1e-5), and what follows it, pixel by pixel, in `dtype`.
 
     Written as per-channel moments pooled over each group: XLA reduces one pass over x, and the batch axis is never
     folded into another, so it stays sharded. The backward pass keeps x and computes the rest again.
@@ -43,7 +43,7 @@ class GroupNorm(nn.Module):
         b = beta[None] - mean * a
         if scale is not None:
             a, b = a * (1 + scale), b * (1 + scale) + shift
-        return self.then(h * a[:, None, None] + b[:, None, None]).astype(self.dtype)
+        return self.then((h * a[:, None, None] + b[:, None, None]).astype(self.dtype))
 
 
 def downsample(x: jax.Array) -> jax.Array:
