@@ -163,7 +163,6 @@ class Program:
 
     def compile(self, *args) -> None:
         """Before it is called, for arguments of such shapes."""
-        from unclip_jax import malloc
         from unclip_jax.plan_count import jaxpr_flops
 
         start = time.perf_counter()
@@ -171,8 +170,6 @@ class Program:
         self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - start
         self.flops = jaxpr_flops(traced.jaxpr)
-        del traced
-        malloc.trim()
 
 
 class Work:

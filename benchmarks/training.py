@@ -29,6 +29,7 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
     program, batch = Program(make_train_step(stepped, tx, decay, 0), donate_argnums=0), jax.device_put(batch)
     program.compile(jax.eval_shape(start, given), {}, batch, np.int32(0))
+    malloc.trim()
     held = [jax.block_until_ready(start(given)), np.int32(0)]
     given = None
     malloc.trim()
