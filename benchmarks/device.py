@@ -162,7 +162,8 @@ class Program:
         return self.compiled(*args)
 
     def compile(self, *args) -> None:
-        """Before it is called, for arguments of such shapes."""
+        """Before it is called, for arguments of such shapes; what that took goes back, as in the tool."""
+        from unclip_jax import malloc
         from unclip_jax.plan_count import jaxpr_flops
 
         start = time.perf_counter()
@@ -170,6 +171,8 @@ class Program:
         self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - start
         self.flops = jaxpr_flops(traced.jaxpr)
+        del traced
+        malloc.trim()
 
 
 class Work:

@@ -14,13 +14,13 @@ import dataclasses
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.sides import random_params
+from benchmarks.sides import random_params, shapes
 from configs.karlo import clip, decoder, prior_diffusion, upsampler
 from unclip_jax import tasks
 from unclip_jax.pipeline import UnCLIP
@@ -47,7 +47,7 @@ def stages() -> Iterator[tuple[str, tuple]]:
             config.tokenizer = dict(path="", vocab_size=49408, max_len=77)
     known = tasks.make(made["clip"]).model
     for name, config in made.items():
-        yield name, (random_params(tasks.make(config, clip=known), jnp.bfloat16), config, 0, {})
+        yield name, (random_params(shapes(tasks.make(config, clip=known), jnp.bfloat16)), config, 0, {})
 
 
 class Clock:
@@ -62,28 +62,12 @@ class Clock:
         if event == COMPILING and not self._in_reading:
             self.compiling += seconds
 
-    def read(self, params: Mapping, stage: str) -> dict:
-        """params[stage], on the clock."""
+    def read(self, params: Callable[[str], Mapping], stage: str) -> Mapping:
+        """params(stage), on the clock."""
         start, self._in_reading = time.perf_counter(), True
-        out = jax.block_until_ready(params[stage])
+        out = jax.block_until_ready(params(stage))
         self.reading, self._in_reading = self.reading + time.perf_counter() - start, False
         return out
-
-
-class Clocked(Mapping):
-    """Parameters by stage, read on a clock."""
-
-    def __init__(self, params: Mapping, clock: Clock):
-        self._params, self._clock = params, clock
-
-    def __getitem__(self, stage):
-        return self._clock.read(self._params, stage)
-
-    def __iter__(self):
-        return iter(self._params)
-
-    def __len__(self):
-        return len(self._params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +76,9 @@ class Measured(UnCLIP):
 
     rows: list = dataclasses.field(default_factory=list)
     clock: Clock = dataclasses.field(default_factory=Clock)
+
+    def _params(self, stage):
+        return self.clock.read(super()._params, stage)
 
     def _run(self, stage, rows, options, *rest):
         start, reading, compiling = time.perf_counter(), self.clock.reading, self.clock.compiling
@@ -121,7 +108,6 @@ def make(path: str) -> None:
 def draw(path: str, **steps) -> dict:
     """Draws one picture; returns what was measured."""
     pipe = Measured.load(path, low_memory=True)
-    pipe = dataclasses.replace(pipe, params=Clocked(pipe.params, pipe.clock))
     jax.monitoring.register_event_duration_secs_listener(pipe.clock.listen)
     start = time.perf_counter()
     images = pipe.generate([PROMPT], progress=False, **{name: n for name, n in steps.items() if n is not None})

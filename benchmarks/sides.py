@@ -77,8 +77,21 @@ def tensors(models: tuple) -> Callable[[str], tuple]:
     return convert
 
 
-def random_params(task, dtype) -> dict:
-    """numpy arrays that keep the size of signals, shaped as the task's parameters; `weights.STATISTICS` stay f32."""
+def shapes(task, dtype) -> dict:
+    """ShapeDtypeStructs of the task's parameters in a dtype; `weights.STATISTICS` stay f32."""
+    import jax
+
+    from unclip_jax.weights import STATISTICS
+
+    def kind(path, leaf):
+        exact = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
+        return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(np.float32 if exact else dtype))
+
+    return jax.tree_util.tree_map_with_path(kind, jax.eval_shape(task.init, jax.random.key(0)))
+
+
+def random_params(shapes: dict) -> dict:
+    """numpy arrays of such shapes that keep the size of signals."""
     import jax
 
     from unclip_jax.weights import STATISTICS
@@ -87,13 +100,12 @@ def random_params(task, dtype) -> dict:
 
     def fill(path, leaf):
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        kind = np.float32 if name in STATISTICS else dtype
         if name in STATISTICS or name in ("scale", "bias"):
-            return np.full(leaf.shape, name in ("scale", "std"), kind)
+            return np.full(leaf.shape, name in ("scale", "std"), leaf.dtype)
         width = max(1.0, leaf.size / leaf.shape[-1]) ** -0.5 if name == "kernel" else 0.02
-        return np.resize((noise * np.float32(width)).astype(kind), leaf.shape)
+        return np.resize((noise * np.float32(width)).astype(leaf.dtype), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(task.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def diffusers_model(cls: str, config: dict, device: Device, training: bool = False):
@@ -146,10 +158,18 @@ def our_task(s: dict, stage: str, device: Device, steps: int = 1, **more):
     return UpsamplerTask(net, schedule, s["large"], sampler, factor=factor, last_steps=1)
 
 
+def our_shapes(task, device: Device):
+    """What our programs are compiled for before there are parameters, as `UnCLIP` does with `low_memory`."""
+    import jax
+
+    from unclip_jax.nn.drawing import foreseen
+
+    return foreseen(shapes(task, device.dtype), jax.local_devices()[0])
+
+
 def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
     """Our parameters of one stage, to draw with: those of diffusers' networks if given, zeros, or random ones."""
     import jax
-    import jax.numpy as jnp
 
     from unclip_jax.nn.drawing import placed
 
@@ -157,9 +177,9 @@ def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
         sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
         params = tensors(models)(stage, *sizes[stage])
     elif device.half:
-        params = random_params(task, jnp.bfloat16)
+        params = random_params(shapes(task, device.dtype))
     else:
-        params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(task.init, jax.random.key(0)))
+        params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes(task, device.dtype))
     return jax.block_until_ready(placed(params, jax.local_devices()[0]))
 
 
@@ -168,9 +188,10 @@ def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: di
     import jax
 
     task = our_task(s, stage, device, steps)
-    params = our_params(s, stage, models, task, device)
     keys = jax.random.split(jax.random.key(0), batch)
     program, cond = Program(task.sample), jax.device_put(cond)
+    program.compile(our_shapes(task, device), cond, keys)
+    params = our_params(s, stage, models, task, device)
     return Work(lambda: program(params, cond, keys), program)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.device import CPU, Device, Program, Work
-from benchmarks.sides import Row, diffusers_stage, our_task, random_params, with_empty
+from benchmarks.sides import Row, diffusers_stage, our_task, random_params, shapes, with_empty
 from benchmarks.sizes import LENGTH
 
 
@@ -19,7 +19,7 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     from unclip_jax.train_step import init_state, make_train_step
 
     tx, decay = optim.make(1000, lr=1e-4, weight_decay=0.01), 0.999 * average
-    given = random_params(task, np.float32) if device.half else None
+    given = random_params(shapes(task, np.float32)) if device.half else None
 
     @jax.jit
     def start(given):
@@ -29,7 +29,6 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
     program, batch = Program(make_train_step(stepped, tx, decay, 0), donate_argnums=0), jax.device_put(batch)
     program.compile(jax.eval_shape(start, given), {}, batch, np.int32(0))
-    malloc.trim()
     held = [jax.block_until_ready(start(given)), np.int32(0)]
     given = None
     malloc.trim()

@@ -15,6 +15,7 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import Settings, UnCLIP
+from unclip_jax.stack import OnDemand
 from unclip_jax.weights import load_stack, save_stack
 
 PROMPTS = ["a red circle", "a large green star above a blue square", "two rings"]
@@ -109,6 +110,13 @@ def test_each_stage_is_compiled_once(pipe, drawn):
 def test_low_memory_gives_the_same_pictures(pipe, drawn):
     low = dataclasses.replace(UnCLIP.load(tiny_stack.path(), low_memory=True), _programs=pipe._programs)
     assert np.array_equal(low.generate(PROMPTS, seed=7, num=2), drawn.images)
+
+
+def test_with_low_memory_a_program_is_compiled_before_its_weights_are_there(monkeypatch):
+    pipe, read, before = UnCLIP.load(tiny_stack.path(), low_memory=True), OnDemand.read, []
+    monkeypatch.setattr(OnDemand, "read", lambda *args: before.append((args[1], len(pipe._programs))) or read(*args))
+    pipe.generate(PROMPTS, seed=7, num=2)
+    assert before == [("clip", 1), ("prior", 2), ("decoder", 3), ("upsampler", 4)]
 
 
 def test_weights_are_f32_on_a_cpu_and_bf16_on_request():

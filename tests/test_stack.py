@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
 from tests import tiny_stack
+from unclip_jax import sharding
 from unclip_jax.nn import drawing
 from unclip_jax.stack import open_stack
 from unclip_jax.weights import load_stack
@@ -12,7 +14,7 @@ from unclip_jax.weights import load_stack
 def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
     monkeypatch.setattr(drawing, "platform", lambda: "gpu")
     put, given = jax.device_put, []
-    monkeypatch.setattr(drawing.jax, "device_put", lambda a, where: given.append(a) or put(a, where))
+    monkeypatch.setattr(drawing.jax, "device_put", lambda a, *where: given.extend([a][: len(where)]) or put(a, *where))
     opened = open_stack(tiny_stack.path())
     stored = load_stack(tiny_stack.path(), ["prior", "decoder"]).stages
     for stage in ("prior", "decoder"):
@@ -27,3 +29,20 @@ def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
 def test_for_a_cpu_layers_are_cut_and_nothing_else():
     params, stored = open_stack(tiny_stack.path()).params["prior"], load_stack(tiny_stack.path(), ["prior"])
     jax.tree.map(np.testing.assert_array_equal, params, drawing.layers_apart(stored.stages["prior"].params))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_shapes_are_those_of_the_weights(monkeypatch, backend, dtype):
+    monkeypatch.setattr(drawing, "platform", lambda: backend)
+    order = lambda a: a.format.layout.major_to_minor  # noqa: E731
+    params = open_stack(tiny_stack.path(), dtype).params
+    for where in (jax.local_devices()[0], sharding.replicated(sharding.make_mesh())):
+        for stage in params:
+            told, read = params.shapes(stage, where), params.read(stage, where)
+            assert jax.tree.structure(told) == jax.tree.structure(read)
+            for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(read), strict=True):
+                assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+                assert a.format.layout is None or order(a) == order(b)
+    kernel = params.shapes("decoder", jax.local_devices()[0])["net"]["stem"]["kernel"]
+    assert (kernel.format.layout is not None) == (backend == "gpu")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from unclip_jax import sharding
+from unclip_jax import malloc, sharding
 from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
@@ -133,7 +133,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
                 self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
             elif used[name].get("overlap") is not None:
                 raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile")
-            if used[name].get("name") == "analytic" and "x0_variance" not in self.params[name]:
+            if used[name].get("name") == "analytic" and "x0_variance" not in self._shapes(name):
                 what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")
         return used
@@ -224,15 +224,16 @@ class UnCLIP(Edits, Painting, Reconstruction):
         size = min(batch_size, 1 << (total - 1).bit_length())
         size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
         bar = None if progress else True
-        program = self._program(stage, options, method)
-        spread, parts = self.mesh is not None and isinstance(self.params, OnDemand), []
-        params = self.params.read(stage, sharding.replicated(self.mesh)) if spread else self.params[stage]
+
+        def chunk(start):
+            at = np.minimum(np.arange(start, start + size), total - 1)
+            given = jax.tree.map(lambda x: x[at], rows)
+            return given if self.mesh is None else jax.device_put(given, sharding.batch_sharding(self.mesh))
+
+        program, parts = self._program(stage, options, method, chunk(0)), []
+        params = self._params(stage)
         for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
-            chunk = np.minimum(np.arange(start, start + size), total - 1)
-            given = jax.tree.map(lambda x, at=chunk: x[at], rows)
-            if self.mesh is not None:
-                given = jax.device_put(given, sharding.batch_sharding(self.mesh))
-            parts.append(self._call(stage, program, params, given))
+            parts.append(jax.device_get(program(params, *chunk(start))))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
             raise UserError(
@@ -241,9 +242,17 @@ class UnCLIP(Edits, Painting, Reconstruction):
             )
         return out
 
-    def _call(self, stage: str, program, params, given):
-        """One chunk of a stage's rows through its program, to the host."""
-        return jax.device_get(program(params, *given))
+    def _params(self, stage: str):
+        """A stage's weights, where they run."""
+        return self.params.read(stage, self._where) if isinstance(self.params, OnDemand) else self.params[stage]
+
+    def _shapes(self, stage: str):
+        """What its programs are compiled for: the weights, or their shapes where they are read on demand."""
+        return self.params.shapes(stage, self._where) if isinstance(self.params, OnDemand) else self.params[stage]
+
+    @property
+    def _where(self):
+        return jax.local_devices()[0] if self.mesh is None else sharding.replicated(self.mesh)
 
     def _ask(self, params, rows):
         told = rows
@@ -251,16 +260,21 @@ class UnCLIP(Edits, Painting, Reconstruction):
             told = self.tasks[name].encode({"clip": params}, told) if name in self.tasks else told
         return {name: value for name, value in told.items() if name not in rows}
 
-    def _program(self, stage: str, options: Mapping, method: str = "sample"):
-        """The compiled program of one stage, (params, rows[, keys]) -> output; one for each `options`."""
-        key = (stage, method, tuple(sorted(options.items())))
+    def _program(self, stage: str, options: Mapping, method: str, given):
+        """The compiled program of one stage, (params, *given) -> output; one for all of such options and shapes."""
+        leaves, form = jax.tree.flatten(given)
+        key = (stage, method, tuple(sorted(options.items())), form, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
-            if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
-                self._programs[key] = jax.jit(self._ask)
-            else:
-                run = getattr(self.tasks[stage], method)
-                self._programs[key] = jax.jit(lambda params, *rows: run(params, *rows, **options))
+            program = jax.jit(self._function(stage, options, method))
+            self._programs[key] = program.lower(self._shapes(stage), *given).compile()
+            malloc.trim()
         return self._programs[key]
+
+    def _function(self, stage: str, options: Mapping, method: str):
+        if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
+            return self._ask
+        run = getattr(self.tasks[stage], method)
+        return lambda params, *rows: run(params, *rows, **options)
 
 
 def _role(stage: str) -> str:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
-from unclip_jax.nn.drawing import placed
+from unclip_jax.nn.drawing import foreseen, placed
 from unclip_jax.settings import PRIORS
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
@@ -49,6 +49,10 @@ class OnDemand(Mapping):
         with jax.default_device(_host()):
             params = load_stack(self._path, [name], self._dtype).stages[name].params
         return placed(jax.tree.map(np.asarray, params), where)  # cut by the host: held once
+
+    def shapes(self, stage: str, where: jax.Device | jax.sharding.Sharding) -> Mapping:
+        """ShapeDtypeStructs of `read`, with which its programs can be compiled before it."""
+        return foreseen(describe_stack(self._path, self._dtype).stages[self._names[stage]].params, where)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -134,8 +138,8 @@ def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
     for name, statistic in (("prior", "mean"), ("prior_ar", "mean"), ("decoder", "null_image")):
         if name not in stages or not task_registry.needs_clip(stages[name].config):
             continue
-        own = stages[name].config.get("clip_identity")
-        if stages[name].params.get(statistic) != (width,) or (own and identity and own != identity):
+        own, known = stages[name].config.get("clip_identity"), stages[name].params.get(statistic)
+        if getattr(known, "shape", None) != (width,) or (own and identity and own != identity):
             raise UserError(
                 f"stack {path}: its {name} was trained with another CLIP than the one in the stack",
                 "export stages that were trained with the same --config.clip",

@@ -27,24 +27,26 @@ class Program(NamedTuple):
 class _Rehearsal(UnCLIP):
     """A stack whose stages are compiled and give zeros."""
 
-    made: dict = dataclasses.field(default_factory=dict)
+    made: list = dataclasses.field(default_factory=list)
 
-    def _call(self, stage, program, params, given):
-        shapes = jax.tree.map(lambda a: (a.shape, a.dtype), given)
-        key = (stage, str(shapes))
-        if key not in self.made:
-            start, rows = time.perf_counter(), len(jax.tree.leaves(given)[0])
-            program.lower(params, *given).compile()
-            self.made[key] = Program(stage, rows, time.perf_counter() - start)
-        return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(program, params, *given))
+    def _program(self, stage, options, method, given):
+        start, known = time.perf_counter(), len(self._programs)
+        program = super()._program(stage, options, method, given)
+        if len(self._programs) > known:
+            self.made.append(Program(stage, len(jax.tree.leaves(given)[0]), time.perf_counter() - start))
+        return lambda params, *given: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.out_info)
+
+    def _params(self, stage):
+        return None  # no weights are read
 
 
 def warm_up(stack: UnCLIP, prompts: Sequence[str], **settings) -> list[Program]:
     """Compiles what `stack.generate(prompts, **settings)` will run, in its order; nothing is drawn.
 
-    Only the number of prompts counts, not what they say. JAX keeps the programs in `jax_compilation_cache_dir`.
+    Only the number of prompts counts, not what they say. JAX keeps the programs in `jax_compilation_cache_dir`, and
+    `stack` has them. A stack loaded with `low_memory` reads no weights for it.
     """
     fields = {field.name: getattr(stack, field.name) for field in dataclasses.fields(stack)}
     rehearsal = _Rehearsal(**fields)
     rehearsal.generate(prompts, **settings)
-    return list(rehearsal.made.values())
+    return rehearsal.made

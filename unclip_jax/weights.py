@@ -7,20 +7,23 @@
 Written whole or not at all: into a temporary folder beside it, then renamed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 import unclip_jax
+from unclip_jax import storage
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, write_arrays
 
@@ -118,11 +121,11 @@ def load_one(path: str | os.PathLike, stage: str) -> tuple[str, Stage]:
     return stack.tokenizer_json, stack.stages[stage]
 
 
-def describe_stack(path: str | os.PathLike) -> Stack:
-    """A stack with {array's path: its shape} for each stage's `params`, no weights read; raises as `load_stack`."""
+def describe_stack(path: str | os.PathLike, dtype: str | None = None) -> Stack:
+    """`load_stack` with ShapeDtypeStructs in place of the arrays, no weights read; raises as that does."""
     path = Path(path).expanduser().resolve()
     index = _index(path)
-    stages = {name: _describe_stage(path, name, entry) for name, entry in index["stages"].items()}
+    stages = {name: _describe_stage(path, name, entry, dtype) for name, entry in index["stages"].items()}
     return Stack(stages, _text(path / "tokenizer.json"), path)
 
 
@@ -206,7 +209,7 @@ def _index(path: Path) -> dict:
     return index
 
 
-def _describe_stage(path: Path, name: str, entry: dict) -> Stage:
+def _describe_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
     """The stage with the shapes of its arrays in place of them."""
     file = path / f"{name}.safetensors"
     if not file.is_file():
@@ -217,29 +220,39 @@ def _describe_stage(path: Path, name: str, entry: dict) -> Stage:
         config = ConfigDict(_tuples(entry["config"])).lock()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
-    shapes = {key: place.shape for key, place in read_header(file).items()}
-    return Stage(shapes, config, entry["step"], entry.get("extra", {}))
+    with _no_valid(file):
+        places = read_header(file).items()
+        shapes = {key: jax.ShapeDtypeStruct(place.shape, _kind(key, place, dtype)) for key, place in places}
+        return Stage(unflatten_dict(shapes, sep="/"), config, entry["step"], entry.get("extra", {}))
 
 
 def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
-    described = _describe_stage(path, name, entry)
+    described = _describe_stage(path, name, entry, dtype)
     file = path / f"{name}.safetensors"
     if _sha256(file) != entry["sha256"]:
         raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
-    params = {}
-    try:
+    arrays = {}
+    with _no_valid(file):
         for key, place in read_header(file).items():
-            *blocks, last = key.split("/")
-            inner = params
-            for block in blocks:
-                inner = inner.setdefault(block, {})
-            array = jnp.asarray(read_array(file, place))
-            if dtype is not None and last not in STATISTICS and jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(DTYPES[dtype])
-            inner[last] = jax.block_until_ready(array)  # or the host's copies of many would be held at once
+            array = read_array(file, place).astype(_kind(key, place, dtype), copy=False)  # by numpy: nothing to compile
+            arrays[key] = jax.block_until_ready(jax.device_put(array))  # or copies of many would be held at once
+        return described._replace(params=unflatten_dict(arrays, sep="/"))
+
+
+def _kind(key: str, place: storage.Place, dtype: str | None) -> np.dtype:
+    """What a stage's array is read as where its weights are asked for in `dtype`."""
+    stored = jax.dtypes.canonicalize_dtype(storage.DTYPES[place.dtype])
+    exact = dtype is None or key.split("/")[-1] in STATISTICS or not jnp.issubdtype(stored, jnp.floating)
+    return stored if exact else np.dtype(DTYPES[dtype])
+
+
+@contextlib.contextmanager
+def _no_valid(file: Path) -> Iterator[None]:
+    """Says so of a file that cannot be understood."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
-    return described._replace(params=params)
 
 
 def _sha256(file: Path) -> str:

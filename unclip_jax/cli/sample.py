@@ -72,6 +72,7 @@ def compile_only(args, prompts) -> None:
     from unclip_jax.warm import warm_up
 
     folder = keep(make=True)
+    args.low_memory = True  # so that no weights are read
     pipe, settings = load(args)
     made = warm_up(pipe, prompts, num=args.num, batch_size=args.batch_size, **settings)
     for stage, rows, seconds in made:

@@ -6,7 +6,8 @@ one product whose weights are put together while it runs, at half the speed; and
 lie as cuDNN reads it would be turned, and the turned copy held for as long as the program runs.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +25,22 @@ def placed(params: Mapping[str, Any], where: jax.Device | Sharding) -> Mapping[s
 
     numpy's arrays are cut and joined by the host; a CPU takes them where they lie, if they cannot be written to.
     """
-    params = for_loops(params)
-    if platform() != "gpu":
-        return jax.device_put(params, where)
+    lies = _layout(where)
+    return jax.tree.map(lambda a: jax.device_put(a, lies(a)), for_loops(params))
+
+
+def foreseen(params: Mapping[str, Any], where: jax.Device | Sharding) -> Mapping[str, Any]:
+    """ShapeDtypeStructs of `placed`, from such of the parameters: what a program can be compiled for before them."""
+    lies = _layout(where)
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=lies(a))  # noqa: E731
+    return jax.tree.map(shape, jax.eval_shape(functools.partial(layers_apart, join=platform() == "gpu"), params))
+
+
+def _layout(where: jax.Device | Sharding) -> Callable[[Any], Sharding | Format]:
+    """How an array lies."""
     sharding = where if isinstance(where, Sharding) else SingleDeviceSharding(where)
-    kernel = Format(Layout((3, 0, 1, 2)), sharding)
-    return jax.tree.map(lambda a: jax.device_put(a, kernel if a.ndim == 4 else where), params)
+    kernel = Format(Layout((3, 0, 1, 2)), sharding) if platform() == "gpu" else sharding
+    return lambda a: kernel if a.ndim == 4 else sharding
 
 
 def for_loops(params: Mapping[str, Any]) -> Mapping[str, Any]:
