@@ -17,6 +17,7 @@ from unclip_jax import data, sharding, tasks
 from unclip_jax.data import loader
 from unclip_jax.data.embeddings import META, VERSION, pack
 from unclip_jax.errors import UserError
+from unclip_jax.fetch import fetched
 from unclip_jax.gallery import write_text
 from unclip_jax.tasks.clip import ask
 from unclip_jax.tokenizer import Tokenizer
@@ -67,8 +68,8 @@ def embed(
         """The records of `count` batches from number `first` on; the last batch of an epoch is cut to its length."""
         records = []
         with contextlib.closing(loader.batches(own, tokenizer, batch_size, shuffle=False, start_step=first)) as stream:
-            for number in range(first, first + count):
-                arrays = jax.device_get(encode(frozen.params, sharding.put_batch(next(stream), place)))
+            told = (encode(frozen.params, sharding.put_batch(next(stream), place)) for _ in range(count))
+            for number, arrays in enumerate(fetched(told), first):
                 arrays = {name: arrays[name] for name in names}  # jit sorts them
                 fields.update({name: (a.dtype.str, list(a.shape[1:])) for name, a in arrays.items()})
                 rows = min(batch_size, len(own) - number * batch_size)

@@ -22,6 +22,7 @@ from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.fetch import fetched
 from unclip_jax.nn.drawing import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
@@ -230,10 +231,10 @@ class UnCLIP(Edits, Painting, Reconstruction):
             given = jax.tree.map(lambda x: x[at], rows)
             return given if self.mesh is None else jax.device_put(given, sharding.batch_sharding(self.mesh))
 
-        program, parts = self._program(stage, options, method, chunk(0)), []
-        params = self._params(stage)
-        for start in tqdm(range(0, total, size), desc=stage, unit="batch", leave=False, disable=bar):
-            parts.append(jax.device_get(program(params, *chunk(start))))
+        program = self._program(stage, options, method, chunk(0))
+        params, starts = self._params(stage), range(0, total, size)
+        drawn = fetched(program(params, *chunk(start)) for start in starts)
+        parts = list(tqdm(drawn, stage, len(starts), unit="batch", leave=False, disable=bar))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
             raise UserError(

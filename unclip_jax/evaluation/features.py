@@ -9,6 +9,7 @@ import numpy as np
 
 from unclip_jax import sharding
 from unclip_jax.errors import UserError
+from unclip_jax.fetch import fetched
 from unclip_jax.metrics.inception import FEATURES, Inception
 from unclip_jax.metrics.resample import NAME, resize
 from unclip_jax.models.clip import CLIP
@@ -71,10 +72,8 @@ def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH
     batch = -(-batch // mesh.size) * mesh.size
 
     def view(images: np.ndarray) -> dict[str, np.ndarray]:
-        parts = []
-        for chunk in chunks(len(images), batch):
-            seen = see(params, jax.device_put(images[chunk], sharding.batch_sharding(mesh)))
-            parts.append(jax.device_get(seen))
+        given = (jax.device_put(images[chunk], sharding.batch_sharding(mesh)) for chunk in chunks(len(images), batch))
+        parts = list(fetched(see(params, some) for some in given))
         return {name: np.concatenate([p[name] for p in parts])[: len(images)].astype(np.float32) for name in parts[0]}
 
     return view
@@ -85,8 +84,8 @@ def embed_texts(model: CLIP, params: Any, tokenizer, texts: Sequence[str], batch
     tokens, mask = tokenizer.encode(list(texts), warn=False)
     batch = min(batch, 1 << (len(tokens) - 1).bit_length())
     embed = jax.jit(lambda p, t, m: model.apply({"params": p}, t, m, method="embed_text")[0])
-    parts = [jax.device_get(embed(params, tokens[c], mask[c])) for c in chunks(len(tokens), batch)]
-    return np.concatenate(parts)[: len(tokens)].astype(np.float32)
+    parts = fetched(embed(params, tokens[c], mask[c]) for c in chunks(len(tokens), batch))
+    return np.concatenate(list(parts))[: len(tokens)].astype(np.float32)
 
 
 def chunks(total: int, size: int) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ from unclip_jax.diffusion.draw import check_settings
 from unclip_jax.diffusion.loss import x0_variance
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.fetch import fetched
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 from unclip_jax.tasks.decoder import DecoderTask
@@ -127,8 +128,8 @@ def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
 
     def run(frozen, params, batches, count):
         totals: dict[str, list[float]] = {}
-        for index in range(count):
-            for name, (value, number) in jax.device_get(step(frozen, params, next(batches), index)).items():
+        for found in fetched(step(frozen, params, next(batches), index) for index in range(count)):
+            for name, (value, number) in found.items():
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += float(value)
                 total[1] += float(number)
