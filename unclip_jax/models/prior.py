@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from unclip_jax.nn.attention import caption_mask
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Dense
-from unclip_jax.nn.rows import in_parts
+from unclip_jax.nn.rows import in_parts, repeated
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 SUFFIX = 3  # timestep, noised embedding, query
@@ -140,8 +140,7 @@ class Prior(nn.Module):
         now = (jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, place, 1, 1), p.times) for p in prefixes)
         of_layers = (zip(*part, strict=True) for part in ((p.before for p in prefixes), now))
         parts = tuple(zip(*of_layers, strict=True))
-        rows = xt.shape[0] // len(prefixes)
-        mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
+        mask = repeated([p.mask for p in prefixes], xt.shape[0])
         return self._read(self._suffix(xt), self._mask(mask, SUFFIX - 1), parts)
 
     def _read(self, x, *given):

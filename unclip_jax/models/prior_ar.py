@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.nn.attention import caption_mask
 from unclip_jax.nn.layers import Dense
-from unclip_jax.nn.rows import in_parts
+from unclip_jax.nn.rows import in_parts, repeated
 from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
 
 
@@ -141,8 +141,7 @@ class PriorAR(nn.Module):
         """
         at = self.max_len + 1 + place
         x = self.token_embed(token)[:, None] + jax.lax.dynamic_slice_in_dim(self.position, at, 1)[None]
-        rows = token.shape[0] // len(prefixes)
-        mask = jnp.concatenate([jnp.repeat(p.mask, rows // p.mask.shape[0], axis=0) for p in prefixes])
+        mask = repeated([p.mask for p in prefixes], token.shape[0])
         past = jnp.arange(self.max_len + 1 + self.dims) <= at
         seen = jnp.pad(mask, ((0, 0), (0, 1 + self.dims)), constant_values=True) & past[None]
         kv = tuple((pairs, (buffer,)) for *pairs, buffer in zip(*(p.before for p in prefixes), own, strict=True))

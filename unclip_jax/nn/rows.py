@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
@@ -52,6 +53,12 @@ def in_parts(run: Callable, sizes: Sequence[int], *given: Any) -> list:
         made = run(*given)
         return [cut(made, at) for at in places]
     return [run(*cut(given, at)) for at in places]
+
+
+def repeated(parts: Sequence[jax.Array], rows: int) -> jax.Array:
+    """The `rows` rows of a batch in equal parts, of which fewer are given: each stands for a run of them."""
+    each = rows // len(parts)
+    return jnp.concatenate([jnp.repeat(part, each // part.shape[0], axis=0) for part in parts])
 
 
 def platform() -> str:
