@@ -162,17 +162,15 @@ class Program:
         return self.compiled(*args)
 
     def compile(self, *args) -> None:
-        """Before it is called, for arguments of such shapes; what that took goes back, as in the tool."""
+        """Before it is called, for arguments of such shapes."""
         from unclip_jax import malloc
         from unclip_jax.plan_count import jaxpr_flops
 
         start = time.perf_counter()
         traced = self._jitted.trace(*args)
-        self.compiled = traced.lower().compile()
+        self.compiled = malloc.compiled(traced.lower())
         self.compile_seconds = time.perf_counter() - start
         self.flops = jaxpr_flops(traced.jaxpr)
-        del traced
-        malloc.trim()
 
 
 class Work:

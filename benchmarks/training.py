@@ -21,7 +21,6 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     tx, decay = optim.make(1000, lr=1e-4, weight_decay=0.01), 0.999 * average
     given = random_params(shapes(task, np.float32)) if device.half else None
 
-    @jax.jit
     def start(given):
         made = SimpleNamespace(init=lambda key: task.init(key) if given is None else given)
         return init_state(made, tx, jax.random.key(0), decay)
@@ -29,8 +28,8 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
     program, batch = Program(make_train_step(stepped, tx, decay, 0), donate_argnums=0), jax.device_put(batch)
     program.compile(jax.eval_shape(start, given), {}, batch, np.int32(0))
-    held = [jax.block_until_ready(start(given)), np.int32(0)]
-    given = None
+    held = [jax.block_until_ready(malloc.compiled(jax.jit(start).lower(given))(given)), np.int32(0)]
+    del start, given
     malloc.trim()
 
     def run():

@@ -232,6 +232,19 @@ def test_every_module_imports_without_the_optional_packages():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_drawing_does_not_import_what_training_needs():
+    script = """
+        import sys
+        import unclip_jax.cli.sample, unclip_jax.pipeline, unclip_jax.warm
+        found = {"orbax", "tensorstore", "grain", "array_record"} & set(sys.modules)
+        assert not found, f"imported: {found}"
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_configs_import_only_ml_collections_and_their_shared_files():
     allowed = {"ml_collections", "configs", *sys.stdlib_module_names}
     for path in sources("configs"):

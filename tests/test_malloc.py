@@ -4,6 +4,7 @@ import ctypes
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from unclip_jax import malloc
@@ -43,3 +44,10 @@ def test_elsewhere_nothing_happens(error, monkeypatch):
 
     monkeypatch.setattr(malloc, "ctypes", SimpleNamespace(CDLL=missing))
     malloc.trim()
+
+
+def test_a_program_is_compiled_and_what_that_took_given_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(malloc, "trim", lambda: calls.append("trim"))
+    double = malloc.compiled(jax.jit(lambda x: 2 * x).lower(3))
+    assert calls == ["trim"] and int(double(3)) == 6

@@ -3,6 +3,15 @@
 import ctypes
 import gc
 
+import jax
+
+
+def compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """`program.compile()`; what that took is given back before the program runs."""
+    made = program.compile()
+    trim()
+    return made
+
 
 def trim() -> None:
     """Gives what is garbage back to the system: after a UNet's train step is compiled, a gigabyte of the host's.

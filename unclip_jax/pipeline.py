@@ -267,8 +267,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         key = (stage, method, tuple(sorted(options.items())), form, tuple(map(jax.typeof, leaves)))
         if key not in self._programs:
             program = jax.jit(self._function(stage, options, method))
-            self._programs[key] = program.lower(self._shapes(stage), *given).compile()
-            malloc.trim()
+            self._programs[key] = malloc.compiled(program.lower(self._shapes(stage), *given))
         return self._programs[key]
 
     def _function(self, stage: str, options: Mapping, method: str):

@@ -123,9 +123,7 @@ def _compile(run: Run, traced: jax.stages.Traced) -> tuple[Callable, float]:
         flops = jaxpr_flops(traced.jaxpr)
     else:
         flops = jaxpr_flops(_trace(run, plain, traced.args_info[0][2]).jaxpr)
-    compiled = traced.lower().compile()
-    malloc.trim()
-    return compiled, flops / run.mesh.size
+    return malloc.compiled(traced.lower()), flops / run.mesh.size
 
 
 def _trace(run: Run, task: tasks.Task, batch: Any) -> jax.stages.Traced:
@@ -167,7 +165,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed), run.config.ema_decay)  # noqa: E731
-    state = jax.jit(make, out_shardings=run.shardings)()
+    state = malloc.compiled(jax.jit(make, out_shardings=run.shardings).lower())()
     given = run.initial or {}
     params = state.params
     if len(given) < len(jax.tree.leaves(params)):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, weights
+from unclip_jax import weights
 from unclip_jax.errors import UserError
 from unclip_jax.fingerprint import fingerprint
 from unclip_jax.models.clip import CLIP
@@ -49,6 +49,8 @@ def load_stage(path: str | os.PathLike, task: str) -> Trained:
         stack = weights.load_stack(path, names)
         params, config, step, extra = stack.stages[names[0]]
         return Trained(params, config, step, stack.tokenizer_json, extra)
+    from unclip_jax import checkpoint  # and with it Orbax, which drawing does without
+
     own = checkpoint.peek(path)[0].get("task")
     if own != task:
         raise UserError(f"{path} holds a run of the task {own!r}, not {task!r}", fix)
