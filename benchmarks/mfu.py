@@ -67,15 +67,14 @@ PRIOR, PRIOR_AR, DECODER = "karlo/prior_diffusion.py", "dalle2/prior_ar.py", "ka
 UP256, UP1024 = "dalle2/upsampler.py:64-256", "dalle2/upsampler.py:256-1024"
 # In the order of their worth; of each stage the largest first. From 100 GiB on: an H200. Karlo's decoder, 0.9B, stands
 # in the place of the paper's, 3.6B, which compiles for many minutes. Parameters, average, moments and gradients are 20
-# bytes a parameter; an example of CLIP keeps 220 MiB with "none" and 125 with "dots", of the priors 110 and 57, 549 and
-# 349 of the autoregressive one, of the decoder 310 and 181, of the upsamplers 244 and 1,239 with "none", 128 and 760
-# with "dots".
+# bytes a parameter; an example of CLIP keeps 220 MiB with "none" and 125 with "dots", of the priors 110 and 57, 480 and
+# 349 of the autoregressive one, of the decoder 310 and 181, of the upsamplers 226 and 118, 1,195 and 760.
 STAGES: dict[str, tuple[Size, ...]] = {
     "clip": (Size(100, L14, 256, "none", changes=WHOLE), Size(60, L14, 256, "dots", changes=WHOLE)),
     "prior_diffusion": (Size(100, PRIOR, 512, "none", KARLO), Size(60, PRIOR, 512, "dots", KARLO)),
     "decoder": (Size(60, DECODER, 64, "none", KARLO), Size(60, DECODER, 48, "dots", KARLO)),
     "prior_ar": (
-        Size(120, PRIOR_AR, 128, "none", L14),
+        Size(125, PRIOR_AR, 144, "none", L14),
         Size(110, PRIOR_AR, 128, "dots", L14),
         Size(60, PRIOR_AR, 40, "dots", L14),
         Size(60, PRIOR_AR, 48, "full", L14),
