@@ -26,7 +26,7 @@ from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
 from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.run import Run, make_run
-from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
+from unclip_jax.train_step import TrainState, compile_init, compile_step, init_state, step_of
 
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -165,7 +165,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed), run.config.ema_decay)  # noqa: E731
-    state = malloc.compiled(jax.jit(make, out_shardings=run.shardings).lower())()
+    state = malloc.compiled(compile_init(make, out_shardings=run.shardings).lower())()
     given = run.initial or {}
     params = state.params
     if len(given) < len(jax.tree.leaves(params)):
