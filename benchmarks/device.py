@@ -163,12 +163,12 @@ class Program:
 
     def compile(self, *args) -> None:
         """Before it is called, for arguments of such shapes."""
-        from unclip_jax import malloc
+        from unclip_jax.compiling import compiled
         from unclip_jax.plan_count import jaxpr_flops
 
         start = time.perf_counter()
         traced = self._jitted.trace(*args)
-        self.compiled = malloc.compiled(traced.lower())
+        self.compiled = compiled(traced.lower())
         self.compile_seconds = time.perf_counter() - start
         self.flops = jaxpr_flops(traced.jaxpr)
 

@@ -81,11 +81,11 @@ def shapes(task, dtype) -> dict:
     """ShapeDtypeStructs of the task's parameters in a dtype; `weights.STATISTICS` stay f32."""
     import jax
 
-    from unclip_jax.weights import STATISTICS
+    from unclip_jax.weights import dtype_in
 
     def kind(path, leaf):
-        exact = jax.tree_util.keystr(path[-1:], simple=True) in STATISTICS
-        return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(np.float32 if exact else dtype))
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype_in(name, leaf.dtype, np.dtype(dtype).name))
 
     return jax.tree_util.tree_map_with_path(kind, jax.eval_shape(task.init, jax.random.key(0)))
 

@@ -15,8 +15,9 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
 
     import jax
 
-    from unclip_jax import malloc, optim
-    from unclip_jax.train_step import compile_init, init_state, make_train_step
+    from unclip_jax import optim
+    from unclip_jax.compiling import compiled, trim
+    from unclip_jax.train_step import init_state, make_train_step
 
     tx, decay = optim.make(1000, lr=1e-4, weight_decay=0.01), 0.999 * average
     given = random_params(shapes(task, np.float32)) if device.half else None
@@ -28,9 +29,10 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
     program, batch = Program(make_train_step(stepped, tx, decay, 0), donate_argnums=0), jax.device_put(batch)
     program.compile(jax.eval_shape(start, given), {}, batch, np.int32(0))
-    held = [jax.block_until_ready(malloc.compiled(compile_init(start).lower(given))(given)), np.int32(0)]
-    del start, given
-    malloc.trim()
+    first = compiled(jax.jit(start).lower(given), once=True)
+    held = [jax.block_until_ready(first(given)), np.int32(0)]
+    del start, first, given
+    trim()
 
     def run():
         for _ in range(device.train_steps):

@@ -144,6 +144,18 @@ def test_bf16_weights_draw_nearly_the_same(drawn):
     assert apart.mean() < 1  # of 255; the f32 weights are bf16's numbers
 
 
+def test_other_weights_may_be_put_in(pipe, drawn):
+    """Of the same dtype they are drawn with by the programs there are, of another by others."""
+    rounded = {**pipe.params, "decoder": jax.tree.map(lambda a: a.astype("bfloat16"), pipe.params["decoder"])}
+    back = {**pipe.params, "decoder": jax.tree.map(lambda a: a.astype(np.float32), rounded["decoder"])}
+    low, same = (dataclasses.replace(pipe, params=params) for params in (rounded, back))
+    apart = low.generate(PROMPTS, num=2, seed=7).astype(int) - drawn.images
+    assert np.abs(apart).mean() < 1  # of 255
+    with compiled() as names:
+        same.generate(PROMPTS, num=2, seed=7)
+    assert not names
+
+
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
 def test_every_u32_seed_has_its_own_keys(seed):
     data = jax.random.key_data(pipeline.picture_keys(seed, 3, 4))

@@ -139,7 +139,17 @@ def test_malformed_safetensors_with_a_right_checksum(stack, header):
     file = stack / "clip.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
     _edit(stack, lambda index: index["stages"]["clip"].update(sha256=weights._sha256(file)))
-    assert "no valid safetensors file" in _refused(load_stack, stack)
+    told = _refused(load_stack, stack)
+    assert "no valid safetensors file" in told
+    assert b"F99" not in header or "a is of dtype F99, which must be one of F64, F32" in told
+
+
+def test_what_scales_everything_else_is_never_rounded():
+    half = weights.dtype_in("kernel", np.dtype(np.float32), "bfloat16")
+    exact = {weights.dtype_in(name, half, "bfloat16") for name in weights.STATISTICS}
+    assert (half.name, exact) == ("bfloat16", {np.dtype(np.float32)})
+    assert weights.dtype_in("kernel", half, "float32") == np.float32
+    assert weights.dtype_in("mean", np.dtype(np.int32), "bfloat16") == np.int32
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from unclip_jax import malloc, sharding
+from unclip_jax import sharding
+from unclip_jax.compiling import compiled
 from unclip_jax.data.images import to_uint8
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
@@ -224,14 +225,16 @@ class UnCLIP(Edits, Painting, Reconstruction):
         total = len(jax.tree.leaves(rows)[0])
         size = min(batch_size, 1 << (total - 1).bit_length())
         size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
+        where = None if self.mesh is None else sharding.batch_sharding(self.mesh)
         bar = None if progress else True
 
         def chunk(start):
             at = np.minimum(np.arange(start, start + size), total - 1)
             given = jax.tree.map(lambda x: x[at], rows)
-            return given if self.mesh is None else jax.device_put(given, sharding.batch_sharding(self.mesh))
+            return given if where is None else jax.device_put(given, where)
 
-        program = self._program(stage, options, method, chunk(0))
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=where), rows)
+        program = self._program(stage, options, method, given)
         params, starts = self._params(stage), range(0, total, size)
         drawn = fetched(program(params, *chunk(start)) for start in starts)
         parts = list(tqdm(drawn, stage, len(starts), unit="batch", leave=False, disable=bar))
@@ -263,11 +266,11 @@ class UnCLIP(Edits, Painting, Reconstruction):
 
     def _program(self, stage: str, options: Mapping, method: str, given):
         """The compiled program of one stage, (params, *given) -> output; one for all of such options and shapes."""
-        leaves, form = jax.tree.flatten(given)
-        key = (stage, method, tuple(sorted(options.items())), form, tuple(map(jax.typeof, leaves)))
+        args = (self._shapes(stage), *given)
+        leaves, form = jax.tree.flatten(args)
+        key = (stage, method, tuple(sorted(options.items())), form, tuple((a.shape, a.dtype) for a in leaves))
         if key not in self._programs:
-            program = jax.jit(self._function(stage, options, method))
-            self._programs[key] = malloc.compiled(program.lower(self._shapes(stage), *given))
+            self._programs[key] = compiled(jax.jit(self._function(stage, options, method)).lower(*args))
         return self._programs[key]
 
     def _function(self, stage: str, options: Mapping, method: str):

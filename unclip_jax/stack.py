@@ -52,7 +52,8 @@ class OnDemand(Mapping):
 
     def shapes(self, stage: str, where: jax.Device | jax.sharding.Sharding) -> Mapping:
         """ShapeDtypeStructs of `read`, with which its programs can be compiled before it."""
-        return foreseen(describe_stack(self._path, self._dtype).stages[self._names[stage]].params, where)
+        name = self._names[stage]
+        return foreseen(describe_stack(self._path, [name], self._dtype).stages[name].params, where)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -81,7 +82,7 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
 
 def identity(path: str | Path) -> str:
     """16 hexadecimal digits of stack.json, which holds the SHA-256 of all weights: tells a stack from others."""
-    return hashlib.sha256((describe_stack(located(path)).path / "stack.json").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((describe_stack(located(path), []).path / "stack.json").read_bytes()).hexdigest()[:16]
 
 
 def _host() -> jax.Device | None:

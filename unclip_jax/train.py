@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax import checkpoint, distributed, malloc, sharding, tasks
+from unclip_jax import checkpoint, distributed, sharding, tasks
 from unclip_jax import config as configs
+from unclip_jax.compiling import compiled, trim
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, said_of
 from unclip_jax.fingerprint import by_path
@@ -26,7 +27,7 @@ from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
 from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.run import Run, make_run
-from unclip_jax.train_step import TrainState, compile_init, compile_step, init_state, step_of
+from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
@@ -61,7 +62,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
         del traced
         meter.lap("compile")
         state = restored[0] if restored else _fresh(run, batches)
-        malloc.trim()
+        trim()
         meter.go_on(restored[1] if restored else {})
         logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
         trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
@@ -123,7 +124,7 @@ def _compile(run: Run, traced: jax.stages.Traced) -> tuple[Callable, float]:
         flops = jaxpr_flops(traced.jaxpr)
     else:
         flops = jaxpr_flops(_trace(run, plain, traced.args_info[0][2]).jaxpr)
-    return malloc.compiled(traced.lower()), flops / run.mesh.size
+    return compiled(traced.lower()), flops / run.mesh.size
 
 
 def _trace(run: Run, task: tasks.Task, batch: Any) -> jax.stages.Traced:
@@ -165,7 +166,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed), run.config.ema_decay)  # noqa: E731
-    state = malloc.compiled(compile_init(make, out_shardings=run.shardings).lower())()
+    state = compiled(jax.jit(make, out_shardings=run.shardings).lower(), once=True)()
     given = run.initial or {}
     params = state.params
     if len(given) < len(jax.tree.leaves(params)):

@@ -69,15 +69,6 @@ def make_train_step(
     return step
 
 
-def compile_init(make: Callable, **how: Any) -> Callable:
-    """What makes a first state for jax, to run once; `how` as of jax.jit.
-
-    On a CPU optimised less: its hundreds of random arrays would take twice to four times as long to compile.
-    """
-    options = {"xla_backend_optimization_level": 1} if platform() == "cpu" else None
-    return jax.jit(make, compiler_options=options, **how)
-
-
 def compile_step(step: Callable, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
     """A train step for jax: split over the mesh, its state's buffers used again."""
     return jax.jit(sharding.split_rows(step, mesh), donate_argnums=0, out_shardings=(shardings, None))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,14 +105,7 @@ def load_stack(
       UserError: no stack there, a missing stage or file, a wrong checksum, a malformed file, or a newer
         format.
     """
-    path = Path(path).expanduser().resolve()
-    index = _index(path)
-    wanted = list(index["stages"]) if stages is None else list(stages)
-    for name in wanted:
-        if name not in index["stages"]:
-            raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
-    loaded = {name: _read_stage(path, name, index["stages"][name], dtype) for name in wanted}
-    return Stack(loaded, _text(path / "tokenizer.json"), path)
+    return _stack(path, stages, dtype, _read_stage)
 
 
 def load_one(path: str | os.PathLike, stage: str) -> tuple[str, Stage]:
@@ -121,12 +114,11 @@ def load_one(path: str | os.PathLike, stage: str) -> tuple[str, Stage]:
     return stack.tokenizer_json, stack.stages[stage]
 
 
-def describe_stack(path: str | os.PathLike, dtype: str | None = None) -> Stack:
+def describe_stack(
+    path: str | os.PathLike, stages: Iterable[str] | None = None, dtype: str | None = None
+) -> Stack:
     """`load_stack` with ShapeDtypeStructs in place of the arrays, no weights read; raises as that does."""
-    path = Path(path).expanduser().resolve()
-    index = _index(path)
-    stages = {name: _describe_stage(path, name, entry, dtype) for name, entry in index["stages"].items()}
-    return Stack(stages, _text(path / "tokenizer.json"), path)
+    return _stack(path, stages, dtype, _describe_stage)
 
 
 def tasks_of(path: str | os.PathLike) -> dict[str, str]:
@@ -135,9 +127,28 @@ def tasks_of(path: str | os.PathLike) -> dict[str, str]:
     return {name: str(entry["config"].get("task")) for name, entry in stages.items()}
 
 
+def dtype_in(name: str, kind: np.dtype, dtype: str) -> np.dtype:
+    """What an array of dtype `kind` is in a stack of `dtype`: that if floating and not of STATISTICS, which are f32."""
+    if not jnp.issubdtype(kind, jnp.floating):
+        return np.dtype(kind)
+    return np.dtype(jnp.float32 if name in STATISTICS else DTYPES[dtype])
+
+
 def is_stack(path: str | os.PathLike) -> bool:
     """Whether a directory holds a stack."""
     return (Path(path).expanduser() / "stack.json").is_file()
+
+
+def _stack(path: str | os.PathLike, stages: Iterable[str] | None, dtype: str | None, read: Callable) -> Stack:
+    """The named stages, by default all, each by `read`."""
+    path = Path(path).expanduser().resolve()
+    index = _index(path)
+    wanted = list(index["stages"]) if stages is None else list(stages)
+    for name in wanted:
+        if name not in index["stages"]:
+            raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
+    found = {name: read(path, name, index["stages"][name], dtype) for name in wanted}
+    return Stack(found, _text(path / "tokenizer.json"), path)
 
 
 def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtype: str) -> dict:
@@ -146,7 +157,8 @@ def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtyp
         raise UserError(f"stage name {name!r} must be lower-case letters, digits and _")
     arrays = _flat(params, name)
     try:
-        sha256 = write_arrays(folder / f"{name}.safetensors", arrays, _stored(arrays, dtype))
+        kinds = {path: dtype_in(path.split("/")[-1], array.dtype, dtype) for path, array in arrays.items()}
+        sha256 = write_arrays(folder / f"{name}.safetensors", arrays, kinds)
     except ValueError as error:
         raise UserError(f"stage {name}: {error}", "use an earlier step") from None
     config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
@@ -170,13 +182,6 @@ def _flat(params, stage: str) -> dict[str, np.ndarray | jax.Array]:
     if not flat:
         raise UserError(f"stage {stage} has no arrays")
     return flat
-
-
-def _stored(arrays: Mapping, dtype: str) -> dict[str, np.dtype]:
-    """The dtype in the file of each floating array."""
-    floating = [path for path, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)]
-    exact = {path for path in floating if path.split("/")[-1] in STATISTICS}
-    return {path: np.dtype(jnp.float32 if path in exact else DTYPES[dtype]) for path in floating}
 
 
 def _index(path: Path) -> dict:
@@ -241,9 +246,10 @@ def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
 
 def _kind(key: str, place: storage.Place, dtype: str | None) -> np.dtype:
     """What a stage's array is read as where its weights are asked for in `dtype`."""
+    if place.dtype not in storage.DTYPES:
+        raise ValueError(f"{key} is of dtype {place.dtype}, which must be one of {', '.join(storage.DTYPES)}")
     stored = jax.dtypes.canonicalize_dtype(storage.DTYPES[place.dtype])
-    exact = dtype is None or key.split("/")[-1] in STATISTICS or not jnp.issubdtype(stored, jnp.floating)
-    return stored if exact else np.dtype(DTYPES[dtype])
+    return stored if dtype is None else dtype_in(key.split("/")[-1], stored, dtype)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from unclip_jax import malloc
+from unclip_jax import compiling
 
 
 def resident() -> int:
@@ -30,7 +31,7 @@ def test_what_was_freed_goes_back():
     for block in blocks[::2]:
         libc.free(block)
     before = resident()
-    malloc.trim()
+    compiling.trim()
     after = resident()
     for block in blocks[1::2]:
         libc.free(block)
@@ -42,12 +43,23 @@ def test_elsewhere_nothing_happens(error, monkeypatch):
     def missing(*_):
         raise error
 
-    monkeypatch.setattr(malloc, "ctypes", SimpleNamespace(CDLL=missing))
-    malloc.trim()
+    monkeypatch.setattr(compiling, "ctypes", SimpleNamespace(CDLL=missing))
+    compiling.trim()
 
 
 def test_a_program_is_compiled_and_what_that_took_given_back(monkeypatch):
     calls = []
-    monkeypatch.setattr(malloc, "trim", lambda: calls.append("trim"))
-    double = malloc.compiled(jax.jit(lambda x: 2 * x).lower(3))
+    monkeypatch.setattr(compiling, "trim", lambda: calls.append("trim"))
+    double = compiling.compiled(jax.jit(lambda x: 2 * x).lower(3))
     assert calls == ["trim"] and int(double(3)) == 6
+
+
+def test_what_runs_once_gives_the_same_though_it_is_optimised_less():
+    """Numbers from 0 to 4; code that is optimised otherwise rounds otherwise."""
+
+    def made():
+        return {"w": jax.random.normal(jax.random.key(0), (64, 48)), "b": jax.random.uniform(jax.random.key(1), (7,))}
+
+    once, often = (compiling.compiled(jax.jit(made).lower(), once)() for once in (True, False))
+    for name, array in often.items():
+        np.testing.assert_allclose(once[name], array, rtol=1e-5, atol=1e-6)
