@@ -28,6 +28,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax.errors import UserError
+from unclip_jax.storage import new_file
 
 INDEX = "pictures.json"
 GRID = "grid.png"
@@ -106,19 +107,12 @@ def write_image(path: Path, image: np.ndarray, metadata: Mapping | None = None) 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, whole or not at all; its folder is made."""
-    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(fd, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        with new_file(path) as stream:
+            stream.write(text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
 
 
 def write(

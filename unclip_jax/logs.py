@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from unclip_jax import distributed, optim, sharding, tasks
 from unclip_jax.data import images
 from unclip_jax.meter import Meter
+from unclip_jax.storage import new_file
 
 
 class Logs:
@@ -197,6 +197,5 @@ def _keep_until(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with new_file(path) as stream:
+        stream.write("".join(kept).encode())

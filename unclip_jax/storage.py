@@ -1,4 +1,4 @@
-"""Files of arrays in the safetensors format, and directories that are there whole or not at all.
+"""Files of arrays in the safetensors format; files and directories that are there whole or not at all.
 
 A safetensors file is 8 bytes with the length of a JSON header, the header {name: dtype, shape, begin and end of its
 bytes}, and the bytes. It is written here array by array, so that no second copy of a network is ever in memory, and
@@ -11,11 +11,12 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,25 @@ def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) ->
         raise UserError(f"{kind} {out} could not be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Yields a temporary file in the folder of `path` to fill; it is renamed to `path`, or removed if that fails.
+
+    Raises:
+      OSError: the folder is not there or not writable, or writing fails.
+    """
+    path = Path(path)
+    descriptor, partial = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def write_arrays(

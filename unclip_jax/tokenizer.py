@@ -8,7 +8,6 @@ know the pad number (OpenAI's code pads with 0, transformers with EOS). GLIDE's 
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from unclip_jax.errors import UserError
+from unclip_jax.storage import new_file
 
 FORMAT = "unclip_jax.tokenizer"
 FORMAT_VERSION = 1
@@ -181,15 +181,8 @@ class Tokenizer:
         """Writes tokenizer.json (into `path` if that is a folder), by a temporary file and a rename."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as f:
-                f.write(self.to_json())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with new_file(path) as stream:
+            stream.write(self.to_json().encode())
 
     def __reduce__(self):
         return Tokenizer.from_json, (self.to_json(),)

@@ -27,6 +27,7 @@ from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
 from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.run import Run, make_run
+from unclip_jax.storage import new_file
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
@@ -198,9 +199,8 @@ def _write_once(run: Run) -> None:
     if run.tokenizer:
         files["tokenizer.json"] = run.tokenizer.to_json()
     for name, text in files.items():
-        temporary = run.workdir / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(run.workdir / name)
+        with new_file(run.workdir / name) as stream:
+            stream.write(text.encode())
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -97,6 +99,40 @@ def test_the_index_is_kept_found_again_and_made_anew_for_other_shards(root, tmp_
     with pytest.raises(UserError, match="holds something else"):
         open_all(root, index=str(tmp_path / "full"))
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+
+
+def test_a_shard_written_anew_is_read_anew_though_it_is_as_large(root, tmp_path):
+    index, file = tmp_path / "index", root / "00002.tar"
+    content(open_all(root, index=str(index)))
+    size = file.stat().st_size
+    file.write_bytes(shard(200, 50))
+    os.utime(file, ns=(1, 1))
+    assert file.stat().st_size == size
+    assert content(open_all(root, index=str(index))) == {f"number {k}": k for k in (*range(100), *range(200, 250))}
+    assert len(list(index.glob("*.npy"))) == 2  # and the arrays of before are gone
+
+
+OURS = '{"version": 1, "shards": 3, "passed_over": {}}'
+
+
+@pytest.mark.parametrize("theirs", ['{"version": 3}', "[1]", "no json", OURS])
+def test_a_folder_of_others_keeps_all_that_it_holds(root, theirs):
+    (root / "index.json").write_text(theirs)
+    if theirs == OURS:
+        open_all(root, index=str(root))  # damaged
+    else:
+        with pytest.raises(UserError, match="holds another index.json"):
+            open_all(root, index=str(root))
+        assert (root / "index.json").read_text() == theirs
+    assert content(open_all(root, index=str(root.parent / "own"))) == {f"number {k}": k for k in range(150)}
+
+
+def test_many_may_make_the_same_index_at_once(root, tmp_path):
+    index = tmp_path / "index"
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: content(open_all(root, index=str(index))), range(24)):
+            assert found == {f"number {k}": k for k in range(150)}
+    assert sorted(p.name.partition("-")[0] for p in index.iterdir()) == ["index.json", "test", "train"]
 
 
 def link(name, kind, target):

@@ -223,6 +223,26 @@ def test_deterministic_samplers_converge_with_their_order(name, order):
     assert (abs(slopes - order) < 0.3).all(), (errors, slopes)
 
 
+@pytest.mark.parametrize("shift", [1.0, 0.5])
+@pytest.mark.parametrize("steps, most", [(10, 0.08), (25, 0.02), (100, 0.004)])
+def test_heun_draws_a_gaussian_from_pure_noise(steps, most, shift):
+    """As wide as it is, though a cosine schedule ends where noise is 20,000 times the signal; DDIM is farther off."""
+    mu, s = 0.2, 0.5
+    full = S.make_schedule("cosine", 1000, shift=shift)
+    noise = jnp.array([[-1.0], [1.0]])
+
+    def ideal(xt, told):
+        a = jnp.asarray(full.alphas_cumprod)[told].reshape(-1, 1)
+        return Out(mu + jnp.sqrt(a) * s**2 / (a * s**2 + 1 - a) * (xt - jnp.sqrt(a) * mu))
+
+    def error(sampler):  # all is linear: two points tell how wide the drawn one is
+        low, high = sampler(S.respace(full, steps), ideal, noise, target="x0", clip_x0=None)[:, 0]
+        return abs(float(high - low) / 2 / s - 1)
+
+    with jax.enable_x64():
+        assert error(heun) < min(most, error(ddim))
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_with_the_ideal_denoiser_of_a_point_returns_the_point(eta):
     sched = S.respace(FULL, 27)

@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import re
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.storage import new_file
 
 log = logging.getLogger(__name__)
 
@@ -246,14 +246,8 @@ def _drawings(icons: tuple[dict, ...], size: int) -> np.ndarray:
         drawings = np.stack(list(pool.map(lambda icon: _render(icon["path"], size), icons)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "wb") as f:
-                np.save(f, drawings, allow_pickle=False)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with new_file(path) as stream:
+            np.save(stream, drawings, allow_pickle=False)
     except OSError as e:
         log.warning("cannot keep the rendered drawings (%s); the next start renders them again", e)
     return drawings

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from unclip_jax.errors import UserError
+from unclip_jax.storage import new_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -211,13 +211,5 @@ def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping | Non
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-    path = Path(path)
-    fd, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".png.tmp")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            Image.fromarray(image).save(f, "PNG", pnginfo=info)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    with new_file(path) as stream:
+        Image.fromarray(image).save(stream, "PNG", pnginfo=info)

@@ -1,8 +1,8 @@
 """Where each captioned picture lies in tar shards, found once by reading the headers alone and kept in a folder.
 
-    index.json   which shards, their sizes, what was passed over
-    train.npy    ENTRY[N], mapped into memory, so that opening takes no longer for more records
-    test.npy     the records held out, two in a hundred by the hash of their key
+    index.json       which shards, their sizes and when each was written, what was passed over
+    train-HASH.npy   ENTRY[N], mapped into memory, so that opening takes no longer for more records
+    test-HASH.npy    the records held out, two in a hundred by the hash of their key
 
 Members `a.jpg` and `a.txt` (or `a.json` with the caption under a key) are one record, as img2dataset and WebDataset
 write them. Nothing is extracted, and names serve as keys only, so a member called `../x` does no harm.
@@ -12,9 +12,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
+import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +25,17 @@ import numpy as np
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import MAX_BYTES, SUFFIXES
 from unclip_jax.errors import UserError
+from unclip_jax.storage import new_file
 
-VERSION = 1
+VERSION = 2
 ENTRY = np.dtype(
     [("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<u4"), ("json", "?")]
 )
+_OWN = re.compile(r"(train|test)-[0-9a-f]{24}\.npy|index\.json|\..*\.tmp")  # what is there while others write it
 TEXTS = (".txt", ".json")
 MAX_TEXT = 1 << 20
 SPLITS = ("train", "test")
+STAMPS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
 class Index(NamedTuple):
@@ -53,21 +55,23 @@ def open_index(files: "Files", shards: Sequence[str], folder: str | os.PathLike 
       shards: addresses, sorted.
       folder: None: below the user's cache folder, one for each set of shards.
     """
-    sizes = [files.size(shard) for shard in shards]
-    wanted = {"version": VERSION, "shards": [list(pair) for pair in zip(shards, sizes, strict=True)]}
-    folder = Path(folder).expanduser() if folder else _cache_folder(wanted)
+    with ThreadPoolExecutor(8) as pool:
+        states = [[shard, *state] for shard, state in zip(shards, pool.map(files.state, shards), strict=True)]
+    wanted = {"version": VERSION, "shards": states}
+    folder = Path(folder).expanduser() if folder else _cache_folder() / _hash(wanted)
     try:
-        found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        found = _read_json(folder)
         passed_over = found.pop("passed_over")
         if found == wanted:
-            return Index(tuple(shards), *(np.load(folder / f"{s}.npy", mmap_mode="r") for s in SPLITS), passed_over)
-    except (OSError, ValueError, KeyError, AttributeError):
+            arrays = (np.load(folder / _name(split, wanted), mmap_mode="r") for split in SPLITS)
+            return Index(tuple(shards), *arrays, passed_over)
+    except (OSError, ValueError, KeyError):
         pass  # none yet, or one of another version or other shards
     return _make(files, shards, folder, wanted)
 
 
 def _make(files, shards, folder: Path, wanted: dict) -> Index:
-    """Reads all headers, several shards at once, and writes the index whole or not at all."""
+    """Reads all headers, several shards at once, and keeps the index."""
     passed_over: Counter = Counter()
     parts: dict[str, list] = {split: [] for split in SPLITS}
     with ThreadPoolExecutor(8) as pool:
@@ -83,23 +87,49 @@ def _make(files, shards, folder: Path, wanted: dict) -> Index:
             f"a record is a picture ({', '.join(SUFFIXES)}) and a .txt or .json of the same name, one after the other",
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            for split, rows in arrays.items():
-                np.save(fresh / f"{split}.npy", rows)
-            text = json.dumps({**wanted, "passed_over": dict(passed_over)})
-            (fresh / "index.json").write_text(text, encoding="utf-8")
-            if folder.exists():
-                if any(folder.iterdir()) and not (folder / "index.json").is_file():
-                    raise UserError(f"data.index={str(folder)!r} holds something else", "give another folder")
-                shutil.rmtree(folder)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        _keep(folder, wanted, arrays, dict(passed_over))
     except OSError as e:
         raise UserError(f"the index cannot be written to {folder} ({e.strerror or e})", "set data.index=DIR") from e
     return Index(tuple(shards), arrays["train"], arrays["test"], dict(passed_over))
+
+
+def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], passed_over: dict[str, int]) -> None:
+    """Writes the index, index.json last: whoever reads that finds its arrays, though others write at the same time.
+
+    Of what the folder holds the arrays of an earlier index are removed, and nothing else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        earlier = {_name(split, _read_json(folder)) for split in SPLITS}
+    except FileNotFoundError:
+        earlier = set()
+        if not all(_OWN.fullmatch(file.name) for file in folder.iterdir()):
+            raise UserError(f"data.index={str(folder)!r} holds something else", "give another folder") from None
+    except (ValueError, KeyError):
+        raise UserError(f"data.index={str(folder)!r} holds another index.json", "give another folder") from None
+    for split, rows in arrays.items():
+        with new_file(folder / _name(split, wanted)) as stream:
+            np.save(stream, rows)
+    with new_file(folder / "index.json") as stream:
+        stream.write(json.dumps({**wanted, "passed_over": passed_over}).encode())
+    for name in earlier - {_name(split, wanted) for split in SPLITS}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read_json(folder: Path) -> dict:
+    """An index.json of ours; OSError, ValueError or KeyError where it is none."""
+    found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.keys() != {"version", "shards", "passed_over"}:
+        raise ValueError("no index of shards")
+    return found
+
+
+def _name(split: str, wanted: dict) -> str:
+    return f"{split}-{_hash(wanted)}.npy"
+
+
+def _hash(wanted: dict) -> str:
+    return hashlib.sha256(json.dumps(wanted["shards"]).encode()).hexdigest()[:24]
 
 
 def _scan(files, number: int, shard: str) -> tuple[np.ndarray, np.ndarray, Counter]:
@@ -143,9 +173,8 @@ def _groups(files, shard: str, missed: Counter) -> Iterator[tuple[str, dict[str,
         yield "/".join(key), members
 
 
-def _cache_folder(wanted: dict) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "unclip_jax" / hashlib.sha256(json.dumps(wanted["shards"]).encode()).hexdigest()[:24]
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip_jax"
 
 
 class Files:
@@ -177,8 +206,13 @@ class Files:
         found = system.glob(path) if any(c in path for c in "*?[") else [path] if system.exists(path) else []
         return [name if self.local else system.unstrip_protocol(name) for name in found]
 
-    def size(self, address: str) -> int:
-        return os.path.getsize(address) if self.local else int(self._system.size(address))
+    def state(self, address: str) -> tuple[int, str]:
+        """A file's size in bytes, and what is another once it is written anew: its time, elsewhere ETag or the like."""
+        if self.local:
+            found = os.stat(address)
+            return found.st_size, str(found.st_mtime_ns)
+        found = self._system.info(address)
+        return int(found["size"]), str(next((found[name] for name in STAMPS if found.get(name)), ""))
 
     def open(self, address: str) -> io.IOBase:
         return open(address, "rb") if self.local else self._system.open(address, "rb", block_size=1 << 20)

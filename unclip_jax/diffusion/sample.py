@@ -29,6 +29,7 @@ from unclip_jax.errors import UserError
 
 # Folded into a sample's key for its initial noise; the steps fold in their index, which is always lower.
 INITIAL = 2**31 - 1
+KARRAS_MAX = 80.0  # of sigma / signal: where Karras et al. begin (table 1)
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -194,7 +195,8 @@ def heun(
     """Heun's second order on dx/ds = eps, x = xt / signal, s = sigma / signal (Karras et al. 2022, algorithm 1) -> x0.
 
     DDIM's step is Euler's; a second call at its end gives the slope there, and the mean of both slopes is taken. Two
-    calls a step but for the last: 2 S - 1 in all.
+    calls a step but for the last: 2 S - 1 in all. A step from s > 80, where the paper begins and a cosine schedule has
+    20,000, stays Euler's: over so long a one the slope is no line, and the mean would leave noise that never goes.
 
     Args:
       noise, view: as of `ddim`; `keys` are not used.
@@ -203,12 +205,13 @@ def heun(
     prev = sched.alphas_cumprod_prev
     ratio = np.sqrt((1 - sched.alphas_cumprod) / sched.alphas_cumprod)
     stride = np.sqrt(prev) * np.append(-ratio[:1], ratio[:-1] - ratio[1:])
+    correction = np.where(ratio > KARRAS_MAX, 0.0, stride / 2)
 
     def step(xt, i):
         t, x0, eps, _ = look(xt, i)
         euler = at(np.sqrt(prev), t, xt.ndim) * x0 + at(np.sqrt(1 - prev), t, xt.ndim) * eps
         _, _, slope, _ = look(euler, i - 1)
-        return euler + at(stride / 2, t, xt.ndim) * (slope - eps), None
+        return euler + at(correction, t, xt.ndim) * (slope - eps), None
 
     xt, _ = jax.lax.scan(step, jnp.asarray(noise, float), jnp.arange(1, sched.num_steps), reverse=True)
     return look(xt, 0)[1]

@@ -5,8 +5,6 @@ The file is an .npz: "mu" and "sigma" of the main network, as clean-fid and pyto
 """
 
 import json
-import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,6 +17,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.features import Network
 from unclip_jax.evaluation.work import Series
 from unclip_jax.metrics import distances
+from unclip_jax.storage import new_file
 
 
 class Real(NamedTuple):
@@ -55,18 +54,12 @@ def save(file: Path, real: Real, about: Mapping, networks: Mapping[str, Network]
     facts = {"pictures": dict(about), "networks": {key: network.identity for key, network in networks.items()}}
     arrays = {f"{key}_features": features.astype(np.float32) for key, features in real.by_network.items()}
     arrays |= {"mu": real.moments.mean, "sigma": real.moments.covariance, "n": np.array(real.n)}
-    partial = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(fd, "wb") as stream:
+        with new_file(file) as stream:
             np.savez(stream, about=np.array(json.dumps(facts, sort_keys=True)), **arrays)
-        os.replace(partial, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
-    finally:
-        if partial and os.path.exists(partial):
-            os.unlink(partial)
 
 
 def load(file: Path, main: Network, networks: Mapping[str, Network], size: int, about: Mapping | None = None) -> Real:

@@ -11,7 +11,6 @@ all read them in the end.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import tempfile
 import zipfile
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from unclip_jax.errors import UserError
 from unclip_jax.gallery import write_text
+from unclip_jax.storage import new_file
 
 BLOCK = 256  # pictures
 _OWN = re.compile(r"(real|drawn)-[0-9a-f]{16}(-\d{5}\.npz|\.json)")
@@ -110,13 +110,8 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    fd, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".tmp")
     try:
-        with os.fdopen(fd, "wb") as stream:
+        with new_file(file) as stream:
             np.savez(stream, **arrays)
-        os.replace(partial, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
