@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from tests import tiny_stack
 from unclip_jax import checkpoint, config, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import stages
-from unclip_jax.export import collect
+from unclip_jax.export import _without_paths, collect
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.weights import load_stack
 
@@ -84,6 +85,15 @@ def test_variances_are_measured_and_make_the_sampler_analytic_usable(runs, tmp_p
 
 def test_the_stack_names_no_place_on_the_machine_that_trained(runs, stack):
     assert str(runs["clip"].parent) not in (stack / "stack.json").read_text()
+
+
+def test_no_source_names_a_place():
+    parts = ({"source": "webdataset", "path": "/here", "index": "/there", "weight": 2}, {"source": "shapes"})
+    given = {"source": "tfds", "path": "coco", "data_dir": "/data", "index": "/idx", "size": 16, "parts": parts}
+    own = ConfigDict({"clip": "/clip", "init": "/init", "tokenizer": None, "data": given}).lock()
+    told = _without_paths(own)
+    assert "/" not in told.to_json() and (told.data.size, told.data.parts[0]["weight"]) == (16, 2)
+    assert own.data.parts[0]["path"] == "/here"
 
 
 def test_the_upsampler_may_be_left_out(runs, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 
 from tests import tiny_stack
 from unclip_jax import sharding
+from unclip_jax.errors import UserError
 from unclip_jax.nn import drawing
 from unclip_jax.stack import open_stack
-from unclip_jax.weights import load_stack
+from unclip_jax.weights import load_stack, save_stack
 
 
 def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
@@ -24,6 +25,18 @@ def test_for_a_gpu_the_host_cuts_and_joins_the_layers(monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, params, wanted)
     assert "block0" in opened.params["prior"]["net"]["transformer"]
     assert params["net"]["stem"]["kernel"].format.layout.major_to_minor == (3, 0, 1, 2)
+
+
+@pytest.mark.parametrize("change", [{"data": {"size": 64}}, {"objective": {"factor": 4}}])
+def test_an_upsampler_that_does_not_follow_the_decoder_is_refused(change, tmp_path):
+    stack = load_stack(tiny_stack.path())
+    stages = {name: list(stage) for name, stage in stack.stages.items()}
+    config = stages["upsampler"][1] = stages["upsampler"][1].copy_and_resolve_references()
+    with config.unlocked():
+        config.update(change)
+    save_stack(tmp_path / "s", stages, stack.tokenizer_json)
+    with pytest.raises(UserError, match="upsampler makes .* pixels of 16, and was made for"):
+        open_stack(tmp_path / "s")
 
 
 def test_for_a_cpu_layers_are_cut_and_nothing_else():

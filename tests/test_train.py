@@ -46,21 +46,29 @@ def grey(value, n=2):
     return {"image": jnp.full((n, 2, 2, 3), value, jnp.float32)}
 
 
-def test_average_and_parameters_follow_their_formulas(task):
-    """SGD on (m - c - jitter)^2: c += 2 lr (m - c - jitter); ema += (1 - d)(c - ema), d = min(0.6, (1+n)/(10+n))."""
-    tx, lr, steps = optax.sgd(0.1), 0.1, 20
-    step = jax.jit(make_train_step(task, tx, ema_decay=0.6, seed=5))
+@pytest.mark.parametrize("every", [1, 3])
+def test_average_and_parameters_follow_their_formulas(task, every):
+    """SGD on (m - c - jitter)^2: c += 2 lr (m - c - jitter); ema += (1 - d)(c - ema), d = min(0.6, (1+n)/(10+n)).
+
+    n counts updates, of which there is one in `every` steps, by their mean gradient.
+    """
+    tx, lr, steps = optax.sgd(0.1), 0.1, 20 * every
+    tx = tx if every == 1 else optax.MultiSteps(tx, every).gradient_transformation()
+    step = jax.jit(make_train_step(task, tx, ema_decay=0.6, seed=5, accumulate=every))
     state = start(task, tx)._replace(opt=tx.init(start(task, tx).params))
     c = ema = np.asarray(state.params["colour"], np.float64)
-    decays = []
+    decays, slopes = [], []
     for n in range(steps):
         m = math.sin(n)
         rng = jax.random.fold_in(jax.random.key(5), n)
         jitter = 0.1 * np.asarray(jax.random.normal(rng, (3,)), np.float64)
-        decays.append(min(0.6, (1 + n) / (10 + n)))
         loss = np.square(m - c - jitter).sum()
-        c = c + 2 * lr * (m - c - jitter)
-        ema = ema + (1 - decays[-1]) * (c - ema)
+        slopes.append(-2 * (m - c - jitter))
+        if len(slopes) == every:
+            c = c - lr * np.mean(slopes, axis=0)
+            slopes, count = [], n // every
+            decays.append(min(0.6, (1 + count) / (10 + count)))
+            ema = ema + (1 - decays[-1]) * (c - ema)
         state, metrics = step(state, {}, grey(m), n)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
         np.testing.assert_allclose(state.params["colour"], c, rtol=1e-4, atol=1e-6)

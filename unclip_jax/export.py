@@ -18,6 +18,8 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.stack import ROLES
 from unclip_jax.tokenizer import Tokenizer
 
+DATA_PATHS = ("path", "index", "data_dir")  # arguments of sources that tell where things lie
+
 
 def collect(
     out: str | os.PathLike,
@@ -86,8 +88,12 @@ def _variances(stage, clip: str | os.PathLike) -> jax.Array:
 def _without_paths(config):
     """The config without where things lay on the machine that trained it."""
     config = config.copy_and_resolve_references()
+    blank = lambda block: {key: "" if key in DATA_PATHS else value for key, value in block.items()}  # noqa: E731
     with config.unlocked():
-        for block, key in ((config, "clip"), (config, "init"), (config.data, "path"), (config.tokenizer or {}, "path")):
+        for block, key in ((config, "clip"), (config, "init"), (config.tokenizer or {}, "path")):
             if key in block:
                 block[key] = ""
+        config.data.update(blank(config.data))
+        if "parts" in config.data:
+            config.data.parts = tuple(map(blank, config.data.parts))
     return config

@@ -59,7 +59,8 @@ def make(
       warmup: updates over which the rate rises linearly to `lr`; the first update already has lr / warmup.
       schedule: "cosine", "linear" or "constant" after the warm-up.
       final: the last rate as a fraction of `lr`, in [0, 1]; "constant" has no use for it.
-      weight_decay: >= 0; for arrays of rank >= 2 that are not biases, scales or statistics (`decayed`).
+      weight_decay: >= 0; for arrays of rank >= 2 that are not biases, scales or statistics (`decayed`); with Muon for
+        those it sees as matrices alone.
       b1, b2: decay of the first and second moment, in [0, 1).
       eps: > 0.
       clip_norm: the greatest global gradient norm, > 0, or None for no clipping.

@@ -1,8 +1,8 @@
 """What a training run is made of, built from its config and checked against its data, devices, CLIP and folder."""
 
+import contextlib
 import inspect
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from unclip_jax import config as configs
 from unclip_jax import data, optim, sharding, tasks
 from unclip_jax.data import loader
+from unclip_jax.data.images import BadImage
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, said_of, suggest
 from unclip_jax.fingerprint import by_path
@@ -106,8 +107,15 @@ def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> 
         return None
     if workdir or config.tokenizer.path:
         return Tokenizer.load(workdir / "tokenizer.json" if workdir else config.tokenizer.path).to_json()
-    captions = (source[i]["caption"] for i in itertools.islice(range(len(source)), TOKENIZER_CAPTIONS))
+    captions = _captions(source, TOKENIZER_CAPTIONS)
     return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
+
+
+def _captions(source: Source, most: int) -> Iterator[str]:
+    """The first captions of a source, without those that cannot be read."""
+    for i in range(min(most, len(source))):
+        with contextlib.suppress(BadImage):
+            yield source.caption(i)
 
 
 def _check_values(config: ConfigDict) -> None:

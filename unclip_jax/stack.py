@@ -77,7 +77,9 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
     stages = {stage: described.stages[name] for stage, name in names.items()}
     _check_same_clip(described.path, stages)
     configs = {stage: stages[stage].config for stage in names}
-    return Opened(described.tokenizer_json, _make_tasks(configs), configs, OnDemand(described.path, names, dtype))
+    made = _make_tasks(configs)
+    _check_sizes(described.path, made)
+    return Opened(described.tokenizer_json, made, configs, OnDemand(described.path, names, dtype))
 
 
 def identity(path: str | Path) -> str:
@@ -145,6 +147,17 @@ def _check_same_clip(path: Path, stages: Mapping[str, Stage]) -> None:
                 f"stack {path}: its {name} was trained with another CLIP than the one in the stack",
                 "export stages that were trained with the same --config.clip",
             )
+
+
+def _check_sizes(path: Path, made: Mapping[str, Any]) -> None:
+    """Each upsampler draws what the one before it, times its factor, has for a side."""
+    side = made["decoder"].image_size
+    for name, task in made.items():
+        if name.startswith("upsampler"):
+            if task.image_size != side * task.factor:
+                made_of = f"makes {task.factor * side} pixels of {side}, and was made for {task.image_size}"
+                raise UserError(f"stack {path}: {name} {made_of}", "export stages whose sizes follow each other")
+            side = task.image_size
 
 
 def _make_tasks(configs: Mapping[str, ConfigDict]) -> dict[str, Any]:

@@ -34,13 +34,15 @@ def init_state(task: tasks.Task, tx: optax.GradientTransformation, rng: jax.Arra
 
 
 def make_train_step(
-    task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int, sam_rho: float = 0.0
+    task: tasks.Task, tx: optax.GradientTransformation, ema_decay: float, seed: int,
+    sam_rho: float = 0.0, accumulate: int = 1,
 ) -> Callable:
     """(state, frozen, batch, index) → (state, metrics), pure; the batch is number `index` of the run, from 0.
 
-    The average is ema += (1 - d) (params - ema) with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run
-    is not held back by its random start. Where loss or gradient is not finite the state stays as it was, and
-    metrics["loss"] tells; it stays so for all later batches too, whose index is no longer its step.
+    At each update of the parameters, of number n = step // accumulate, the average is ema += (1 - d) (params - ema)
+    with d = min(ema_decay, (1 + n) / (10 + n)), so that a short run is not held back by its random start. Where loss or
+    gradient is not finite the state stays as it was, and metrics["loss"] tells; it stays so for all later batches too,
+    whose index is no longer its step.
     """
 
     tx = optax.with_extra_args_support(tx)
@@ -56,7 +58,8 @@ def make_train_step(
         def updated(state: TrainState) -> TrainState:
             updates, opt = tx.update(grads, state.opt, state.params, norm=norm)
             params = optax.apply_updates(state.params, updates)
-            rate = 1 - jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            n, last = state.step // accumulate, (state.step + 1) % accumulate == 0
+            rate = jnp.where(last, 1 - jnp.minimum(ema_decay, (1 + n) / (10 + n)), 0.0)
             ema = None if state.ema is None else jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
             return TrainState(state.step + 1, params, ema, opt)
 
@@ -76,4 +79,5 @@ def compile_step(step: Callable, mesh: jax.sharding.Mesh, shardings: TrainState)
 
 def step_of(config: ConfigDict, task: tasks.Task, tx: optax.GradientTransformation) -> Callable:
     """`make_train_step` with the numbers of a config."""
-    return make_train_step(task, tx, config.ema_decay, config.seed, config.optim.get("sam_rho", 0.0))
+    more = {name: config.optim[name] for name in ("sam_rho", "accumulate") if name in config.optim}
+    return make_train_step(task, tx, config.ema_decay, config.seed, **more)

@@ -66,6 +66,29 @@ def test_each_reading_takes_one_of_several_captions():
     assert tokenizer.decode(next(again)["tokens"]) == epochs[7]
 
 
+class Embedded(Numbered):
+    """As if its records were embeddings of a CLIP."""
+
+    def __init__(self, *args, clip="one", **kw):
+        super().__init__(*args, **kw)
+        self.clip_identity = clip
+
+
+def test_parts_are_of_one_kind(monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "embedded", f"{__name__}:Embedded")
+    one, other = {"source": "embedded"}, {"source": "embedded", "clip": "other"}
+    assert mixture(one, one).clip_identity == "one" and mixture({}).clip_identity is None
+    with pytest.raises(UserError, match="mix embeddings of several CLIPs"):
+        mixture(one, other)
+    with pytest.raises(UserError, match="mix pictures and embeddings"):
+        mixture({}, one)
+
+
+def test_captions_are_those_of_the_records():
+    source = mixture(dict(value=1, length=30), dict(value=2, length=7))
+    assert all(source.caption(i) == source[i]["caption"] for i in range(100))
+
+
 @pytest.mark.parametrize(
     ("parts", "match"),
     [

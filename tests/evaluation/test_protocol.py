@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny_stack
-from unclip_jax import cli
+from unclip_jax import cli, data
 from unclip_jax.data import shapes
+from unclip_jax.errors import UserError
 from unclip_jax.evaluation import features, pictures, protocol, reference, sweep, work
 from unclip_jax.metrics import distances, manifold, scores
 from unclip_jax.metrics.shapes_oracle import score
@@ -157,6 +159,51 @@ def test_other_pictures_or_weights_are_not_taken_for_the_same(tmp_path):
     other = protocol.Protocol(own.metrics, {"clip": features.dataclasses.replace(network(), identity="b")}, texts)
     names |= {other.look("drawn", World(4, 1), folder).name, own.look("drawn", World(5, 1), folder).name}
     assert len(names) == 4
+
+
+def test_metrics_may_be_added_to_what_was_measured(tmp_path):
+    for metrics in ("shapes_oracle", "clip_score,shapes_oracle", "clip_score"):
+        drawn, folder = World(20, 1), work.Work(tmp_path)
+        own = plan(metrics)
+        assert own.measure(own.look("drawn", drawn, folder), None).rows
+        again = World(20, 1)
+        own.measure(own.look("drawn", again, folder), None)
+        assert drawn.asked and not again.asked
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_other_pictures_of_the_same_names_and_sizes_are_not_taken_for_them(tmp_path, kind):
+    def write(value, last):
+        root = tmp_path / f"{value}-{last}"
+        root.mkdir()
+        members = []
+        for k in range(4):
+            name, pixels = f"{k}.bmp", np.full((8, 8, 3), value if k < 3 else last, np.uint8)
+            Image.fromarray(pixels).save(root / name)
+            (root / f"{k}.txt").write_text(f"number {k}")
+            members += [root / name, root / f"{k}.txt"]
+        if kind == "webdataset":
+            with tarfile.open(root / "a.tar", "w") as tar:
+                for file in members:
+                    tar.add(file, file.name)
+        path = root / "a.tar" if kind == "webdataset" else root
+        more = {"index": str(root / "index")} if kind == "webdataset" else {}
+        return data.make(kind, "all", size=8, path=str(path), **more)
+
+    first, same, other = write(1, 2), write(1, 3), write(4, 2)
+    about = lambda source, num: pictures.Real(source, num, {}).about  # noqa: E731
+    assert about(first, 3) == about(same, 3) and about(first, 4) != about(same, 4)
+    assert about(first, 3) != about(other, 3)
+    assert pictures.Real(first, 4, {}).captions() == [f"number {k}" for k in range(4)]
+
+
+def test_embeddings_are_not_measured_as_pictures(monkeypatch):
+    class Embedded(list):
+        clip_identity = "a"
+
+    monkeypatch.setattr(data, "make", lambda *_, **__: Embedded())
+    with pytest.raises(UserError, match="holds embeddings, and pictures are measured"):
+        pictures.source("embeddings", 32)
 
 
 def test_few_pictures_are_warned_of(tmp_path):

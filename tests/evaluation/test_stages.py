@@ -13,7 +13,9 @@ from unclip_jax.data import shapes
 from unclip_jax.diffusion.loss import bpd
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import stages
+from unclip_jax.interop.stages import clip_config, clip_stage
 from unclip_jax.metrics import probes
+from unclip_jax.weights import save_stack
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,20 @@ def test_clip_is_measured_by_what_its_embeddings_say(runs):
     names = [row[0] for row in tables(report)[title].rows]
     assert names[0] == "zero-shot, 5 templates, top-1" and names[2].startswith("linear probe on 64 of 'train'")
     json.dumps(report.facts)
+
+
+def test_a_converted_clip_is_measured_on_a_given_source(tmp_path):
+    """Its config tells of no data and no training."""
+    words = tiny_stack.tokenizer()
+    model = {**tiny_stack.configs()["clip"].model.to_dict(), "norm": None}
+    config = clip_config(model, words, words.vocab_size)
+    converted = clip_stage(tiny_stack.weights(config), config, "someone/clip", "hf-clip")
+    save_stack(tmp_path / "s", {"clip": converted}, words.to_json(), "float32")
+    with pytest.raises(UserError, match="the stage clip was converted, .* give --data SOURCE"):
+        stages.measure(tmp_path / "s", num=8, stage="clip")
+    found = tables(stages.measure(tmp_path / "s", num=8, stage="clip", source="shapes"))
+    names = [row[0] for row in found["Classification of 64 into 42 classes"].rows]
+    assert len(found["Retrieval among 64"].rows) == 6 and all(name.startswith("zero-shot") for name in names)
 
 
 def test_classes_are_of_scenes_captions_or_folders():

@@ -10,6 +10,7 @@ import pytest
 from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax.errors import UserError
+from unclip_jax.models.clip import _capped
 from unclip_jax.tasks.clip import ClipTask, ask, matrix_picture, unit
 
 B, D = 12, 7
@@ -62,7 +63,7 @@ def test_evaluate_counts_what_is_found(pairs):
 
 
 def test_temperature_is_bounded_and_embeddings_leave_with_their_norm():
-    """exp(s) grows up to 100 and no further; below, its gradient is not lost."""
+    """exp(s) grows up to 100 and no further; s keeps its gradient, but above for what would raise it."""
     config = tiny_stack.configs()["clip"]
     task, params = ClipTask.from_config(config), tiny_stack.weights(config)
     rng = np.random.default_rng(1)
@@ -84,9 +85,16 @@ def test_temperature_is_bounded_and_embeddings_leave_with_their_norm():
     for (logits, z_img, z_txt, scale, slope), s in zip(told, scales, strict=True):
         assert scale == pytest.approx(min(np.exp(s), 100), rel=1e-5)
         np.testing.assert_allclose(logits, similarities({"image": z_img, "tokens": z_txt}, scale), rtol=1e-3, atol=1e-3)
-        assert (slope != 0) == (s < np.log(100))
+        assert slope != 0 if s < np.log(100) else slope >= 0
         for z in (z_img, z_txt):
             np.testing.assert_allclose(np.linalg.norm(z, axis=1), config.model.norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("s, slopes", [(4.6, (2.0, -2.0)), (4.7, (2.0, 0.0))])
+def test_a_temperature_at_its_bound_can_come_back(s, slopes):
+    """Above ln 100 a gradient that lowers s passes, and one that raises it does not."""
+    for slope, sign in zip(slopes, (2.0, -2.0), strict=True):
+        assert float(jax.grad(lambda s, sign=sign: sign * _capped(s))(s)) == slope
 
 
 def test_unit_and_matrix_picture():

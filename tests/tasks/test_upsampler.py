@@ -1,6 +1,7 @@
 """The upsampler's task: small images against numpy, how many are blurred, what the network is shown, other sizes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax import tasks
-from unclip_jax.data.images import gaussian_blur
+from unclip_jax.data.images import gaussian_blur, resize
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
+from unclip_jax.tasks.decoder import mean_loss
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 SAMPLER = {"name": "ddim", "steps": 3}
@@ -133,6 +135,28 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     whole = np.asarray(task.sample({}, {"low": low}, keys, name="ddpm"))
     alone = np.asarray(task.sample({}, {"low": low[1:2]}, keys[1:2], name="ddpm"))
     np.testing.assert_allclose(alone[0], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_small_images_are_within_the_range_of_drawn_ones():
+    edge = jnp.where(jnp.arange(SIDE)[None, None, :, None] < SIDE // 2 + 1, -1.0, 1.0) * jnp.ones((2, SIDE, 1, 3))
+    assert float(jnp.abs(resize(edge, SIDE // FACTOR)).max()) > 1.01  # as resizing alone gives them
+    low = with_net(None).encode({}, {"image": edge})["low"]
+    assert float(low.min()) == -1 and float(low.max()) == 1
+
+
+def test_held_out_losses_are_told_when_no_picture_is_trained_on():
+    """At times of the whole schedule, which tells the loss to switch dropout off."""
+    asked = []
+
+    def loss(params, batch, rng, t):
+        asked.append(t)
+        return 2.0, {"mse": 3.0}
+
+    task = SimpleNamespace(schedule=SimpleNamespace(num_steps=50), loss=loss)
+    found = mean_loss(task, {}, {"image": np.zeros((400, 2, 2, 3))}, jax.random.key(1))
+    assert found == {"loss": (800.0, 400), "mse": (1200.0, 400)}
+    (t,) = asked
+    assert t.shape == (400,) and int(t.min()) == 0 and int(t.max()) == 49 and abs(float(t.mean()) - 24.5) < 3
 
 
 def test_preview_and_evaluation():

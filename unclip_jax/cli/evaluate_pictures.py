@@ -104,7 +104,7 @@ def _measure(args, combinations, folder: Path):
     if args.data is not None:
         source, about = pictures.source(args.data, size, args.seed, args.path)
         facts["data"] = about
-        real = pictures.Real(source, args.num, {**about, "num": args.num})
+        real = pictures.Real(source, args.num, about)
         captions = None if drawn else real.captions()
     work = Work(folder)
     statistics = _real(args, plan, real, work, size, facts) if plan.needs_real else None

@@ -12,14 +12,16 @@ One picture in fifty is held out of training, chosen by its name, so that adding
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from unclip_jax.data.images import SUFFIXES, center_crop_resize, open_image
-from unclip_jax.data.source import Source, check_arguments
+from unclip_jax.data.source import Source, check_arguments, digest
 from unclip_jax.errors import UserError
 
 SPLITS = ("train", "test", "heldout", "all")
@@ -82,10 +84,33 @@ class Folder(Source):
         }  # fmt: skip
 
 
+    def caption(self, i: int) -> str:
+        return self.records[i][1]
+
+    def digest(self, num: int) -> str:
+        """Of names, captions and the bytes of the files."""
+        records = self.records[:num]
+        return digest(itertools.chain(*records, contents([self.path / file for file, _ in records])))
+
+
+def contents(files: Sequence[Path]) -> list[bytes]:
+    """Each file's SHA-256; nothing of one that cannot be read, which is told of when its picture is."""
+
+    def told(file: Path) -> bytes:
+        try:
+            with file.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").digest()
+        except OSError:
+            return b""
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(told, files))
+
+
 def held_out(file: str) -> bool:
     """Whether a file name, with "/" between its parts, belongs to the two per cent held out."""
-    digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+    number = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()[:4]
+    return int.from_bytes(number, "big") % 100 < HELD_OUT_PERCENT
 
 
 def _pictures(root: Path) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unclip_jax.data.source import Source
+from unclip_jax.data.source import Source, digest
 from unclip_jax.errors import UserError
 
 PERIOD = 1000  # records after which the pattern of parts comes again
@@ -42,6 +42,7 @@ class Mixture(Source):
                 raise UserError(f"data.parts[{number}] is a mixture itself", "put its parts into the one mixture")
             self.parts.append(make(**{**own, "split": split, "size": size}))
             weights.append(weight)
+        self.clip_identity = self._same_kind()
         self.split, self.size = split, size
         self.licence = "; ".join(dict.fromkeys(part.licence for part in self.parts))
         self.max_bad = max(getattr(part, "max_bad", 0.1) for part in self.parts)
@@ -55,16 +56,36 @@ class Mixture(Source):
         self.counts = counts
         self.length = PERIOD * max(-(-len(part) // int(c)) for part, c in zip(self.parts, counts, strict=True))
 
+    def _same_kind(self) -> str | None:
+        """The CLIP whose embeddings all parts hold; None where all hold pictures."""
+        kinds = {getattr(part, "clip_identity", None) for part in self.parts}
+        if len(kinds) > 1:
+            what = "pictures and embeddings" if None in kinds else "embeddings of several CLIPs"
+            raise UserError(f"data.parts mix {what}", "give parts of one kind: pictures, or embeddings of one CLIP")
+        return kinds.pop()
+
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict:
+        part, number = self._place(i)
+        return part[number]
+
+    def caption(self, i: int) -> str:
+        part, number = self._place(i)
+        return part.caption(number)
+
+    def digest(self, num: int) -> str:
+        return digest(part.digest(num) for part in self.parts)
+
+    def _place(self, i: int) -> tuple[Source, int]:
+        """(the part that record i is of, its number there)."""
         if not 0 <= i < self.length:
             raise IndexError(i)
         period, slot = divmod(i, PERIOD)
         part = int(self.pattern[slot])
         number = period * int(self.counts[part]) + int(self.rank[slot])
-        return self.parts[part][number % len(self.parts[part])]
+        return self.parts[part], number % len(self.parts[part])
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

@@ -59,6 +59,10 @@ class Shapes(Source):
         """What record i shows."""
         return sample_scene(self._rng(i), held_out=self.split == "heldout")
 
+    def caption(self, i: int) -> str:
+        rng = self._rng(i)
+        return describe(sample_scene(rng, held_out=self.split == "heldout"), rng)[0]
+
     def __getitem__(self, i: int) -> dict:
         rng = self._rng(i)
         scene = sample_scene(rng, held_out=self.split == "heldout")

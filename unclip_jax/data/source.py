@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 
 from unclip_jax.errors import UserError, suggest
 
@@ -26,6 +27,23 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, i: int) -> dict:
         """Record i in [0, len); IndexError outside."""
+
+    def caption(self, i: int) -> str:
+        """The caption of record i, its picture left undecoded where that can be."""
+        return self[i]["caption"]
+
+    def digest(self, num: int) -> str:
+        """16 hexadecimal digits of what, beside its arguments, decides the first `num` records; "" if nothing does."""
+        return ""
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """16 hexadecimal digits of a SHA-256 of texts and bytes one after the other, each with its length."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "little") + data)
+    return whole.hexdigest()[:16]
 
 
 def check_arguments(name: str, what: str, path: str, split: str, splits: Sequence[str], max_bad: float) -> None:

@@ -2,7 +2,7 @@
 
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source, check_arguments
+from unclip_jax.data.source import Source, check_arguments, digest
 from unclip_jax.errors import UserError
 
 PREPARE = "prepare it with: tfds build NAME --data_dir=DIR --file_format=array_record"
@@ -40,6 +40,7 @@ class Tfds(Source):
         self.split, self.size, self.max_bad = split, size, max_bad
         self.image_key, self.caption_key = image_key, caption_key
         builder = _builder(path, data_dir)
+        self.full_name = builder.info.full_name
         self.records, self.numbers = _records(builder, path, split, image_key, caption_key)
         if not len(self):
             raise UserError(f"the split '{split}' of {path} is empty")
@@ -64,6 +65,11 @@ class Tfds(Source):
             "image": center_crop_resize(image, self.size), "caption": captions[0], "captions": captions,
             "file": where, "pixels": image.size,
         }  # fmt: skip
+
+
+    def digest(self, num: int) -> str:
+        """Of the data set's name, configuration and version."""
+        return digest([self.full_name, self.image_key, self.caption_key])
 
 
 def _builder(name: str, data_dir: str):

@@ -5,10 +5,13 @@ is run (a `pipe:` address is refused).
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source, check_arguments
+from unclip_jax.data.source import Source, check_arguments, digest
 from unclip_jax.data.tar_index import Files, open_index
 from unclip_jax.errors import UserError
 
@@ -59,16 +62,36 @@ class WebDataset(Source):
         return sum(len(getattr(self.index, part)) for part in self._parts)
 
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        first = getattr(self.index, self._parts[0])
-        entry = first[i] if i < len(first) else self.index.test[i - len(first)]
-        shard = self.index.shards[entry["shard"]]
+        shard, entry = self._entry(i)
         where = f"{shard} at byte {entry['image']}"
         data = self._read(shard, int(entry["image"]), int(entry["image_size"]))
         caption = self._caption(shard, entry)
         image = decode_image(data, where)
         return {"image": center_crop_resize(image, self.size), "caption": caption, "file": where, "pixels": image.size}
+
+    def caption(self, i: int) -> str:
+        return self._caption(*self._entry(i))
+
+    def digest(self, num: int) -> str:
+        """Of the pictures' and captions' bytes."""
+
+        def told(i: int) -> str:
+            shard, entry = self._entry(i)
+            try:
+                return digest(self._read(shard, int(entry[k]), int(entry[f"{k}_size"])) for k in ("image", "text"))
+            except BadImage:
+                return ""
+
+        with ThreadPoolExecutor(8) as pool:
+            return digest(pool.map(told, range(min(num, len(self)))))
+
+    def _entry(self, i: int) -> tuple[str, np.void]:
+        """(record i's shard, its ENTRY)."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        first = getattr(self.index, self._parts[0])
+        entry = first[i] if i < len(first) else self.index.test[i - len(first)]
+        return self.index.shards[entry["shard"]], entry
 
     def _read(self, shard: str, offset: int, size: int) -> bytes:
         try:

@@ -3,7 +3,7 @@
 Each is a sequence that is read block by block, so that no more than a block of pictures is ever in memory.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import warnings
@@ -18,6 +18,7 @@ from PIL import Image
 from unclip_jax import data, gallery
 from unclip_jax.data import folder as data_folder
 from unclip_jax.data.images import FORMATS, SUFFIXES, BadImage, center_crop_resize, open_image
+from unclip_jax.data.source import digest
 from unclip_jax.errors import UserError
 
 MAX_BAD = 0.01  # share of pictures that may be unreadable
@@ -56,7 +57,7 @@ class Drawn:
 
     def __init__(self, draw: Callable[[Sequence[str], int], np.ndarray], captions: Sequence[str], size: int, about):
         self.draw, self.captions, self.size = draw, list(captions), size
-        self.about = {**about, "captions": digest("\0".join(self.captions))}
+        self.about = {**about, "captions": digest(self.captions)}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -67,12 +68,14 @@ class Drawn:
 
 
 class Real:
-    """The first `num` pictures of a data source."""
+    """The first `num` pictures of a data source; `about`: what decides which source it is."""
 
     def __init__(self, source, num: int, about: dict):
         if num > len(source):
             raise UserError(f"num={num} is more than the {len(source)} pictures of '{source.name}'", "lower --num")
-        self.source, self.num, self.size, self.about = source, num, source.size, about
+        self.source, self.num, self.size = source, num, source.size
+        own = source.digest(num)
+        self.about = {**about, "num": num, **({"records": own} if own else {})}
 
     def __len__(self) -> int:
         return self.num
@@ -81,10 +84,12 @@ class Real:
         return _readable(lambda i: (self.source[i]["image"], self.source[i]["caption"]), start, stop, self.num)
 
     def captions(self) -> list[str]:
-        """Of all."""
-        if isinstance(self.source, data_folder.Folder):  # they are known without reading pictures
-            return [caption for _, caption in self.source.records[: self.num]]
-        return [self.source[i]["caption"] for i in range(self.num)]
+        """Of all but those that cannot be read."""
+        found = []
+        for i in range(self.num):
+            with contextlib.suppress(BadImage):
+                found.append(self.source.caption(i))
+        return found
 
 
 class Folder:
@@ -108,14 +113,14 @@ class Folder:
         if num is not None and num > len(self.files):
             raise UserError(f"num={num} is more than the {len(self.files)} pictures in {path}", "lower --num")
         self.files = self.files[:num]
-        self.size, self.bytes = self._look()
-        self.about = {"images": self.path.resolve().name, "files": digest("\0".join(self.files)), "bytes": self.bytes}
+        self.size = self._look()
+        told = data_folder.contents([self.path / file for file in self.files])
+        self.about = {"images": self.path.resolve().name, "files": digest(self.files), "records": digest(told)}
 
-    def _look(self) -> tuple[int, int]:
-        """The side of the middle squares, from the files' headers; and the bytes of all files."""
-        sizes, total = {}, 0
+    def _look(self) -> int:
+        """The side of the middle squares, from the files' headers."""
+        sizes = {}
         for file in self.files:
-            total += (self.path / file).stat().st_size
             try:
                 with Image.open(self.path / file, formats=FORMATS) as image:
                     sizes.setdefault(image.size, file)
@@ -127,7 +132,7 @@ class Folder:
             (a, first), (b, second) = list(sizes.items())[:2]
             what = f"{self.path} holds pictures of several sizes: {first} has {a[0]}x{a[1]}, {second} {b[0]}x{b[1]}"
             raise UserError(what, "bring all to one size before they are measured")
-        return min(next(iter(sizes))), total
+        return min(next(iter(sizes)))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,16 +153,10 @@ def source(name: str, size: int, seed: int = 0, path: str | None = None) -> tupl
     opened = data.make(name, split, size=size, seed=seed, **({} if path is None else {"path": path}))
     about = {"data": name, "split": split, "size": size, "seed": seed, "length": len(opened)}
     if path is not None:
-        folder = Path(path)
-        files = sorted({file for file, _ in opened.records})
-        about |= {"path": folder.resolve().name, "files": digest("\0".join(files))}
-        about["bytes"] = sum((folder / file).stat().st_size for file in files)
+        about["path"] = path if "://" in path else Path(path).resolve().name
+    if hasattr(opened, "clip_identity") and opened.clip_identity:
+        raise UserError(f"data={name!r} holds embeddings, and pictures are measured", "give a source of pictures")
     return opened, about
-
-
-def digest(text: str) -> str:
-    """16 hexadecimal digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _listed(path: Path) -> tuple[list[str], list[str] | None]:

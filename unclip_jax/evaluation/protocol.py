@@ -103,7 +103,9 @@ class Protocol:
         drawn = name == "drawn"
         seen_by = {key: network.identity for key, network in self.networks.items()}
         decides = {"pictures": pictures.about, "networks": seen_by}
-        decides |= {"captions": self.needs_captions, "oracle": "shapes_oracle" in self.metrics} if drawn else {}
+        if drawn:
+            texts, oracle = (metric in self.metrics for metric in ("clip_score", "shapes_oracle"))
+            decides |= {"captions": self.needs_captions, "texts": texts, "oracle": oracle}
         series = work.series(name, decides, total)
         series.fill(lambda start, stop: self._block(pictures, start, stop, drawn))
         return series

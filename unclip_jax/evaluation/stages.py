@@ -29,6 +29,7 @@ from unclip_jax.stack import located
 from unclip_jax.tokenizer import Tokenizer
 
 BUCKETS = 10
+CONVERTED_BATCH = 64
 TEMPLATES = ("{}", "a {}", "one {}", "a picture of a {}", "there is a {}")
 MAX_LINES = 100_000
 SWEPT = {"guidance": float, "steps": int, "candidates": int}
@@ -45,10 +46,15 @@ class Stage(NamedTuple):
     source: Any
     tokenizer: Tokenizer | None
 
+    @property
+    def batch_size(self) -> int:
+        """That it was trained with; of a converted one it is not known."""
+        return self.config.get("batch_size", CONVERTED_BATCH)
+
     def batches(self, seed: int):
-        """Of the held-out split, in an order that the seed decides, of the size trained with."""
-        settings = {**self.config.loader, "num_workers": 0}
-        return loader.batches(self.source, self.tokenizer, self.config.batch_size, seed=seed, **settings)
+        """Of the held-out split, in an order that the seed decides."""
+        settings = {**self.config.get("loader", {}), "num_workers": 0}
+        return loader.batches(self.source, self.tokenizer, self.batch_size, seed=seed, **settings)
 
 
 def measure(
@@ -92,11 +98,11 @@ def measure(
         if value and task not in (None, wanted):
             raise UserError(f"--{flag} is for a run of '{wanted}', and {what} is one of '{task}'", "leave it out")
     own = load(where, step, stage, source, path)
-    count = -(-num // own.config.batch_size)
+    count = -(-num // own.batch_size)
     metrics = tasks.measure(own.task, own.frozen, own.params, own.batches(seed), count, seed)
     _check_finite(metrics, where)
     tables = [Table("Metrics", ["metric", "value"], [[name, float(v)] for name, v in metrics.items()])]
-    n, split = count * own.config.batch_size, getattr(own.source, "split", own.config.eval.split)
+    n, split = count * own.batch_size, own.source.split
     facts = {"kind": "stage", "run": Path(where).resolve().name, "task": task, "step": own.step}
     facts |= {"data": own.source.name, "split": split, "n": n, "seed": seed, "versions": versions(), "metrics": metrics}
     if task == "clip":
@@ -131,10 +137,16 @@ def load(
             "put the CLIP that it was trained with back in that place",
         )
     task = tasks.make(config, frozen.model if frozen else None)
-    if source is None:
+    if source is not None:
+        size = config.data.get("size") or (frozen and (frozen.model.vision or {}).get("image_size"))
+        if not size:
+            raise UserError(f"{stage or where} sees no pictures: its CLIP has no image tower", "measure a whole CLIP's")
+        opened = pictures.source(source, size, config.data.get("seed", 0), path)[0]
+    elif "eval" in config:
         opened = data.make(**{**config.data, "split": config.eval.split})
     else:
-        opened = pictures.source(source, config.data.size, config.data.get("seed", 0), path)[0]
+        what = f"the stage {stage} was converted, and knows of no data to be measured on"
+        raise UserError(what, "give --data SOURCE, and --path where it lies")
     tokenizer = Tokenizer.from_json(text) if text else None
     return Stage(task, params, {"clip": frozen.params} if frozen else {}, config, step, opened, tokenizer)
 
@@ -192,7 +204,7 @@ def by_time(own: Stage, count: int, seed: int) -> list[Table]:
 
 
 def clip(own: Stage, num: int, seed: int, classes: Sequence[str] | None, templates: Sequence[str]) -> list[Table]:
-    """Retrieval over `num` examples; where examples have a class, zero-shot and a linear probe."""
+    """Retrieval over `num` examples; where examples have a class, zero-shot and, if trained here, a linear probe."""
     see = _embedder(own)
     examples = [own.source[i] for i in _readable(own.source, num, seed)]
     z_img = see.images([e["image"] for e in examples])
@@ -207,15 +219,15 @@ def clip(own: Stage, num: int, seed: int, classes: Sequence[str] | None, templat
     if labels is None:
         return tables
     names, label = labels
-    train_source = data.make(**{**own.config.data, "split": "train"})
-    train_x, train_y = _labelled(train_source, label, len(names), 4 * num, seed)
     test_x, test_y = _labelled(own.source, label, len(names), num, seed)
-    z_train, z_test = see.images(train_x), see.images(test_x)
+    z_test = see.images(test_x)
     z_class = probes.class_embeddings(see.texts(probes.class_prompts(names, templates)), len(names))
-    scores = {
-        f"zero-shot, {len(templates)} templates": probes.unit(z_test) @ z_class.T,
-        f"linear probe on {len(train_y)} of 'train'": probes.linear_probe(z_train, train_y, len(names))(z_test),
-    }
+    scores = {f"zero-shot, {len(templates)} templates": probes.unit(z_test) @ z_class.T}
+    if "source" in own.config.data:  # of a converted one it is not known what it was trained on
+        train_source = data.make(**{**own.config.data, "split": "train"})
+        train_x, train_y = _labelled(train_source, label, len(names), 4 * num, seed)
+        probe = probes.linear_probe(see.images(train_x), train_y, len(names))
+        scores[f"linear probe on {len(train_y)} of 'train'"] = probe(z_test)
     rows = []
     for name, score in scores.items():
         for k in [k for k in (1, 5) if k < len(names)]:
@@ -281,7 +293,7 @@ class _embedder:
     """The CLIP of a stage over pictures u8 and texts, in batches of one shape."""
 
     def __init__(self, own: Stage):
-        self.own, self.size = own, own.config.batch_size
+        self.own, self.size = own, own.batch_size
         apply = lambda method: jax.jit(lambda p, *x: own.task.model.apply({"params": p}, *x, method=method))  # noqa: E731
         self._image, self._text = apply("embed_image"), apply("embed_text")
 

@@ -111,9 +111,22 @@ class CLIP(nn.Module):
 
     def __call__(self, image: jax.Array, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """→ z_img f32[B, D], z_txt f32[B, D], and the temperature's inverse exp(min(s, ln 100)), a scalar."""
-        scale = jnp.exp(jnp.minimum(self.logit_scale, jnp.log(100.0)))
+        scale = jnp.exp(_capped(self.logit_scale))
         z_txt = self._leave(self.text_projection(self.textual(tokens, mask, _eos(mask))))
         return self.embed_image(image), z_txt, scale
+
+
+@jax.custom_vjp
+def _capped(s: jax.Array) -> jax.Array:
+    """min(s, ln 100), whose gradient above that lets s fall again and rise no further: s itself is kept within."""
+    return jnp.minimum(s, jnp.log(100.0))
+
+
+def _capped_back(s, g):
+    return (jnp.where(s > jnp.log(100.0), jnp.maximum(g, 0), g),)  # descent follows -g
+
+
+_capped.defvjp(lambda s: (_capped(s), s), _capped_back)
 
 
 def _eos(mask: jax.Array) -> jax.Array:

@@ -239,7 +239,8 @@ def split_variance(out: jax.Array) -> Out:
 
 
 def mean_loss(task, params, batch, rng) -> dict[str, tuple[jax.Array, int]]:
-    """The training loss and its parts as {metric: (sum, count)}."""
-    loss, metrics = task.loss(params, batch, rng)
+    """The training loss at random times and its parts, without dropout, as {metric: (sum, count)}."""
     b = batch["image"].shape[0]
+    t = jax.random.randint(jax.random.fold_in(rng, 2), (b,), 0, task.schedule.num_steps)
+    loss, metrics = task.loss(params, batch, rng, t)
     return {name: (value * b, b) for name, value in {"loss": loss, **metrics}.items()}

@@ -83,7 +83,10 @@ class UpsamplerTask:
         return params
 
     def encode(self, frozen, batch):
-        """Adds the small images, "low" f32[B, H / factor, H / factor, 3], where the loader has not made them."""
+        """Adds the small images, "low" f32[B, H / factor, H / factor, 3], where the loader has not made them.
+
+        Within [-1, 1], as all that a decoder draws: bicubic resizing goes beyond at edges.
+        """
         side = batch["image"].shape[1]
         if "low" in batch:
             if batch["low"].shape[1] * self.factor != side:
@@ -92,7 +95,7 @@ class UpsamplerTask:
             return batch
         if side % self.factor:
             raise ValueError(f"images of {side} pixels must be divisible by factor={self.factor}")
-        return {**batch, "low": resize(batch["image"], side // self.factor)}
+        return {**batch, "low": jnp.clip(resize(batch["image"], side // self.factor), -1, 1)}
 
     def x0_and_denoise(self, params, batch, **train):
         """An encoded batch's large images, and the network that is shown the small ones."""
