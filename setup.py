@@ -95,7 +95,7 @@ setup(
     package_data={"unclip_jax": ["bundled/*/*.json", "bundled/*/*.safetensors"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["unclip = unclip_jax.cli:main"]},
+    entry_points={"console_scripts": ["unclip = unclip_jax.cli:script"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

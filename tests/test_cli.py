@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -230,6 +231,16 @@ BAD = {
     "num 0": (["sample", "x", "--out", "o", "--num", "0"], "--num"),
     "num -1": (["sample", "x", "--out", "o", "--num", "-1"], "--num"),
     "num huge": (["sample", "x", "--out", "o", "--num", "10001"], "more than 10000 pictures"),
+    "num beyond": (["sample", "x", "--out", "o", "--num", "99999999999"], "in 1 … 2147483647"),
+    "out a link to nothing": (["sample", "x", "--out", "dangling"], "is a link to nothing"),
+    "name too long": (["sample", "x", "--out", "o", "--model", "m/" + "n" * 5000], "File name too long"),
+    "large sheet": (["data", "show", "shapes", "--size", "100000", "--out", "s.png"], "too many for one sheet"),
+    "reference unwritable": (
+        ["evaluate", "--images", ".", "--data", "shapes", "--metrics", "kid", "--reference", "/proc/r.npz"],
+        "'/proc/r.npz' is not writable",
+    ),
+    "blended folder": (["blend", "x", ".", "--out", "o"], "write prompt:."),
+    "config of another kind": (["train", "--config", "good.txt", "--workdir", "w"], "a Python file. Fix: name one"),
     "num no number": (["sample", "x", "--out", "o", "--num", "four"], "'four'"),
     "steps 0": (["sample", "x", "--out", "o", "--steps", "0"], "--steps"),
     "steps 2.5": (["sample", "x", "--out", "o", "--steps", "2.5"], "'2.5'"),
@@ -300,17 +311,18 @@ BAD = {
 def test_a_mistake_is_one_line_and_writes_nothing(case, run, stack, tmp_path):
     argv, words = BAD[case]
     (tmp_path / "good.txt").write_text("a red circle\n")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin1.txt").write_bytes("cruz año".encode("latin-1"))
     (tmp_path / "bell.txt").write_text("a red\acircle\n")
     (tmp_path / "old.json").write_text("{}")
     (tmp_path / "old.png").write_text("old")
-    before = files(tmp_path)
+    before, names = files(tmp_path), sorted(tmp_path.iterdir())
     with_model = argv[:1] == ["sample"] and "--model" not in argv
     code, out, err = run(*argv, *(["--model", stack] if with_model else []))
     assert code == 2 and out == "" and len(err) == 1, err
     assert err[0].startswith("error: ") and words in err[0] and err[0].isprintable()
-    assert files(tmp_path) == before and len(list(tmp_path.iterdir())) == len(before)
+    assert files(tmp_path) == before and sorted(tmp_path.iterdir()) == names
 
 
 def test_mistakes_are_told_before_weights_are_read(run, stack, monkeypatch):
@@ -330,6 +342,8 @@ def test_nan_is_told_and_nothing_is_written(run, stack, tmp_path, monkeypatch):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "not enough memory"),
+        (RuntimeError("Unable to initialize backend 'foo'"), 2, "unset JAX_PLATFORMS"),
+        (OSError(36, "File name too long", "n" * 300), 2, "cannot be used (File name too long)"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"), 2, "not enough memory"),
         (ValueError("surprise\nin two lines"), 1, "internal error, ValueError: surprise in two lines"),
     ],
@@ -341,6 +355,29 @@ def test_what_goes_wrong_later_is_one_line_too(run, stack, tmp_path, monkeypatch
     monkeypatch.setattr(UnCLIP, "generate", generate)
     got, _, err = run(*sample(stack, "--out", "made"))
     assert got == code and len(err) == 1 and words in err[0] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_at_once_and_nothing_behind(number, stack, tmp_path):
+    """While a program runs on the device, for which the interpreter does not wait."""
+    code = f"""
+import os, signal, sys, tempfile, threading
+import jax, jax.numpy as jnp
+from unclip_jax import cli
+def run(args):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        long = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda _, x: jnp.sin(x), x)).lower(jnp.ones(8)).compile()
+        threading.Timer(0.5, os.kill, (os.getpid(), {int(number)})).start()
+        jax.block_until_ready(long(jnp.ones(8)))
+cli.parse = lambda argv: type("args", (), {{"run": staticmethod(run)}})
+sys.argv[1:] = []
+cli.script()
+"""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 128 + number, done.stderr
+    assert not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
 
 
 def test_debug_shows_where(run):

@@ -10,6 +10,7 @@ import pytest
 from tests import tiny_stack
 from unclip_jax import data, tasks
 from unclip_jax.data import loader
+from unclip_jax.data.show import contact_sheet
 from unclip_jax.embed import embed
 from unclip_jax.errors import UserError
 from unclip_jax.tokenizer import Tokenizer
@@ -106,6 +107,11 @@ def test_mistakes_are_user_errors(folder, tmp_path):
         with pytest.raises(UserError, match=match):
             data.make("embeddings", **{"size": 16, "path": str(folder), **kw})
 
+    source = {"source": "embeddings", "path": str(folder), "size": 16}
+    with pytest.raises(UserError, match="are embeddings already"):
+        embed(tmp_path / "again", tiny_stack.path(), source, ("train",))
+    with pytest.raises(UserError, match="holds embeddings, and pictures are shown"):
+        contact_sheet(data.make(**source), 2, 2, tmp_path / "s.png")
     refused("needs data.path", path="")
     refused("holds no embeddings", path=str(tmp_path))
     refused("data.split='tset' was not embedded.*test", split="tset")

@@ -79,7 +79,7 @@ def test_every_imported_package_is_a_requirement(metadata):
 
 
 def test_command_version_and_python(metadata):
-    assert metadata["entry_points"] == {"console_scripts": ["unclip = unclip_jax.cli:main"]}
+    assert metadata["entry_points"] == {"console_scripts": ["unclip = unclip_jax.cli:script"]}
     assert metadata["version"] == unclip_jax.__version__
     assert metadata["python_requires"] == ">=3.11"
     assert f"## {unclip_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

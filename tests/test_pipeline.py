@@ -144,6 +144,18 @@ def test_bf16_weights_draw_nearly_the_same(drawn):
     assert apart.mean() < 1  # of 255; the f32 weights are bf16's numbers
 
 
+def test_an_interval_may_be_a_list(pipe, drawn):
+    low = pipe.without_upsamplers()
+    pair, several = (low.generate(PROMPTS, seed=7, interval=kind((0.2, 0.8))) for kind in (tuple, list))
+    assert np.array_equal(pair, several)
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_a_path_is_a_path(path):
+    with pytest.raises(UserError, match="must be a path"):
+        UnCLIP.load(path)
+
+
 def test_other_weights_may_be_put_in(pipe, drawn):
     """Of the same dtype they are drawn with by the programs there are, of another by others."""
     rounded = {**pipe.params, "decoder": jax.tree.map(lambda a: a.astype("bfloat16"), pipe.params["decoder"])}

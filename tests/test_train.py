@@ -25,6 +25,7 @@ from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding
 from unclip_jax import config as configs
 from unclip_jax import run as runs
 from unclip_jax.data import loader
+from unclip_jax.data.images import BadImage
 from unclip_jax.errors import UserError
 from unclip_jax.run import make_run
 from unclip_jax.train_step import init_state, make_train_step
@@ -498,7 +499,10 @@ BAD = {
     "image size": ("upsampler", {"data.size": 18, "model.multipliers": (1,) * 3}, "image 18x18 must be divisible by 4"),
     "crop of odd size": ("upsampler", {"loader.crop": 15}, "15 pixels must be divisible by factor=2"),
     "heads": ("prior_diffusion", {"model.heads": 3}, "width=16 must be a multiple of heads=3"),
-    "no heads": ("clip", {"model.text.heads": 0}, "the network of clip cannot be built"),
+    "no heads": ("clip", {"model.text.heads": 0}, "model.text.heads=0 must be of whole numbers of at least 1"),
+    "no layers": ("clip", {"model.vision.layers": 0}, "model.vision.layers=0 must be of whole numbers"),
+    "negative workers": ("toy", {"loader.num_workers": -1}, "loader.num_workers=-1 must be a whole number in 0 … 512"),
+    "many threads": ("toy", {"loader.num_threads": 999_999}, "loader.num_threads=999999 must be"),
     "clip's heads": ("clip", {"model.vision.heads": 3}, "width=16 must be a multiple of heads=3"),
     "patch": ("clip", {"model.vision.patch": 5}, "image_size=16 must be a multiple of model.vision.patch=5"),
     "clip's image": ("clip", {"data.size": 32}, "CLIP takes 16x16 images, got 32x32"),
@@ -515,6 +519,29 @@ def test_a_config_that_does_not_fit(stage, changes, words, task, tmp_path):
         train.train(changed(stage, changes), tmp_path / "run")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert not list(tmp_path.iterdir())
+
+
+def test_a_split_without_a_picture_is_told_with_what_helps(tmp_path, task):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (32, 32)).save(folder / f"{k}.png")
+    own = {"source": "folder", "path": str(folder), "captions": False, "split": "all", "size": 32}
+    config = toy.config(every__eval=2)
+    with config.unlocked():
+        config.data = own
+    with pytest.raises(UserError, match="nothing to measure on, eval.split='test'.*Fix: set --config.eval.split="):
+        train.train(config, tmp_path / "run")
+
+
+def test_the_tokenizer_is_trained_on_what_can_be_read():
+    class Source(list):
+        def caption(self, i):
+            if i % 3 == 1:
+                raise BadImage("damaged")
+            return f"number {i}"
+
+    assert list(runs._captions(Source(range(8)), 6)) == ["number 0", "number 2", "number 3", "number 5"]
 
 
 def test_a_clip_path_that_holds_another_stage(tmp_path):

@@ -8,6 +8,7 @@ from tests import tiny_stack
 from tests.compiling import events
 from unclip_jax import cli
 from unclip_jax.cli import programs
+from unclip_jax.errors import UserError
 from unclip_jax.stack import OnDemand
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -54,6 +55,12 @@ def test_nothing_is_kept_unless_asked_for(no_cache):
     assert programs.keep() == no_cache
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
     assert str(programs.keep(make=True)) == "elsewhere"
+
+
+def test_a_cache_that_cannot_be_made_is_told(no_cache):
+    no_cache.parent.parent.write_text("a file where the cache would be")
+    with pytest.raises(UserError, match="set JAX_COMPILATION_CACHE_DIR"):
+        programs.keep(make=True)
 
 
 def test_pictures_need_a_folder(capsys):

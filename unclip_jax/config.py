@@ -142,7 +142,9 @@ def _split(spec: str) -> tuple[Path, str]:
     if not spec:
         raise UserError("no config was given", "name one, such as configs/shapes/clip.py")
     if path.is_file() or path.suffix == "" and path.name and path.with_suffix(".py").is_file():
-        raise UserError(f"config {str(path)!r} must be a Python file", f"give {path.with_suffix('.py')}")
+        there = path.with_suffix(".py").is_file()
+        fix = f"give {path.with_suffix('.py')}" if there else "name one, such as configs/shapes/clip.py"
+        raise UserError(f"config {str(path)!r} must be a Python file", fix)
     if path.is_dir():
         inside = ", ".join(sorted(str(p) for p in path.glob("*.py"))[:10])
         raise UserError(

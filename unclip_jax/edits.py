@@ -18,7 +18,7 @@ from unclip_jax.data.images import center_crop_resize, to_float
 from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.settings import check_numbers, prior_of
+from unclip_jax.settings import check_numbers, check_prompts, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
 LEAST = 0.1  # noise below which x_T would hold the decoder's errors more than the picture
@@ -144,7 +144,8 @@ class Edits:
           thetas: how far to turn, each 0 (the picture itself) … 1; the paper goes to 0.25 – 0.50.
         """
         check_numbers(seed, 1, batch_size)
-        if not len(thetas) or not all(_within(theta, 0, 1) for theta in thetas):
+        check_prompts([source, target])
+        if not np.iterable(thetas) or not len(thetas) or not all(_within(theta, 0, 1) for theta in thetas):
             raise UserError(f"thetas={thetas!r} must be numbers in 0 … 1, at least one")
         cond, used = self._look(images), self.exact_settings(settings, TEXT_GUIDANCE)
         to, start = self._embed([target, source], batch_size, progress)
@@ -188,7 +189,7 @@ class Edits:
 
     def squares(self, images: Sequence[np.ndarray], side: int) -> np.ndarray:
         """The middle squares of pictures, u8[N, side, side, 3]."""
-        if not len(images):
+        if not np.iterable(images) or not len(images):
             raise UserError("images must hold at least one picture")
         return np.stack([_square(image, k, side) for k, image in enumerate(images)])
 

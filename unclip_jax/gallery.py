@@ -151,6 +151,8 @@ def write(
                 os.replace(fresh / name, out / name)
     except OSError as error:
         raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(fresh), str(out))) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return [out / name for name in names]
@@ -249,6 +251,8 @@ def _writable(out: str | os.PathLike) -> Path:
     if not str(out) or "\0" in str(out):
         raise UserError(f"out={str(out)!r} must be a path")
     path = Path(out).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"out={str(out)!r} is a link to nothing", "give another --out, or remove the link")
     try:
         above = path if path.is_dir() else path.absolute().parent
         while not above.exists():

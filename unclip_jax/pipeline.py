@@ -79,7 +79,11 @@ class UnCLIP(Edits, Painting, Reconstruction):
             dtype = "float32"
         opened = open_stack(path, dtype)
         params = opened.params if low_memory else dict(opened.params)
-        return cls(Tokenizer.from_json(opened.tokenizer_json), opened.tasks, opened.configs, params)
+        try:
+            tokenizer = Tokenizer.from_json(opened.tokenizer_json)
+        except UserError as error:
+            raise UserError(f"stack {path}, tokenizer.json: {error}") from error
+        return cls(tokenizer, opened.tasks, opened.configs, params)
 
     @property
     def upsamplers(self) -> list[str]:

@@ -305,5 +305,5 @@ def gpu_devices(spec: str):
     """ "h100:8" → ("h100", 8)."""
     chip, colon, count = spec.partition(":")
     if chip not in GPUS or (colon and not (count.isdecimal() and 0 < int(count) <= 65536)):
-        raise UserError(f"device={spec!r} must be GPU or GPU:COUNT", suggest(chip, GPUS))
+        raise UserError(f"device={spec!r} must be GPU or GPU:COUNT, COUNT in 1 … 65536", suggest(chip, GPUS))
     return chip, int(count or 1)

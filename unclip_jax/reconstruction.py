@@ -44,8 +44,8 @@ class Reconstruction:
         """
         check_numbers(seed, 1, batch_size)
         pca = self.kept_components() if pca is None else pca
-        if not len(dims) or not all(whole(k, 1, pca.std.shape[0]) for k in dims):
-            what = f"dims={list(dims)!r} must be whole numbers in 1 … {pca.std.shape[0]}, the components that there are"
+        if not np.iterable(dims) or not len(dims) or not all(whole(k, 1, pca.std.shape[0]) for k in dims):
+            what = f"dims={dims!r} must be whole numbers in 1 … {pca.std.shape[0]}, the components that there are"
             raise UserError(what, "name fewer, or measure all components on data")
         used = self.settings(**settings)
         used["decoder"] = {**used["decoder"], "caption": False}
@@ -69,7 +69,10 @@ class Reconstruction:
         task, vision = self.tasks["clip"], self.tasks["clip"].model.vision
         if vision is None:
             raise UserError("this stack's CLIP has no image tower, so it has no components", "give another stack")
-        side = vision["image_size"]
+        side, width = vision["image_size"], self.tasks["clip"].model.embed_dim
+        if not whole(num, width + 1):
+            what = f"num={num!r} pictures do not tell all {width} components of this CLIP's embeddings"
+            raise UserError(what, f"measure at least {width + 1}, better ten times as many")
         measure = jax.jit(lambda params, x: components.batch_moments(task.sample(params, {"image": x}, None)))
         params, seen, size = self.params["clip"], None, min(num, batch_size)
         stream = loader.batches(source, None, size)

@@ -26,6 +26,8 @@ MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip
 MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
 MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:")
 TOKENIZER_CAPTIONS = 20_000
+LOADER_MOST = {"num_workers": 512, "num_threads": 4096, "prefetch": 4096}
+SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
 
 
 class Run(NamedTuple):
@@ -61,7 +63,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     tx = optim.make(config.num_steps, **config.optim)
     source = data.make(**config.data)
     checked = config.every.preview or config.every.eval
-    held_out = data.make(**{**config.data, "split": config.eval.split}) if checked else None
+    held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
     _check_embedded(source, clip)
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
@@ -80,6 +82,18 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
     initial = None if earlier or not config.init else _initial(config, task, shapes.params)
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
+
+
+def _held_out(config: ConfigDict) -> Source:
+    """What a run is measured on while it trains."""
+    try:
+        return data.make(**{**config.data, "split": config.eval.split})
+    except UserError as error:
+        if "is empty" not in str(error):
+            raise
+        what = f"nothing to measure on, eval.split={config.eval.split!r}: {str(error).split('. Fix:')[0]}"
+        fix = "set --config.eval.split=train, or measure nothing: --config.every.eval=0 --config.every.preview=0"
+        raise UserError(what, fix) from error
 
 
 def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
@@ -129,6 +143,14 @@ def _check_values(config: ConfigDict) -> None:
             if key not in known:
                 raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
     flat = configs.flatten(config)
+    for name, most in LOADER_MOST.items():
+        value = config.loader.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            raise UserError(f"loader.{name}={value!r} must be a whole number in 0 … {most}")
+    for name, value in flat.items():
+        if name.startswith("model.") and name.split(".")[-1] in SIZES and value is not None:
+            if not all(type(n) is int and n > 0 for n in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"{name}={value!r} must be of whole numbers of at least 1")
     for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):
         value, least = flat[name], 0 if name in ("every.preview", "every.eval") else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -72,6 +72,8 @@ class Settings:
                 raise UserError(f"prior={value!r} is unknown", suggest(value, PRIORS))
             if kind in ("threshold", "rescale", "interval"):
                 check_settings(name.removesuffix(kind), **{kind: value})
+            if kind == "interval":
+                object.__setattr__(self, name, tuple(value))  # programs are told apart by it
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""
@@ -114,7 +116,7 @@ def whole(value, least: int, most: float = math.inf) -> bool:
 
 def check_prompts(prompts) -> None:
     """Raises UserError unless `prompts` is a list of at least one text."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    if isinstance(prompts, str) or not np.iterable(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("prompts must be a list of texts", "write generate(['a red circle'])")
     if not len(prompts):
         raise UserError("prompts must hold at least one text")

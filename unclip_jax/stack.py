@@ -1,6 +1,7 @@
 """A stack directory opened for sampling: its stages in the order they run, their weights read when asked for."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,8 @@ def _host() -> jax.Device | None:
 
 def located(path: str | Path) -> Path:
     """The directory of a bundled stack by its name, or of any stack by its path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"stack {path!r} must be a path or a bundled stack's name", "write UnCLIP.load('shapes')")
     path = Path(path)
     bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}
     if str(path) in bundled and not (path / "stack.json").is_file():

@@ -28,6 +28,7 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, write_arrays
 
 FORMAT_VERSION = 1
+COPY = "copy the whole stack directory again"
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
 STATISTICS = frozenset({"mean", "std", "components", "dots", "logit_scale", "logit_bias", "x0_variance"})
@@ -201,7 +202,7 @@ def _index(path: Path) -> dict:
         version, stages = index["format_version"], index["stages"]
         entries = [(entry["config"], entry["step"], entry["sha256"]) for entry in stages.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path / 'stack.json'} is malformed ({error!r})") from None
+        raise UserError(f"{path / 'stack.json'} is malformed ({error!r})", COPY) from None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
             f"stack {path} has format version {version}; this version of unclip_jax reads up to "
@@ -210,7 +211,7 @@ def _index(path: Path) -> dict:
         )
     sound = all(type(c) is dict and type(s) is int and type(h) is str for c, s, h in entries)
     if not sound or not all(_STAGE.fullmatch(name) for name in stages):
-        raise UserError(f"{path / 'stack.json'} is malformed (stage names, configs, steps or checksums)")
+        raise UserError(f"{path / 'stack.json'} is malformed (stage names, configs, steps or checksums)", COPY)
     return index
 
 
@@ -219,7 +220,7 @@ def _describe_stage(path: Path, name: str, entry: dict, dtype: str | None) -> St
     file = path / f"{name}.safetensors"
     if not file.is_file():
         raise UserError(
-            f"{file} is missing, though stack.json lists it", "copy the whole stack directory again"
+            f"{file} is missing, though stack.json lists it", COPY
         )
     try:
         config = ConfigDict(_tuples(entry["config"])).lock()
@@ -235,7 +236,7 @@ def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
     described = _describe_stage(path, name, entry, dtype)
     file = path / f"{name}.safetensors"
     if _sha256(file) != entry["sha256"]:
-        raise UserError(f"{file} differs from its SHA-256 in stack.json", "copy the stack directory again")
+        raise UserError(f"{file} differs from its SHA-256 in stack.json", COPY)
     arrays = {}
     with _no_valid(file):
         for key, place in read_header(file).items():
@@ -272,7 +273,7 @@ def _text(file: Path) -> str:
             raise UserError(f"{file} is larger than the {MAX_JSON_BYTES} bytes allowed")
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{file} is missing", "copy the whole stack directory again") from None
+        raise UserError(f"{file} is missing", COPY) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error})") from None
 

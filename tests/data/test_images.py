@@ -205,6 +205,22 @@ def test_grid_draws_labels_below_and_never_beyond_two_lines():
     assert (two[:, 42:44] == 255).all()  # nothing runs into the neighbour
 
 
+def test_a_label_costs_no_more_for_being_long(monkeypatch):
+    """However long, few letters of it are measured: no more than could fit."""
+    font, asked = images.ImageFont.load_default(10), []
+
+    class Counted:
+        def getlength(self, text):
+            asked.append(len(text))
+            return font.getlength(text)
+
+    for text in ("word " * 50_000, "letters" * 50_000):
+        del asked[:]
+        rows = images._wrap(text, Counted(), 100)
+        assert 1 <= len(rows) <= 2 and rows[-1].endswith("…") and all(font.getlength(row) <= 100 for row in rows)
+        assert len(asked) < 500 and max(asked) <= 401
+
+
 def test_png_metadata_is_read_back_and_bytes_are_reproducible(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     metadata = {"prompt": 'ein "rotes" Quadrat 红', "settings": {"steps": 25, "a": [1, None]}, "seed": 7}

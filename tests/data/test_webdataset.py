@@ -71,6 +71,7 @@ def test_every_record_is_found_with_its_own_caption(root):
     assert one[0]["pixels"] == (6, 4) and "00001.tar at byte" in one[0]["file"]
     with pytest.raises(IndexError):
         one[50]
+    assert [one.caption(i) for i in range(50)] == [one[i]["caption"] for i in range(50)]
 
 
 def test_splits_are_disjoint_complete_and_the_same_in_any_order_of_opening(root):
@@ -167,7 +168,8 @@ def test_odd_members_do_no_harm_and_are_counted(tmp_path):
 def test_a_shard_cut_off_keeps_what_is_whole(tmp_path):
     record = 6 * tarfile.BLOCKSIZE  # three members of a header and a block each
     (tmp_path / "a.tar").write_bytes(shard(0, 10)[: 5 * record + tarfile.BLOCKSIZE + 30])
-    source = open_all(tmp_path / "a.tar", index=str(tmp_path / "i"))
+    with pytest.warns(UserWarning, match="1 of 1 shards end too early: cut off in .*a.tar"):
+        source = open_all(tmp_path / "a.tar", index=str(tmp_path / "i"))
     assert content(source) == {f"number {k}": k for k in range(5)}
     assert any("cut off in" in reason for reason in source.index.passed_over)
 
@@ -193,6 +195,7 @@ BAD = {
     "command": ("pipe:cat x.tar", "asks for a command"),
     "chain": ("simplecache::https://x/y.tar", "asks for a command or a chain"),
     "nothing": ("{root}/none.tar", "names no tar file"),
+    "some missing": ("{root}/{00001..00004}.tar", "names 4 shards, and 2 are not there: .*00003.tar"),
     "braces": ("{root}/{a,b}.tar", "braces without a range"),
     "no tar": ("{root}/text.tar", "no captioned pictures .*cut off in"),
     "only text": ("{root}/lone.tar", "no captioned pictures in 1 shards .*1 without a picture"),

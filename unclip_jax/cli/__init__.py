@@ -1,11 +1,13 @@
 """The `unclip` command: parse, check, call, print. Whatever is slow to import is imported where it is used.
 
 A mistake in what was typed is one line on stderr, `error: …`, exit code 2, and nothing is written. A program
-error is one line and exit code 1 (`--debug` shows where). Ctrl-C is exit code 130.
+error is one line and exit code 1 (`--debug` shows where). Ctrl-C is exit code 130, SIGTERM 143.
 """
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
 import warnings
 
@@ -27,6 +29,7 @@ from unclip_jax.cli import (
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
+INTERRUPTED, TERMINATED = 130, 143  # as shells tell of signals
 # In the order of `unclip --help`.
 COMMANDS = (
     train.add,
@@ -46,6 +49,26 @@ COMMANDS = (
 )
 
 
+def script() -> None:
+    """The process of a command: `main`, and its exit code.
+
+    SIGTERM, too, unwinds what was begun, so that nothing half-made is left. Whoever is stopped while a program runs on
+    the device does not wait for it: the interpreter would take the device down from under it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code
+    if code in (INTERRUPTED, TERMINATED):
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -60,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args) or 0
     except KeyboardInterrupt:
         _say("interrupted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -75,6 +98,13 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{type(error).__name__}: {error}"
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
             _say("error: not enough memory. Fix: give a smaller --batch-size, or add --low-memory")
+            return 2
+        if "Unable to initialize backend" in what:
+            _say(f"error: JAX finds no such device ({error}). Fix: unset JAX_PLATFORMS, or install what it asks for")
+            return 2
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{str(error.filename)[:100]!r} cannot be used" if error.filename else "a file cannot be used"
+            _say(f"error: {where} ({error.strerror}). Fix: give another path, or see to its folder and disk")
             return 2
         _say(f"error: internal error, {what[:300]}. Fix: run again with --debug, and report what it shows")
         return 1

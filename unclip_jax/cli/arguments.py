@@ -159,12 +159,12 @@ def _read_prompts(path: str) -> list[str]:
 
 def count(text: str) -> int:
     """At least 1."""
-    return _number(text, int, 1, 2**31 - 1, "a whole number of at least 1")
+    return _number(text, int, 1, 2**31 - 1, "a whole number in 1 … 2147483647")
 
 
 def number_from(low: int):
     """A whole number of at least `low`."""
-    return lambda text: _number(text, int, low, 2**31 - 1, f"a whole number of at least {low}")
+    return lambda text: _number(text, int, low, 2**31 - 1, f"a whole number in {low} … 2147483647")
 
 
 def seed(text: str) -> int:

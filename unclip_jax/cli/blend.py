@@ -60,6 +60,8 @@ def _read(given: str):
 
     if given.startswith(TEXT):
         return checked_text(given.removeprefix(TEXT))
+    if os.path.isdir(given) and not given.lower().endswith(SUFFIXES):
+        raise UserError(f"{given!r} is a folder, and no picture", f"or, if it is a prompt, write {TEXT}{given}")
     if "\0" not in given and os.path.exists(os.path.expanduser(given)):
         return read_picture(given)
     if given.lower().endswith(SUFFIXES):

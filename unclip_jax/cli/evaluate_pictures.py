@@ -19,7 +19,7 @@ TYPES = {
 
 def run(args) -> None:
     """Prints, and on request writes, the metrics of drawn pictures."""
-    from unclip_jax import distributed
+    from unclip_jax import distributed, gallery
     from unclip_jax.evaluation import protocol, report, sweep
 
     distributed.initialize()
@@ -37,6 +37,8 @@ def run(args) -> None:
         raise UserError("pictures are drawn from the captions of --data", "give --data SOURCE, or --images DIR")
     if args.reference is not None and args.data is None and not Path(args.reference).is_file():
         raise UserError(f"reference {args.reference!r} does not exist", "give --data as well to make it")
+    if args.reference is not None and not Path(args.reference).exists():
+        gallery.check_file(args.reference, Path(args.reference).suffix.lower())  # known before hours are spent
     _models_exist(args, combinations)
     with _work(args) as folder:
         made = _measure(args, combinations, folder)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from unclip_jax.errors import UserError
+
 
 def keep(make: bool = False) -> Path | None:
     """JAX's persistent cache of compiled programs: the folder, or None for no cache.
@@ -21,7 +23,11 @@ def keep(make: bool = False) -> Path | None:
         return Path(jax.config.jax_compilation_cache_dir)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip_jax" / "programs"
     if make:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"programs cannot be kept in {folder} ({error.strerror or error})"
+            raise UserError(what, "set JAX_COMPILATION_CACHE_DIR to a folder that can be written") from error
     if not folder.is_dir():
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))

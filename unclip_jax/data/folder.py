@@ -67,7 +67,7 @@ class Folder(Source):
             records = [r for r in records if held_out(r[0]) == (split != "train")]
         if not records:
             raise UserError(
-                f"the split '{split}' of {path} is empty", "add pictures, or use data.split='all'"
+                f"the split '{split}' of {path} is empty", "add pictures, or take the split 'all'"
             )
         self.records = records
 

@@ -185,11 +185,11 @@ def _plain(text: str) -> str:
 
 def _wrap(text: str, font, width: int, lines: int = 2) -> list[str]:
     """Cuts a text into at most `lines` lines of `width` pixels, between words if it can; "…" marks a loss."""
-    out, words = [], text.split()
+    out, words = [], text[: 2 * lines * width].split()  # longer ones never fit: no letter is half a pixel wide
     while words and len(out) < lines:
-        take = len(words)
-        while take > 1 and font.getlength(" ".join(words[:take])) > width:
-            take -= 1
+        take = 1
+        while take < len(words) and font.getlength(" ".join(words[: take + 1])) <= width:
+            take += 1
         row, words = " ".join(words[:take]), words[take:]
         if font.getlength(row) > width or (words and len(out) == lines - 1):
             while row and font.getlength(row + "…") > width:

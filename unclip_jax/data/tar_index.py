@@ -193,11 +193,15 @@ class Files:
         """Addresses that a pattern with {00..99} and * stands for; of a folder, all its .tar files."""
         import fsspec
 
+        names = _braces(pattern)
         try:
-            parts = [part for one in _braces(pattern) for part in self._glob(fsspec, one)]
+            parts = [self._glob(fsspec, one) for one in names]
         except (OSError, ImportError, ValueError) as e:
             raise UserError(f"data.path={pattern!r} cannot be listed ({e})") from e
-        return sorted(set(parts))
+        if len(names) > 1 and (missing := [name for name, found in zip(names, parts, strict=True) if not found]):
+            what = f"data.path={pattern!r} names {len(names)} shards, and {len(missing)} are not there: {missing[0]}"
+            raise UserError(what, "name those that are there, or all by *")
+        return sorted({part for found in parts for part in found})
 
     def _glob(self, fsspec, pattern: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(pattern)

@@ -43,7 +43,7 @@ class Tfds(Source):
         self.full_name = builder.info.full_name
         self.records, self.numbers = _records(builder, path, split, image_key, caption_key)
         if not len(self):
-            raise UserError(f"the split '{split}' of {path} is empty")
+            raise UserError(f"the split '{split}' of {path} is empty", "take another split")
 
     def __len__(self) -> int:
         return len(self.records) if self.numbers is None else len(self.numbers)

@@ -5,6 +5,7 @@ is run (a `pipe:` address is refused).
 """
 
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -54,9 +55,11 @@ class WebDataset(Source):
         if not shards:
             raise UserError(f"data.path={path!r} names no tar file")
         self.index = open_index(self.files, shards, index)
+        if cut := [reason for reason in self.index.passed_over if reason.startswith("cut off")]:
+            warnings.warn(f"{len(cut)} of {len(shards)} shards end too early: {cut[0]}", stacklevel=2)
         self._parts = {"train": ("train",), "all": ("train", "test")}.get(split, ("test",))
         if not len(self):
-            raise UserError(f"the split '{split}' of {path} is empty", "add shards, or use data.split='all'")
+            raise UserError(f"the split '{split}' of {path} is empty", "add shards, or take the split 'all'")
 
     def __len__(self) -> int:
         return sum(len(getattr(self.index, part)) for part in self._parts)
