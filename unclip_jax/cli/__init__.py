@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 
 import unclip_jax
@@ -29,7 +30,7 @@ from unclip_jax.cli import (
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
-INTERRUPTED, TERMINATED = 130, 143  # as shells tell of signals
+STOPPED = {130: "interrupted", 143: "terminated"}  # 128 and the signal's number, as shells have it
 # In the order of `unclip --help`.
 COMMANDS = (
     train.add,
@@ -52,21 +53,32 @@ COMMANDS = (
 def script() -> None:
     """The process of a command: `main`, and its exit code.
 
-    SIGTERM, too, unwinds what was begun, so that nothing half-made is left. Whoever is stopped while a program runs on
-    the device does not wait for it: the interpreter would take the device down from under it.
+    A signal unwinds what was begun, so that nothing half-made is left; then the process ends at once. It does not wait
+    for a program that runs on the device, and frees nothing that such a one may hold, as the interpreter's end would.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:  # else whoever started it has it ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    sys.unraisablehook = _not_lost
     try:
-        code = main()
-    except SystemExit as stop:
-        code = stop.code
-    if code in (INTERRUPTED, TERMINATED):
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        sys.exit(main())
+    except SystemExit as stop:  # which holds the frames, and they what they made
+        if stop.code in STOPPED:
+            _say(STOPPED[stop.code])
+            for child in multiprocessing.active_children():
+                child.kill()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code)
+        raise
+
+
+def _not_lost(found) -> None:
+    """Asks once more to stop where the first asking came in a destructor or the like, which lets nothing through."""
+    if isinstance(found.exc_value, SystemExit) and found.exc_value.code in STOPPED:
+        threading.Timer(0.1, os.kill, (os.getpid(), found.exc_value.code - 128)).start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             args = parse(argv)
             return args.run(args) or 0
     except KeyboardInterrupt:
-        _say("interrupted")
-        return INTERRUPTED
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
