@@ -217,6 +217,9 @@ def test_overwrite_replaces_a_stack(run, tmp_path):
     assert run("--to", "hf-clip", "made", "back")[0] == run("--to", "hf-clip", "made", "back", "--overwrite")[0] == 0
     code, _, err = run("--to", "hf-clip", "made", "theirs", "--overwrite")
     assert code == 2 and "is the work of others" in err[0] and (tmp_path / "theirs/vocab.json").is_file()
+    (tmp_path / "pictures").mkdir()
+    code, _, err = run("--to", "hf-clip", "made", "pictures", "--overwrite")
+    assert code == 2 and "is the work of others" in err[0] and (tmp_path / "pictures").is_dir()
     assert tokenizers.Tokenizer.from_file("back/tokenizer.json").token_to_id("<|endoftext|>") is not None
 
 

@@ -121,6 +121,11 @@ def test_diffusers_loads_what_is_converted_back_and_it_is_the_same(folders, stac
         folders["t2i"] / "tokenizer"
     )(PROMPTS).input_ids
     assert cli.main(["convert", "--from", "karlo", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
+    assert cli.main(["convert", "--to", "karlo", str(stack), str(tmp_path / "back"), "--overwrite"]) == 0
+    own = dict(json.loads((tmp_path / "back" / "model_index.json").read_text()))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model_index.json").write_text(json.dumps({k: own[k] for k in own if k != "_unclip_jax"}))
+    assert cli.main(["convert", "--to", "karlo", str(stack), str(tmp_path / "theirs"), "--overwrite"]) == 2
     first, again = load_stack(stack), load_stack(tmp_path / "again")
     for name, stage in first.stages.items():
         jax.tree.map(np.testing.assert_array_equal, stage.params, again.stages[name].params)

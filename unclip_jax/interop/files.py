@@ -128,6 +128,12 @@ def open_weights(path: str | Path, variant: str | None = None) -> Weights:
     return Weights(readers)
 
 
+def spare_others(out: Path, marker: str, own: str, overwrite: bool) -> None:
+    """UserError where `out` would be overwritten and is not ours: its file `marker`, JSON, lacks the key `own`."""
+    if overwrite and out.exists() and not ((out / marker).is_file() and own in read_json(out / marker)):
+        raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
+
+
 def read_json(file: Path, what: str = "a config", most: int = MAX_JSON_BYTES) -> dict:
     """The JSON object in a file.
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import hf_tokenizer, stages
-from unclip_jax.interop.files import Source, joined, open_weights, read_json
+from unclip_jax.interop.files import Source, joined, open_weights, read_json, spare_others
 from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed, views
 from unclip_jax.storage import new_directory, write_arrays
 from unclip_jax.tokenizer import Tokenizer
@@ -218,8 +218,7 @@ def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float3
       UserError: no CLIP there, or `out` exists; what `write` did not make is never overwritten.
     """
     out = Path(out).expanduser().resolve()
-    if overwrite and out.exists() and OWN not in read_json(out / "config.json"):
-        raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
+    spare_others(out, "config.json", OWN, overwrite)
     stage = tasks.load_stage(stack, "clip")
     if stage.config.model.vision is None:
         raise UserError(f"the CLIP of {stack} has no image tower", "convert the whole stack: --to karlo")

@@ -15,15 +15,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+import unclip_jax
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, karlo_json
-from unclip_jax.interop.files import Source, open_weights, read_json
+from unclip_jax.interop.files import Source, open_weights, read_json, spare_others
 from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
 from unclip_jax.interop.layout import read, views
 from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence, whole
 from unclip_jax.storage import new_directory, write_arrays
 from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
 
+OWN = "_unclip_jax"  # the key of a model_index.json of ours; diffusers leaves such with an underscore alone
 PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
 # Folder of the scheduler, what it predicts, its variance.
 SCHEDULERS = {
@@ -89,6 +91,7 @@ def read_stack(source: Source, tokenizer: str | None = None) -> Converted:
 def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> Path:
     """A folder that diffusers' UnCLIPPipeline.from_pretrained loads, from a stack of Karlo's kind; returns its path."""
     out = Path(out).expanduser().resolve()
+    spare_others(out, "model_index.json", OWN, overwrite)
     names = {task: name for name, task in tasks_of(stack).items()}
     with new_directory(out, "pipeline of diffusers", "model_index.json", overwrite) as folder:
         words, (params, config, _, _) = load_one(stack, names.get("clip", "clip"))
@@ -101,7 +104,8 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
         index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
         classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
             index["_class_name"] == "UnCLIPPipeline" and part in ("image_encoder", "feature_extractor"))}
-        (folder / "model_index.json").write_text(json.dumps({**index, **classes}, indent=2) + "\n", encoding="utf-8")
+        index |= {OWN: unclip_jax.__version__, **classes}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return out
 
 
