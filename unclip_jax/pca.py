@@ -35,11 +35,13 @@ class PCA(NamedTuple):
 
     def project(self, z: jax.Array) -> jax.Array:
         """z [B, D] → y [B, K]."""
-        return (z - self.mean[None]) @ self.components
+        with jax.default_matmul_precision("highest"):  # else a TPU rounds codes to others
+            return (z - self.mean[None]) @ self.components
 
     def back(self, y: jax.Array) -> jax.Array:
         """y [B, K] → z [B, D], what lies outside the components being the mean's."""
-        return self.mean[None] + y @ self.components.T
+        with jax.default_matmul_precision("highest"):
+            return self.mean[None] + y @ self.components.T
 
     def keep(self, dims: int | float) -> "PCA":
         """The first `dims` components, or those that hold the share `dims` < 1 of the variance."""

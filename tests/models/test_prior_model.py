@@ -130,6 +130,16 @@ def test_everything_else_is_seen():
             assert (run(prior, p, *args[:i], other, *args[i + 1 :]) != base).all(), i
 
 
+def test_weights_in_bf16_do_not_round_the_embedding():
+    """As stacks store them: what is predicted has f32's digits, not bf16's."""
+    prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11)
+    xt, caption, mask = jnp.ones((1, D)), jnp.ones((1, L), jnp.int32), jnp.ones((1, L), bool)
+    args = (xt, jnp.zeros((1,), jnp.int32), caption, mask, xt, jnp.ones((1,), bool))
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), prior.init(jax.random.key(0), *args)["params"])
+    z = prior.apply({"params": params}, *args)
+    assert z.dtype == jnp.float32 and (z != z.astype(jnp.bfloat16)).any()
+
+
 def test_bfloat16_returns_f32():
     prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11, dtype="bfloat16", remat=True)
     args = (jnp.zeros((B, D)), TIME, TOKENS, MASK, jnp.zeros((B, D)), KEEP)

@@ -146,7 +146,7 @@ class Prior(nn.Module):
     def _read(self, x, *given):
         """Tokens that end with the query, and what else the Transformer is given → f32[B, D]."""
         x = self.final_norm(self.transformer(x, *given, read=-1))
-        return self.out(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self.out(x.astype(jnp.promote_types(x.dtype, jnp.float32)))  # never rounded to the weights' dtype
 
     def __call__(
         self,

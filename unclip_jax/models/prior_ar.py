@@ -105,8 +105,8 @@ class PriorAR(nn.Module):
 
     def _read(self, x):
         """[B, N, W] → logits before the places' own biases, at least f32[B, N, buckets]."""
-        x = self.out(self.final_norm(x))
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = self.final_norm(x)
+        return self.out(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
     def prefix(
         self, caption: jax.Array, mask: jax.Array, z_txt: jax.Array, keep: jax.Array, sizes: Sequence[int]
