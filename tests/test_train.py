@@ -500,6 +500,7 @@ BAD = {
     "crop of odd size": ("upsampler", {"loader.crop": 15}, "15 pixels must be divisible by factor=2"),
     "heads": ("prior_diffusion", {"model.heads": 3}, "width=16 must be a multiple of heads=3"),
     "no heads": ("clip", {"model.text.heads": 0}, "model.text.heads=0 must be of whole numbers of at least 1"),
+    "no embedding": ("clip", {"model.embed_dim": 0}, "model.embed_dim=0 must be of whole numbers"),
     "no layers": ("clip", {"model.vision.layers": 0}, "model.vision.layers=0 must be of whole numbers"),
     "negative workers": ("toy", {"loader.num_workers": -1}, "loader.num_workers=-1 must be a whole number in 0 … 512"),
     "many threads": ("toy", {"loader.num_threads": 999_999}, "loader.num_threads=999999 must be"),

@@ -148,7 +148,8 @@ def _check_values(config: ConfigDict) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
             raise UserError(f"loader.{name}={value!r} must be a whole number in 0 … {most}")
     for name, value in flat.items():
-        if name.startswith("model.") and name.split(".")[-1] in SIZES and value is not None:
+        size = name.startswith("model.") and name.split(".")[-1] in SIZES
+        if (size or (config.task, name) == ("clip", "model.embed_dim")) and value is not None:
             if not all(type(n) is int and n > 0 for n in (value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"{name}={value!r} must be of whole numbers of at least 1")
     for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):

@@ -38,7 +38,10 @@ def run(args) -> None:
     if args.reference is not None and args.data is None and not Path(args.reference).is_file():
         raise UserError(f"reference {args.reference!r} does not exist", "give --data as well to make it")
     if args.reference is not None and not Path(args.reference).exists():
-        gallery.check_file(args.reference, Path(args.reference).suffix.lower())  # known before hours are spent
+        try:
+            gallery.check_file(args.reference, Path(args.reference).suffix.lower())
+        except UserError:  # known before hours are spent
+            raise UserError(f"reference {args.reference!r} cannot be written", "give another --reference") from None
     _models_exist(args, combinations)
     with _work(args) as folder:
         made = _measure(args, combinations, folder)
