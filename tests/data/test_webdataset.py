@@ -128,6 +128,17 @@ def test_a_folder_of_others_keeps_all_that_it_holds(root, theirs):
     assert content(open_all(root, index=str(root.parent / "own"))) == {f"number {k}": k for k in range(150)}
 
 
+def test_a_damaged_index_in_the_cache_is_made_anew(root, tmp_path):
+    content(open_all(root))
+    (kept,) = (tmp_path / "cache" / "unclip_jax").iterdir()
+    for damage in ("", '{"version": 2}'):
+        (kept / "index.json").write_text(damage)
+        assert len(open_all(root)) == 150
+    (kept / "index.json").unlink()
+    next(kept.glob("train-*.npy")).write_bytes(b"no array")
+    assert len(open_all(root)) == 150
+
+
 def test_many_may_make_the_same_index_at_once(root, tmp_path):
     index = tmp_path / "index"
     with ThreadPoolExecutor(8) as pool:

@@ -106,7 +106,9 @@ def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], passed_over
         if not all(_OWN.fullmatch(file.name) for file in folder.iterdir()):
             raise UserError(f"data.index={str(folder)!r} holds something else", "give another folder") from None
     except (ValueError, KeyError):
-        raise UserError(f"data.index={str(folder)!r} holds another index.json", "give another folder") from None
+        earlier = set()
+        if folder.parent != _cache_folder():  # where nobody else writes
+            raise UserError(f"data.index={str(folder)!r} holds another index.json", "give another folder") from None
     for split, rows in arrays.items():
         with new_file(folder / _name(split, wanted)) as stream:
             np.save(stream, rows)
