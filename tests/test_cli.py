@@ -372,6 +372,7 @@ def run(args):
         jax.device_get(long(x))
 cli.parse = lambda argv: type("args", (), {{"run": staticmethod(run)}})
 sys.argv[1:] = []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored, and then it stays so
 cli.script()
 """
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
