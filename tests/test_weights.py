@@ -138,7 +138,7 @@ def test_bad_headers_are_refused_first(stack, content, told):
 def test_malformed_safetensors_with_a_right_checksum(stack, header):
     file = stack / "clip.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-    _edit(stack, lambda index: index["stages"]["clip"].update(sha256=weights._sha256(file)))
+    _edit(stack, lambda index: index["stages"]["clip"].update(sha256=storage.sha256(file)))
     told = _refused(load_stack, stack)
     assert "no valid safetensors file" in told
     assert b"F99" not in header or "a is of dtype F99, which must be one of F64, F32" in told

@@ -51,7 +51,7 @@ def embed(
     if frozen.model.vision is None:
         raise UserError(f"the CLIP in {clip} has no image tower", "give one that has")
     sources = {split: data.make(**{**source, "split": split}) for split in splits}
-    if any(getattr(own, "clip_identity", None) for own in sources.values()):
+    if any(own.clip_identity for own in sources.values()):
         raise UserError("these are embeddings already, of the CLIP that made them", "give a source of pictures")
     mesh = sharding.make_mesh()
     sharding.check_batch(batch_size, mesh)

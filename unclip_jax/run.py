@@ -1,8 +1,7 @@
 """What a training run is made of, built from its config and checked against its data, devices, CLIP and folder."""
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,7 @@ from ml_collections import ConfigDict
 from unclip_jax import config as configs
 from unclip_jax import data, optim, sharding, tasks
 from unclip_jax.data import loader
-from unclip_jax.data.images import BadImage
-from unclip_jax.data.source import Source
+from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, said_of, suggest
 from unclip_jax.fingerprint import by_path
 from unclip_jax.tokenizer import Tokenizer
@@ -26,7 +24,6 @@ MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip
 MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
 MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:")
 TOKENIZER_CAPTIONS = 20_000
-LOADER_MOST = {"num_workers": 512, "num_threads": 4096, "prefetch": 4096}
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
 
 
@@ -88,9 +85,7 @@ def _held_out(config: ConfigDict) -> Source:
     """What a run is measured on while it trains."""
     try:
         return data.make(**{**config.data, "split": config.eval.split})
-    except UserError as error:
-        if "is empty" not in str(error):
-            raise
+    except EmptySplit as error:
         what = f"nothing to measure on, eval.split={config.eval.split!r}: {str(error).split('. Fix:')[0]}"
         fix = "set --config.eval.split=train, or measure nothing: --config.every.eval=0 --config.every.preview=0"
         raise UserError(what, fix) from error
@@ -121,15 +116,8 @@ def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> 
         return None
     if workdir or config.tokenizer.path:
         return Tokenizer.load(workdir / "tokenizer.json" if workdir else config.tokenizer.path).to_json()
-    captions = _captions(source, TOKENIZER_CAPTIONS)
+    captions = source.captions(min(len(source), TOKENIZER_CAPTIONS))
     return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
-
-
-def _captions(source: Source, most: int) -> Iterator[str]:
-    """The first captions of a source, without those that cannot be read."""
-    for i in range(min(most, len(source))):
-        with contextlib.suppress(BadImage):
-            yield source.caption(i)
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -143,10 +131,7 @@ def _check_values(config: ConfigDict) -> None:
             if key not in known:
                 raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
     flat = configs.flatten(config)
-    for name, most in LOADER_MOST.items():
-        value = config.loader.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            raise UserError(f"loader.{name}={value!r} must be a whole number in 0 … {most}")
+    loader.check_numbers(**{name: config.loader[name] for name in loader.MOST if name in config.loader})
     for name, value in flat.items():
         size = name.startswith("model.") and name.split(".")[-1] in SIZES
         if (size or (config.task, name) == ("clip", "model.embed_dim")) and value is not None:
@@ -164,7 +149,7 @@ def _check_values(config: ConfigDict) -> None:
 
 def _check_embedded(source: Source, clip) -> None:
     """UserError where a source holds another CLIP's embeddings than the one trained against."""
-    identity = getattr(source, "clip_identity", None)
+    identity = source.clip_identity
     if identity and (clip is None or clip.identity != identity):
         what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
         raise UserError(what, "set --config.clip to the CLIP they were made with; they train priors only")

@@ -43,6 +43,17 @@ class Place(NamedTuple):
     begin: int
 
 
+def user_cache() -> Path:
+    """The folder of what can be made anew, $XDG_CACHE_HOME/unclip_jax or ~/.cache/unclip_jax; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip_jax"
+
+
+def sha256(file: Path) -> str:
+    """A file's SHA-256, 64 hexadecimal digits; OSError where it cannot be read."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `out` to fill; it is renamed to `out` at the end, or removed if that fails.

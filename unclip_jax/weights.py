@@ -8,7 +8,6 @@ Written whole or not at all: into a temporary folder beside it, then renamed.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 import unclip_jax
 from unclip_jax import storage
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, write_arrays
+from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, sha256, write_arrays
 
 FORMAT_VERSION = 1
 COPY = "copy the whole stack directory again"
@@ -235,7 +234,7 @@ def _describe_stage(path: Path, name: str, entry: dict, dtype: str | None) -> St
 def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
     described = _describe_stage(path, name, entry, dtype)
     file = path / f"{name}.safetensors"
-    if _sha256(file) != entry["sha256"]:
+    if sha256(file) != entry["sha256"]:
         raise UserError(f"{file} differs from its SHA-256 in stack.json", COPY)
     arrays = {}
     with _no_valid(file):
@@ -260,11 +259,6 @@ def _no_valid(file: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _text(file: Path) -> str:

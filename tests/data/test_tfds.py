@@ -1,5 +1,6 @@
 """Data sets of TFDS: written here as ArrayRecord, read without TensorFlow."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -9,6 +10,7 @@ from etils import epath
 from PIL import Image
 
 from unclip_jax.data import make
+from unclip_jax.data.images import BadImage
 from unclip_jax.errors import UserError
 
 N = 120
@@ -67,6 +69,16 @@ def test_records_and_their_captions(folder):
             records[k] = record["captions"]
     assert records == {k: [f"number {k}", f"the number {k}"] for k in range(N) if k != 5}
     assert 0 < len(test) < 12
+
+
+def test_a_caption_is_read_without_its_picture(folder, monkeypatch):
+    source = make("tfds", "train", size=4, path="toy/captions", data_dir=folder)
+    texts = []
+    for i in range(len(source)):
+        with contextlib.suppress(BadImage):
+            texts.append(source[i]["caption"])
+    monkeypatch.setattr("unclip_jax.data.tfds.decode_image", lambda *_: pytest.fail("a picture was decoded"))
+    assert list(source.captions(len(source))) == texts
 
 
 def test_a_split_of_its_own_is_the_held_out_one(folder):

@@ -80,7 +80,7 @@ def check(args) -> int:
     if sheet_file and report["readable"]:
         sheet_file.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(source, 24, 6, sheet_file)
-    return 1 if len(report["bad"]) > getattr(source, "max_bad", 0.1) * report["read"] else 0
+    return 1 if len(report["bad"]) > source.max_bad * report["read"] else 0
 
 
 def embed(args) -> None:

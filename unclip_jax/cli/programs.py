@@ -1,6 +1,5 @@
 """How programs are compiled, and where they are kept from one command to the next."""
 
-import os
 from pathlib import Path
 
 from unclip_jax.errors import UserError
@@ -17,11 +16,13 @@ def keep(make: bool = False) -> Path | None:
     """
     import jax
 
+    from unclip_jax.storage import user_cache
+
     if make:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip_jax" / "programs"
+    folder = user_cache() / "programs"
     if make:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

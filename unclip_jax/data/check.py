@@ -33,7 +33,7 @@ def survey(source, num: int | None = None) -> dict:
         if "pixels" in record:
             sides.append(min(record["pixels"]))
     return {
-        "source": source.name, "licence": getattr(source, "licence", ""), "records": total, "read": len(numbers),
+        "source": source.name, "licence": source.licence, "records": total, "read": len(numbers),
         "readable": len(numbers) - len(bad), "bad": bad,
         "passed_over": getattr(getattr(source, "index", None), "passed_over", {}),
         "caption_words": _spread(words), "distinct_captions": len(captions), "pixels": _spread(sides),

@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from unclip_jax.data.images import SUFFIXES, center_crop_resize, open_image
-from unclip_jax.data.source import Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
 from unclip_jax.errors import UserError
+from unclip_jax.storage import sha256
 
 SPLITS = ("train", "test", "heldout", "all")
 HELD_OUT_PERCENT = 2
@@ -66,7 +67,7 @@ class Folder(Source):
         if split != "all":
             records = [r for r in records if held_out(r[0]) == (split != "train")]
         if not records:
-            raise UserError(
+            raise EmptySplit(
                 f"the split '{split}' of {path} is empty", "add pictures, or take the split 'all'"
             )
         self.records = records
@@ -94,12 +95,11 @@ class Folder(Source):
 
 
 def contents(files: Sequence[Path]) -> list[bytes]:
-    """Each file's SHA-256; nothing of one that cannot be read, which is told of when its picture is."""
+    """Each file's SHA-256, as bytes; nothing of one that cannot be read, which is told of when its picture is."""
 
     def told(file: Path) -> bytes:
         try:
-            with file.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").digest()
+            return bytes.fromhex(sha256(file))
         except OSError:
             return b""
 

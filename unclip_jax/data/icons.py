@@ -12,7 +12,6 @@ import functools
 import hashlib
 import io
 import logging
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.storage import new_file
+from unclip_jax.storage import new_file, user_cache
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ def _drawings(icons: tuple[dict, ...], size: int) -> np.ndarray:
     """All drawings as u8[N, size, size, 4], from the cache file if that is whole, else rendered."""
     shape = (len(icons), size, size, 4)
     key = hashlib.sha256("\n".join(f"{i['path'].name} {i['path'].stat().st_size}" for i in icons).encode())
-    path = _cache_folder() / f"icons-{size}-{key.hexdigest()[:12]}.npy"
+    path = user_cache() / f"icons-{size}-{key.hexdigest()[:12]}.npy"
     try:
         cached = np.load(path, mmap_mode="r", allow_pickle=False)
         if cached.shape == shape and cached.dtype == np.uint8:
@@ -251,8 +250,3 @@ def _drawings(icons: tuple[dict, ...], size: int) -> np.ndarray:
     except OSError as e:
         log.warning("cannot keep the rendered drawings (%s); the next start renders them again", e)
     return drawings
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "unclip_jax"

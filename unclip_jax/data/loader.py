@@ -18,6 +18,7 @@ from unclip_jax.data.images import BadImage, random_crop, to_float
 from unclip_jax.errors import UserError
 
 WARN_AT_MOST = 10
+MOST = {"num_workers": 512, "num_threads": 4096, "prefetch": 4096}
 
 
 def batches(
@@ -73,7 +74,9 @@ def batches(
         if factor < 1 or (side and side % factor):
             raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
         make_low = functools.partial(_degraded, factor=factor, name=degrade, seed=seed)
-    _not_negative(start_step=start_step, num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+    check_numbers(num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+    if start_step < 0:
+        raise UserError(f"start_step={start_step} must not be negative")
     # One number apart in `seed` must not be one epoch apart in the shuffle, whose seeds are seed + epoch.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     ds = grain.MapDataset.range(len(source))
@@ -103,10 +106,11 @@ def _check(source, batch_size, seed, process_count, crop):
         raise UserError(f"crop={crop} must be in 1 … {size}, the side of the source's pictures")
 
 
-def _not_negative(**counts: int):
-    for name, value in counts.items():
-        if value < 0:
-            raise UserError(f"{name}={value} must not be negative")
+def check_numbers(**numbers: int) -> None:
+    """Raises UserError unless those of MOST that are given are whole numbers within bounds."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST[name]:
+            raise UserError(f"loader.{name}={value!r} must be a whole number in 0 … {MOST[name]}")
 
 
 def _degraded(image: np.ndarray, position: int, *, factor: int, name: str, seed: int) -> np.ndarray:
@@ -123,7 +127,7 @@ class _Read:
     def __init__(self, source, tokenizer, own: slice, seed: int, crop: int | None, make_low=None):
         self.source, self.tokenizer, self.own, self.seed, self.crop = source, tokenizer, own, seed, crop
         self.make_low = make_low
-        self.max_bad = getattr(source, "max_bad", 0.1)
+        self.max_bad = source.max_bad
         self.bad: dict[int, str] = {}
 
     def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ class Mixture(Source):
         self.clip_identity = self._same_kind()
         self.split, self.size = split, size
         self.licence = "; ".join(dict.fromkeys(part.licence for part in self.parts))
-        self.max_bad = max(getattr(part, "max_bad", 0.1) for part in self.parts)
+        self.max_bad = max(part.max_bad for part in self.parts)
         counts = _shares(np.array(weights))
         pattern = np.repeat(np.arange(len(counts)), counts)
         self.pattern = np.random.default_rng(seed).permutation(pattern)
@@ -58,7 +58,7 @@ class Mixture(Source):
 
     def _same_kind(self) -> str | None:
         """The CLIP whose embeddings all parts hold; None where all hold pictures."""
-        kinds = {getattr(part, "clip_identity", None) for part in self.parts}
+        kinds = {part.clip_identity for part in self.parts}
         if len(kinds) > 1:
             what = "pictures and embeddings" if None in kinds else "embeddings of several CLIPs"
             raise UserError(f"data.parts mix {what}", "give parts of one kind: pictures, or embeddings of one CLIP")

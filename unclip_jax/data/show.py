@@ -24,7 +24,7 @@ def contact_sheet(source, n: int, ncols: int, path: str | os.PathLike) -> None:
     """
     if n < 1 or ncols < 1:
         raise UserError(f"n={n} and ncols={ncols} must be at least 1")
-    if getattr(source, "clip_identity", None):
+    if source.clip_identity:
         raise UserError(f"'{source.name}' holds embeddings, and pictures are shown", "give a source of pictures")
     n, size = min(n, len(source)), max(source.size, LEAST_WIDTH)
     if n * size**2 > MOST_PIXELS:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from unclip_jax.data.images import BadImage
 from unclip_jax.errors import UserError, suggest
+
+
+class EmptySplit(UserError):
+    """A split that holds no record."""
 
 
 class Source(abc.ABC):
@@ -15,10 +21,17 @@ class Source(abc.ABC):
     A record is `{"image": u8[S, S, 3], "caption": str}`, plus whatever else the source knows of it: "captions" where it
     has several, "file" and "pixels" (width, height) of the picture it was made of. A record without "image" holds
     arrays that go to the network as they are.
+
+    Attributes:
+      name: what `data.make` calls it. licence: of its pictures.
+      max_bad: the part of the records that may be unreadable; beyond it the loader gives up.
+      clip_identity: of the CLIP whose embeddings the records hold; None where they hold pictures.
     """
 
     name: str
     licence: str
+    max_bad: float = 0.1
+    clip_identity: str | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -31,6 +44,12 @@ class Source(abc.ABC):
     def caption(self, i: int) -> str:
         """The caption of record i, its picture left undecoded where that can be."""
         return self[i]["caption"]
+
+    def captions(self, num: int) -> Iterator[str]:
+        """The captions of the first `num` records, without those that cannot be read."""
+        for i in range(num):
+            with contextlib.suppress(BadImage):
+                yield self.caption(i)
 
     def digest(self, num: int) -> str:
         """16 hexadecimal digits of what, beside its arguments, decides the first `num` records; "" if nothing does."""

@@ -25,7 +25,7 @@ import numpy as np
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import MAX_BYTES, SUFFIXES
 from unclip_jax.errors import UserError
-from unclip_jax.storage import new_file
+from unclip_jax.storage import new_file, user_cache
 
 VERSION = 2
 ENTRY = np.dtype(
@@ -58,7 +58,7 @@ def open_index(files: "Files", shards: Sequence[str], folder: str | os.PathLike 
     with ThreadPoolExecutor(8) as pool:
         states = [[shard, *state] for shard, state in zip(shards, pool.map(files.state, shards), strict=True)]
     wanted = {"version": VERSION, "shards": states}
-    folder = Path(folder).expanduser() if folder else _cache_folder() / _hash(wanted)
+    folder = Path(folder).expanduser() if folder else user_cache() / _hash(wanted)
     try:
         found = _read_json(folder)
         passed_over = found.pop("passed_over")
@@ -107,7 +107,7 @@ def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], passed_over
             raise UserError(f"data.index={str(folder)!r} holds something else", "give another folder") from None
     except (ValueError, KeyError):
         earlier = set()
-        if folder.parent != _cache_folder():  # where nobody else writes
+        if folder.parent != user_cache():  # where nobody else writes
             raise UserError(f"data.index={str(folder)!r} holds another index.json", "give another folder") from None
     for split, rows in arrays.items():
         with new_file(folder / _name(split, wanted)) as stream:
@@ -173,10 +173,6 @@ def _groups(files, shard: str, missed: Counter) -> Iterator[tuple[str, dict[str,
         missed[f"cut off in {shard} ({e})"] += 1
     if members:
         yield "/".join(key), members
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "unclip_jax"
 
 
 class Files:

@@ -2,7 +2,7 @@
 
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
 from unclip_jax.errors import UserError
 
 PREPARE = "prepare it with: tfds build NAME --data_dir=DIR --file_format=array_record"
@@ -43,12 +43,24 @@ class Tfds(Source):
         self.full_name = builder.info.full_name
         self.records, self.numbers = _records(builder, path, split, image_key, caption_key)
         if not len(self):
-            raise UserError(f"the split '{split}' of {path} is empty", "take another split")
+            raise EmptySplit(f"the split '{split}' of {path} is empty", "take another split")
 
     def __len__(self) -> int:
         return len(self.records) if self.numbers is None else len(self.numbers)
 
     def __getitem__(self, i: int) -> dict:
+        record, captions, where = self._read(i)
+        image = decode_image(record[self.image_key], where)
+        return {
+            "image": center_crop_resize(image, self.size), "caption": captions[0], "captions": captions,
+            "file": where, "pixels": image.size,
+        }  # fmt: skip
+
+    def caption(self, i: int) -> str:
+        return self._read(i)[1][0]
+
+    def _read(self, i: int) -> tuple[dict, list[str], str]:
+        """(record i with its picture encoded, its captions, what to call it)."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = i if self.numbers is None else self.numbers[i]
@@ -57,15 +69,10 @@ class Tfds(Source):
             record = self.records[number]
         except (OSError, ValueError, RuntimeError) as e:
             raise BadImage(f"{where} cannot be read ({type(e).__name__}: {str(e)[:120]})") from e
-        image = decode_image(record[self.image_key], where)
         captions = _texts(record[self.caption_key]) if self.caption_key else [""]
         if not captions:
             raise BadImage(f"{where} has no caption")
-        return {
-            "image": center_crop_resize(image, self.size), "caption": captions[0], "captions": captions,
-            "file": where, "pixels": image.size,
-        }  # fmt: skip
-
+        return record, captions, where
 
     def digest(self, num: int) -> str:
         """Of the data set's name, configuration and version."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
 from unclip_jax.data.tar_index import Files, open_index
 from unclip_jax.errors import UserError
 
@@ -59,7 +59,7 @@ class WebDataset(Source):
             warnings.warn(f"{len(cut)} of {len(shards)} shards end too early: {cut[0]}", stacklevel=2)
         self._parts = {"train": ("train",), "all": ("train", "test")}.get(split, ("test",))
         if not len(self):
-            raise UserError(f"the split '{split}' of {path} is empty", "add shards, or take the split 'all'")
+            raise EmptySplit(f"the split '{split}' of {path} is empty", "add shards, or take the split 'all'")
 
     def __len__(self) -> int:
         return sum(len(getattr(self.index, part)) for part in self._parts)

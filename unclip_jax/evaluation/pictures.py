@@ -3,7 +3,6 @@
 Each is a sequence that is read block by block, so that no more than a block of pictures is ever in memory.
 """
 
-import contextlib
 import json
 import os
 import warnings
@@ -85,11 +84,7 @@ class Real:
 
     def captions(self) -> list[str]:
         """Of all but those that cannot be read."""
-        found = []
-        for i in range(self.num):
-            with contextlib.suppress(BadImage):
-                found.append(self.source.caption(i))
-        return found
+        return list(self.source.captions(self.num))
 
 
 class Folder:
@@ -154,7 +149,7 @@ def source(name: str, size: int, seed: int = 0, path: str | None = None) -> tupl
     about = {"data": name, "split": split, "size": size, "seed": seed, "length": len(opened)}
     if path is not None:
         about["path"] = path if "://" in path else Path(path).resolve().name
-    if hasattr(opened, "clip_identity") and opened.clip_identity:
+    if opened.clip_identity:
         raise UserError(f"data={name!r} holds embeddings, and pictures are measured", "give a source of pictures")
     return opened, about
 

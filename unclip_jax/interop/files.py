@@ -8,7 +8,6 @@ Torch files are read by torch's own restricted reader or not at all (torch >= 2.
 got round: CVE-2025-32434).
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import DTYPES, MAX_JSON_BYTES, Place, read_array, read_header, refuse_stand_in
+from unclip_jax.storage import DTYPES, MAX_JSON_BYTES, Place, read_array, read_header, refuse_stand_in, sha256
 
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
@@ -104,8 +103,7 @@ def check_sha256(file: Path, wanted: str) -> None:
         raise UserError(f"sha256={wanted!r} must be 64 hexadecimal digits")
     if not file.is_file():
         raise UserError(f"{file} is a directory, and a SHA-256 is of one file", "give the file, or no SHA-256")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256(file)
     if found != wanted.lower():
         raise UserError(f"{file} has the SHA-256 {found}, not {wanted}", "download it again, and do not trust this one")
 

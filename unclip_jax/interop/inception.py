@@ -99,8 +99,7 @@ def _checked_file(path: Path) -> Path:
         if not name or not path.is_file():
             return path
         file, wanted = path, name[1]
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = storage.sha256(file)
     if not found.startswith(wanted):
         raise UserError(f"{file} has the SHA-256 {found[:16]}…, expected {wanted[:16]}", "download it again")
     return file
