@@ -98,10 +98,10 @@ def test_saved_on_eight_devices_restores_bit_equal_anywhere(tmp_path, devices, f
 
 def test_only_the_newest_are_kept_and_a_step_is_written_once(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest() is None and checkpoints.restore(_abstract(_state())) is None
+        assert not checkpoints.steps() and checkpoints.restore(_abstract(_state())) is None
         assert all(checkpoints.save(step, _state(step), META) for step in (0, 10, 20))
         checkpoints.wait()
-        assert checkpoints.steps() == [10, 20] and checkpoints.latest() == 20
+        assert checkpoints.steps() == [10, 20]
         assert not checkpoints.save(20, _state(99), META)
         state, _, step = checkpoints.restore(_abstract(_state()), step=10)
         assert step == 10 and _bits(state) == _bits(_state(10))
@@ -117,7 +117,7 @@ def test_flipped_bytes_are_named_and_the_step_before_is_used(run):
             state, _, step = checkpoints.restore(_abstract(_state()))
         assert step == 2 and _bits(state) == _bits(_state(2))
         # The number is free again, and nothing was thrown away.
-        assert checkpoints.latest() == 2 and (run / "damaged" / "3.1" / "state").is_dir()
+        assert checkpoints.steps()[-1] == 2 and (run / "damaged" / "3.1" / "state").is_dir()
         assert checkpoints.save(3, _state(33), META)
         checkpoints.wait()
         with warnings.catch_warnings():
@@ -278,5 +278,5 @@ def test_a_stored_config_is_data(tmp_path):
         with Checkpoints(tmp_path / text[:4], async_=False) as checkpoints:
             checkpoints.save(1, _state(), {"config": text})
     assert peek(tmp_path / '{"a"')[0].a.startswith("__import__")
-    assert "no readable config" in _refused(peek, tmp_path / "__im")
-    assert "no readable config" in _refused(peek, tmp_path / '{"__')
+    assert "the config in" in _refused(peek, tmp_path / "__im")
+    assert "does not make a config" in _refused(peek, tmp_path / '{"__')

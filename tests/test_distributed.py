@@ -82,7 +82,7 @@ WORKER = """
     assert jax.process_count() == 2 and jax.device_count() == 4
     mesh = sharding.make_mesh(data=2, fsdp=2)
     rows = np.arange(8, dtype=np.float32).reshape(8, 1)[4 * jax.process_index():][:4]
-    batch = sharding.put_batch(rows, sharding.batch_sharding(mesh))
+    batch = sharding.put_batch(rows, sharding.batch_sharding(mesh), 8)
     params = {"w": np.arange(64, dtype=np.float32).reshape(16, 4)}
     shardings = sharding.infer(params, ((".*", "fsdp"),), mesh, min_size=1)
     make = jax.jit(lambda: {"w": jnp.arange(64, dtype=jnp.float32).reshape(16, 4)}, out_shardings=shardings)
@@ -203,3 +203,147 @@ def test_an_absent_coordinator_is_told_in_time(monkeypatch):
         with pytest.raises(UserError, match="does not answer within 1 s"):
             distributed.initialize()
         assert time.monotonic() - begin < 10
+
+
+LAYOUTS = """
+    import sys
+    from unclip_jax import distributed
+    distributed.initialize()
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh
+    from unclip_jax import sharding
+    rows, axes = np.arange(24, dtype=np.float32).reshape(8, 3), ("data", "fsdp", "tensor")
+    found = []
+    # Processes side by side, taking turns as on a slice, and one of them for each half of the tensor axis.
+    for shape, order in (((4, 1, 1), (0, 1, 2, 3)), ((2, 2, 1), (0, 2, 1, 3)), ((2, 1, 2), (0, 2, 1, 3))):
+        mesh = Mesh(np.array(jax.devices())[list(order)].reshape(shape), axes)
+        place = sharding.batch_sharding(mesh)
+        own = sharding.own_rows(place, 8)
+        batch = sharding.put_batch({"x": rows[own], "n": own.astype(np.int32)}, place, 8)
+        whole = jax.jit(lambda b: b, out_shardings=sharding.replicated(mesh))(batch)
+        np.testing.assert_array_equal(whole["x"].addressable_data(0), rows)
+        np.testing.assert_array_equal(whole["n"].addressable_data(0), np.arange(8))
+        found.append("".join(map(str, own)))
+    print("ROWS", *found, flush=True)
+"""
+
+
+UNSHARED = """
+    import sys
+    from pathlib import Path
+    from unclip_jax import distributed
+    from unclip_jax.errors import UserError
+    distributed.initialize()
+    folder = Path(sys.argv[1]) / (str(distributed.jax.process_index()) if sys.argv[2] == "apart" else "")
+    folder.mkdir(exist_ok=True)
+    distributed._appears.__defaults__ = (1.0,)
+    try:
+        distributed.check_shared(folder)
+        print("SEEN", flush=True)
+    except UserError as error:
+        print("ERROR", error, flush=True)
+"""
+
+
+DAMAGED = """
+    import sys, warnings
+    from pathlib import Path
+    from unclip_jax import distributed
+    distributed.initialize()
+    import jax, jax.numpy as jnp
+    from jax.experimental import multihost_utils
+    from unclip_jax import checkpoint, sharding
+    mesh = sharding.make_mesh(data=1, fsdp=4)
+    shapes = {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}}
+    shardings = sharding.infer(shapes, ((".*", "fsdp"),), mesh)
+    make = jax.jit(lambda n: {"params": {"w": n + jax.random.normal(jax.random.key(0), (1024, 1024))}},
+                   out_shardings=shardings)
+    with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, make(step), {"config": "{}"})
+        checkpoints.wait()
+        if distributed.is_main():
+            written = Path(sys.argv[1], "checkpoints", "4", "state", "ocdbt.process_1", "d")
+            max(written.iterdir(), key=lambda file: file.stat().st_size).write_bytes(b"")
+        multihost_utils.sync_global_devices("damaged")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            state, _, found = checkpoints.restore(sharding.abstract(shapes, shardings))
+    same = bool(jnp.array_equal(state["params"]["w"], make(2)["params"]["w"]))
+    print("FOUND", found, same, *(str(one.message) for one in told if "damaged" in str(one.message)), flush=True)
+"""
+
+
+FAILING = """
+    import sys, time
+    from unclip_jax import cli, distributed, train
+    def main():
+        distributed.initialize()
+        print("READY", flush=True)
+        if distributed.jax.process_index() == int(sys.argv[1]):
+            return 2
+        time.sleep(300)
+    cli.main = main
+    cli.script()
+"""
+
+
+def _run_two(code: str, *args: str) -> list[subprocess.Popen]:
+    """Two processes of two devices each, which meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "UNCLIP_PROCESSES": "2"}
+    env |= {"UNCLIP_COORDINATOR": f"127.0.0.1:{port}", "UNCLIP_TIMEOUT": "30", "UNCLIP_HEARTBEAT": "10"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return [subprocess.Popen(command, cwd=ROOT, env=env | {"UNCLIP_PROCESS_ID": str(i)}, **quiet) for i in range(2)]
+
+
+def _told(code: str, word: str, *args: str) -> list[str]:
+    """What each of two processes has to tell in its line that begins with `word`, both having ended well."""
+    workers = _run_two(code, *args)
+    try:
+        lines = [" ".join(_line(worker, word)[1:]) for worker in workers]
+        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+        return lines
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()
+
+
+@pytest.mark.multihost
+def test_each_process_reads_the_rows_of_its_devices():
+    assert _told(LAYOUTS, "ROWS") == ["0123 0145 01234567", "4567 2367 01234567"]
+
+
+@pytest.mark.multihost
+def test_a_folder_that_is_not_shared_is_told_on_every_host(tmp_path):
+    assert _told(UNSHARED, "SEEN", str(tmp_path), "together") == ["", ""] and not list(tmp_path.iterdir())
+    what = "is not one folder for all hosts: processes 1 do not see what process 0 writes"
+    assert all(what in line for line in _told(UNSHARED, "ERROR", str(tmp_path), "apart"))
+
+
+@pytest.mark.multihost
+def test_what_one_process_cannot_read_no_process_restores(tmp_path):
+    first, second = _told(DAMAGED, "FOUND", str(tmp_path))
+    assert first.startswith("2 True") and "process 1 cannot read it" in first
+    assert second.startswith("2 True") and "step 4" in second
+    assert [p.name for p in (tmp_path / "damaged").iterdir()] == ["4.1"]
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize("fails", [0, 1])
+def test_an_error_of_one_process_ends_the_run(fails):
+    """With its own exit code at once, and the other's once it is missed."""
+    workers = _run_two(FAILING, str(fails))
+    try:
+        for worker in workers:
+            _line(worker, "READY")
+        assert workers[fails].wait(timeout=20) == 2
+        assert workers[1 - fails].wait(timeout=120) != 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()

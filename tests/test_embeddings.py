@@ -50,6 +50,17 @@ def test_statistics_are_those_of_the_records(folder):
     np.testing.assert_allclose(said["std"], z.std(0), rtol=1e-6, atol=1e-9)
 
 
+def test_a_clip_that_computes_in_bf16_leaves_f32(folder, tmp_path, monkeypatch):
+    frozen = tasks.load_clip(tiny_stack.path())
+    half = frozen._replace(model=frozen.model.clone(dtype="bfloat16"))
+    monkeypatch.setattr(tasks, "load_clip", lambda _: half)
+    out = embed(tmp_path / "out", "of bf16", {**WORDS, "length": 32}, ("train",), batch_size=32, states=True)
+    half, whole = (data.make("embeddings", size=16, path=str(path)) for path in (out, folder))
+    for name in ("z_img", "z_txt", "states"):
+        a, b = half[3][name], whole[3][name]
+        assert a.dtype == np.float32 and 0 < np.abs(a - b).max() < 0.1 * np.abs(b).max(), name
+
+
 @pytest.mark.slow
 def test_a_prior_trains_from_them_as_through_the_frozen_clip(folder):
     clip = tasks.load_clip(tiny_stack.path())

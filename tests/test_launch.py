@@ -322,6 +322,12 @@ def test_jobset_has_one_pod_for_each_host_of_the_slice():
     assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
 
 
+def test_jobset_has_memory_for_what_readers_hand_over():
+    (mounted,) = [m["name"] for m in jobset_container()["volumeMounts"] if m["mountPath"] == "/dev/shm"]
+    (volume,) = [v for v in jobset_pod()["volumes"] if v["name"] == mounted]
+    assert volume["emptyDir"] == {"medium": "Memory"}
+
+
 def test_jobset_trains_into_the_shared_volume():
     container, pod = jobset_container(), jobset_pod()
     command = container["command"]

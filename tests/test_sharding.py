@@ -153,7 +153,7 @@ def test_bad_rules_are_refused(rules, told):
 def test_batches_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     batch = {"image": np.arange(8 * 3, dtype=np.float32).reshape(8, 3), "mask": np.arange(8) % 2 == 0}
-    placed = sharding.put_batch(batch, sharding.batch_sharding(mesh))
+    placed = sharding.put_batch(batch, sharding.batch_sharding(mesh), 8)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.dtype == batch[name].dtype
@@ -184,7 +184,7 @@ def test_a_sharded_step_equals_the_unsharded_one():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     placed = jax.device_put(params, sharding.infer(params, ((".*", "fsdp"),), mesh))
     assert {s.data.shape for s in placed["kernel"].addressable_shards} == {(256, 128)}
-    got = jax.jit(step)(placed, sharding.put_batch(x, sharding.batch_sharding(mesh)))["kernel"]
+    got = jax.jit(step)(placed, sharding.put_batch(x, sharding.batch_sharding(mesh), 16))["kernel"]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 

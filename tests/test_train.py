@@ -6,6 +6,7 @@ Most runs here train `tests/toy.py`, a stage that compiles at once; the real one
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -315,6 +316,76 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_good_state_saved(task,
     assert lines(tmp_path / "bad")[-1]["loss"] is None
     with pytest.raises(UserError, match="at step 6"):
         train.train(toy.config(every__log=4, every__save=50), tmp_path / "bad")
+
+
+def test_a_loss_that_is_not_finite_is_told_after_a_stop_signal_too(task, tmp_path, poison, monkeypatch):
+    """It came between two log lines, and the signal in the evaluation after it."""
+    poison(1)
+    plain = logs.Checks.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(logs.Checks, "evaluate", interrupted)
+    with pytest.raises(UserError, match="at step 2 is not a finite number; step 1 is saved"):
+        train.train(toy.config(every__log=50, every__save=50, every__eval=3), tmp_path)
+    assert checkpoint.peek(tmp_path)[1] == 1 and lines(tmp_path)[-1]["loss"] is None
+
+
+def test_what_breaks_off_the_loop_costs_no_step(task, tmp_path, monkeypatch):
+    train.train(toy.config(num_steps=3), tmp_path / "whole")
+    made = loader.batches
+
+    def batches(*args, **settings):
+        for number, batch in enumerate(made(*args, **settings)):
+            if number == 3:
+                raise RuntimeError("a reader has ended")
+            yield batch
+
+    batches.__signature__ = inspect.signature(made)
+    monkeypatch.setattr(loader, "batches", batches)
+    with pytest.raises(RuntimeError, match="a reader has ended"):
+        train.train(toy.config(every__log=50, every__save=50), tmp_path / "cut")
+    (whole, a), (cut, b) = (state_of(tmp_path / name, "params") for name in ("whole", "cut"))
+    assert whole == cut == 3 and bits(a) == bits(b)
+
+
+def test_a_run_outlives_who_reads_its_progress(task, tmp_path, monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)
+    gone = os.fdopen(writes, "wb", buffering=0)
+    with pytest.raises(BrokenPipeError):
+        gone.write(b"heard?")
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(gone, write_through=True))
+    assert train.train(toy.config(every__log=1), tmp_path) == 0
+    monkeypatch.undo()
+    gone.close()
+    assert checkpoint.peek(tmp_path)[1] == toy.config().num_steps
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_log_line(task, tmp_path, monkeypatch):
+    train.train(toy.config(num_steps=2, every__save=2), tmp_path)
+    checked = []
+
+    def full(manager):
+        checked.append(1)
+        if len(checked) > 1:  # the second step's metrics are being written
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "check_for_errors", full)
+    with pytest.raises(UserError, match="checkpoint could not be written in .*No space left.* Fix: see to the disk"):
+        train.train(toy.config(num_steps=20, every__log=1, every__save=50), tmp_path)
+    assert [line["step"] for line in lines(tmp_path)][-1] == 3
+
+
+def test_a_workdir_without_locks_is_not_called_in_use(task, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="no file can be locked .Function not implemented.. Fix: mount it with locks"):
+        train.train(toy.config(), tmp_path)
 
 
 def test_a_run_without_an_average_keeps_none_and_learns_the_same(task, tmp_path):

@@ -5,25 +5,42 @@ adds, and a fingerprint of every array). Orbax keeps no checksums: flipped bytes
 every restored array is compared with its fingerprint, and a damaged newest step gives way to an older one.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
+from unclip_jax import config as configs
 from unclip_jax.errors import UserError
 from unclip_jax.fingerprint import by_path, fingerprint
 
 FORMAT_VERSION = 1
 PARTS = ("ema", "params")  # of a state, which hold weights
+
+
+class _Raised(logging.Filter):
+    """Leaves out tracebacks of Orbax's threads and tasks, one for each array; what went wrong is raised as well."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        told = record.pathname + record.getMessage()
+        told += logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        return record.levelno < logging.ERROR or "orbax" not in told
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Raised())
 
 
 class _Damaged(Exception):
@@ -57,10 +74,6 @@ class Checkpoints:
         """Finished steps, oldest first; one being written, or cut off while it was, is not among them."""
         return sorted(self._manager.all_steps())
 
-    def latest(self) -> int | None:
-        """The newest finished step, or None."""
-        return max(self.steps(), default=None)
-
     def save(self, step: int, state, meta: dict) -> bool:
         """Writes one step; False where it is there already.
 
@@ -70,14 +83,20 @@ class Checkpoints:
           meta: JSON values; "config" and "tokenizer" (JSON texts) are what `load_params` hands out.
         """
         step = int(step)
-        self._manager.check_for_errors()
+        self.check()
         if step in self._manager.all_steps():
             return False
         prints = fingerprint(state)
         arrays = {path: [prints[path], str(x.dtype), list(x.shape)] for path, x in by_path(state)}
         meta = _sealed({**meta, "format_version": FORMAT_VERSION, "arrays": arrays})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        return bool(self._manager.save(step, args=args, force=True))
+        with self._writing():
+            return bool(self._manager.save(step, args=args, force=True))
+
+    def check(self) -> None:
+        """Raises UserError where what is written in the background could not be."""
+        with self._writing():
+            self._manager.check_for_errors()
 
     def restore(self, abstract, step: int | None = None):
         """(state, meta, step) of the newest sound step, or of `step`; None where nothing was saved.
@@ -101,7 +120,7 @@ class Checkpoints:
             meta = _read_meta(self.directory / str(number))
             _check_same_arrays(abstract, meta, self.directory / str(number))
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
-            return _read_arrays(self.directory / str(number), meta, abstract, how), meta
+            return _arrays(self.directory / str(number), abstract, how), meta
 
         (state, meta), found = _newest_sound(self.directory, steps, step, read)
         if step is None:
@@ -109,18 +128,33 @@ class Checkpoints:
         return state, meta, found
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk; raises what went wrong in writing it."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved so far is on disk; UserError where that failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then frees the writer's threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """What Orbax raises, in kinds of its own and of others, as a UserError; but not a want of memory."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError, UserError):
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            what = f"a checkpoint could not be written in {self.directory} ({type(error).__name__}: {why})"
+            fix = "see to the disk's room and rights; then the same command goes on from the last one that was"
+            raise UserError(what, fix) from error
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
         if not damaged:
@@ -159,17 +193,18 @@ def load_params(path: str | os.PathLike, which: str = "ema", step: int | None = 
         if not (tree := trees[part]):
             raise UserError(f"checkpoint {directory / str(number)} holds no weights")
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return _read_arrays(directory / str(number), meta, tree, as_numpy)[part], meta
+        return _arrays(directory / str(number), tree, as_numpy), meta
 
-    (params, meta), found = _newest_sound(directory, steps, step, read)
-    return params, _config(meta, directory), found, meta.get("tokenizer")
+    (state, meta), found = _newest_sound(directory, steps, step, read)
+    (params,) = state.values()
+    return params, configs.from_json(meta.get("config", ""), f"the config in {directory}"), found, meta.get("tokenizer")
 
 
-def peek(path: str | os.PathLike) -> tuple[ml_collections.ConfigDict, int]:
+def peek(path: str | os.PathLike) -> tuple[ConfigDict, int]:
     """(config, newest step) of a run; reads no arrays."""
     directory, steps = _find(path)
-    meta, step = _newest_sound(directory, steps, None, lambda number: _read_meta(directory / str(number)))
-    return _config(meta, directory), step
+    (_, meta), step = _newest_sound(directory, steps, None, lambda number: ({}, _read_meta(directory / str(number))))
+    return configs.from_json(meta.get("config", ""), f"the config in {directory}"), step
 
 
 def _nested(paths: Sequence[str]) -> dict:
@@ -184,14 +219,14 @@ def _nested(paths: Sequence[str]) -> dict:
 
 
 def _newest_sound(
-    directory: epath.Path, steps: Sequence[int], step: int | None, read: Callable[[int], object]
+    directory: epath.Path, steps: Sequence[int], step: int | None, read: Callable[[int], tuple[Any, dict]]
 ):
-    """(read(n), n) for n = `step`, or for the newest of `steps` that is not damaged."""
+    """(read(n), n), which is (arrays, meta), for n = `step`, or for the newest of `steps` that is not damaged."""
     if step is not None:
         if step not in steps:
             raise UserError(f"step {step} is not in {directory}", f"steps there: {_listed(steps)}")
         try:
-            return read(step), step
+            return _sound(read, step), step
         except _Damaged as error:
             others = [n for n in steps if n != step]
             fix = f"use another step: {_listed(others)}" if others else ""
@@ -199,7 +234,7 @@ def _newest_sound(
     reasons = []
     for number in sorted(steps, reverse=True):
         try:
-            result = read(number)
+            result = _sound(read, number)
         except _Damaged as error:
             reasons.append(f"step {number}: {error}")
             continue
@@ -211,6 +246,29 @@ def _newest_sound(
         f"every checkpoint in {directory} is damaged ({'; '.join(reasons)})",
         "restore the folder from a copy, or start in another workdir",
     )
+
+
+def _sound(read: Callable[[int], tuple[Any, dict]], number: int) -> tuple[Any, dict]:
+    """read(number), its arrays as they were written; _Damaged on all hosts where it is not so on one.
+
+    Hosts agree before the fingerprints, which they take together: one that went on to another step would be awaited.
+    """
+    try:
+        found, why = read(number), ""
+    except _Damaged as error:
+        found, why = None, str(error)
+    if jax.process_count() > 1:
+        unread = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(why))))
+        if len(unread):
+            why = why or f"process {unread[0]} cannot read it"
+    if why:
+        raise _Damaged(why)
+    arrays, meta = found
+    prints = fingerprint(arrays)
+    bad = [path for path, value in prints.items() if meta["arrays"][path][0] != value]
+    if bad:
+        raise _Damaged(f"{len(bad)} of {len(prints)} arrays differ from their fingerprint, first {bad[0]}")
+    return found
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -272,22 +330,19 @@ def _read_meta(step: epath.Path) -> dict:
     return meta
 
 
-def _read_arrays(step: epath.Path, meta: dict, tree, how):
+def _arrays(step: epath.Path, tree, how):
     """The arrays of a step that `tree` has, and no others, read as `how` says (Orbax's RestoreArgs); _Damaged."""
     args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
+    reader = ocp.PyTreeCheckpointHandler()  # alone: a Checkpointer waits for other hosts, and they might not come
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = jax.tree.map(jnp.asarray, reader.restore(step / "state", args=args))
+        return jax.tree.map(jnp.asarray, reader.restore(step / "state", args=args))
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):  # none of which is damage
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         raise _Damaged(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
-    prints = fingerprint(state)
-    bad = [path for path, value in prints.items() if meta["arrays"][path][0] != value]
-    if bad:
-        raise _Damaged(f"{len(bad)} of {len(prints)} arrays differ from their fingerprint, first {bad[0]}")
-    return state
+    finally:
+        reader.close()
 
 
 def _check_same_arrays(abstract, meta: dict, where: epath.Path) -> None:
@@ -311,17 +366,3 @@ def _check_same_arrays(abstract, meta: dict, where: epath.Path) -> None:
 
 def _spelled(kind) -> str:
     return "absent" if kind is None else f"{kind[0]}{kind[1]}"
-
-
-def _config(meta: dict, where: epath.Path) -> ml_collections.ConfigDict:
-    """The stored config, locked, with tuples for JSON's lists; data only, nothing is run."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return tuple(map(plain, value)) if isinstance(value, list) else value
-
-    try:
-        return ml_collections.ConfigDict(plain(json.loads(meta["config"]))).lock()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"checkpoints in {where} hold no readable config ({error!r})") from None

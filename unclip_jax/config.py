@@ -37,7 +37,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = _run(path, variant)
     for text in overrides:
         override(config, text)
-    config = _config(config.copy_and_resolve_references(), where=str(path))
+    config = from_values(config.copy_and_resolve_references(), where=str(path))
     return config
 
 
@@ -103,10 +103,11 @@ def from_json(text: str, where: str = "stored config") -> ConfigDict:
         raise UserError(f"{where} is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a JSON object, not {type(values).__name__}")
-    return _config(values, where)
+    return from_values(values, where)
 
 
-def _config(values: Mapping, where: str) -> ConfigDict:
+def from_values(values: Mapping, where: str) -> ConfigDict:
+    """The locked config of plain values, lists as tuples. `where` names them in errors."""
     try:
         return ConfigDict(_plain(values, "")).lock()
     except UserError as error:

@@ -5,13 +5,17 @@ The coordinator listens without authentication: keep its port inside a private n
 
 import os
 import re
+import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from unclip_jax.errors import UserError
@@ -79,6 +83,41 @@ def _await_coordinator(address: str, timeout: int) -> None:
 def is_main() -> bool:
     """Whether this process writes the logs, previews and files of the run."""
     return jax.process_index() == 0
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError on all hosts unless all see one folder: writing to one each, they would finish no checkpoint."""
+    if jax.process_count() == 1:
+        return
+    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark = folder / f".shared-{number}"
+    if is_main():
+        mark.touch()
+    multihost_utils.sync_global_devices("unclip_jax: the folder is marked")
+    seen = multihost_utils.process_allgather(np.array(_appears(mark)))
+    if is_main():
+        mark.unlink()
+    if not seen.all():
+        blind = ", ".join(map(str, np.flatnonzero(~seen.ravel())))
+        what = f"workdir {folder} is not one folder for all hosts: processes {blind} do not see what process 0 writes"
+        raise UserError(what, "give one on a file system that all mount")
+
+
+def _appears(mark: Path, within: float = 30.0) -> bool:
+    """Whether a file is seen in time; over a network that may take some seconds."""
+    deadline = time.monotonic() + within
+    while not (there := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return there
+
+
+def leave(code: int) -> None:
+    """Ends this process at once where it is one of several, all of which go on or wait: at a usual end jax would wait
+    for them, and they for it. They end once they miss its heartbeat."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def install_signal_handlers() -> Callable[[], None]:

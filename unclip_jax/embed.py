@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -63,14 +64,21 @@ def embed(
     out = Path(out).expanduser()
     _begin(out, json.loads(json.dumps(meta)))
     tokenizer, place = Tokenizer.from_json(frozen.tokenizer_json), sharding.batch_sharding(mesh)
-    encode = jax.jit(lambda params, batch: {name: ask(frozen.model, params, batch)[name] for name in names})
+    wide = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+
+    @jax.jit
+    def encode(params, batch):
+        told = ask(frozen.model, params, batch)
+        return {name: wide(told[name]) for name in names}
+
     fields: dict = {}
 
     def shard(own, first: int, count: int) -> list[bytes]:
         """The records of `count` batches from number `first` on; the last batch of an epoch is cut to its length."""
         records = []
         with contextlib.closing(loader.batches(own, tokenizer, batch_size, shuffle=False, start_step=first)) as stream:
-            told = (encode(frozen.params, sharding.put_batch(next(stream), place)) for _ in range(count))
+            given = (sharding.put_batch(next(stream), place, batch_size) for _ in range(count))
+            told = (encode(frozen.params, batch) for batch in given)
             for number, arrays in enumerate(fetched(told), first):
                 arrays = {name: arrays[name] for name in names}  # jit sorts them
                 fields.update({name: (a.dtype.str, list(a.shape[1:])) for name, a in arrays.items()})

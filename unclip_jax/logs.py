@@ -35,7 +35,7 @@ class Logs:
         self.rate = optim.learning_rate(config.num_steps, **config.optim)
         self.meter, self.number = meter, start
         self.main = distributed.is_main()
-        settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1}
+        settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1, "file": _Unheard()}
         self.bar = tqdm(total=config.num_steps, initial=start, **settings)
         if self.main:
             from tensorboardX import SummaryWriter
@@ -185,7 +185,22 @@ class Trace:
 def say(text: str) -> None:
     """One line on stderr, by the main process, above a progress bar if there is one."""
     if distributed.is_main():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=_Unheard())
+
+
+class _Unheard:
+    """Standard error, where it does not matter whether anybody still reads it: a run outlives its terminal."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -157,9 +157,25 @@ def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
         )
 
 
-def put_batch(batch, sharding: NamedSharding):
-    """This process's rows of a batch (numpy) -> global arrays under `sharding`."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def own_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` this process's devices hold, ascending.
+
+    On a slice they need not lie side by side, and where a mesh axis other than the batch's spans hosts, several hosts
+    hold the same ones.
+    """
+    places = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in places]))
+
+
+def put_batch(batch, sharding: NamedSharding, size: int):
+    """This process's rows of a batch of `size` (numpy, those of `own_rows`) -> global arrays under `sharding`."""
+    rows = own_rows(sharding, size)
+
+    def put(x):
+        part = lambda place: x[np.searchsorted(rows, np.arange(size)[place[0]])]  # noqa: E731
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def _compile(rule) -> tuple[re.Pattern, object]:

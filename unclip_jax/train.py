@@ -30,6 +30,7 @@ from unclip_jax.run import Run, make_run
 from unclip_jax.storage import new_file
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
+LOCKS = "mount it with locks (Lustre: -o flock), or choose another --workdir"
 PREEMPTED = 75  # exit code after a checkpoint on SIGTERM: EX_TEMPFAIL, "try again"
 
 
@@ -65,12 +66,10 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
         state = restored[0] if restored else _fresh(run, batches)
         trim()
         meter.go_on(restored[1] if restored else {})
-        logs, checks, meta = Logs(config, run.workdir, start, meter), Checks(run, batches), _meta(run)
+        logs, checks = Logs(config, run.workdir, start, meter), Checks(run, batches)
         trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
-
-        def store(step, state):
-            saved.save(step, state, {**meta, **meter.stored(), "data_step": step})
-
+        store = functools.partial(_store, saved, meter, _meta(run))
+        log = functools.partial(_log, saved, logs, store)
         stream = batches(start)
         meter.lap("start")
         try:
@@ -84,12 +83,8 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 last = number == config.num_steps
                 preempted = distributed.reached_preemption()
                 save = number % every.save == 0 or last or preempted
-                if (number % every.log == 0 or save) and not logs.write(number):
-                    good = int(state.step)
-                    store(good, state)
-                    what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
-                    fix = "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir"
-                    raise UserError(what, fix)
+                if number % every.log == 0 or save:
+                    log(number, state)
                 if save:
                     store(number, state)
                     meter.lap("checkpoint")
@@ -100,15 +95,41 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                         meter.lap("checks")
                 except Stopped:
                     if not save:
+                        log(number, state)
                         store(number, state)
                     saved.wait()
                     return _stopped(number, last)
                 meter.lap("step")
+        except Exception:
+            _rescue(store, state)
+            raise
         finally:
             trace.close()
             logs.close()
             stream.close()
     return 0
+
+
+def _store(saved: checkpoint.Checkpoints, meter: Meter, meta: dict, step: int, state: TrainState) -> None:
+    saved.save(step, state, {**meta, **meter.stored(), "data_step": step})
+
+
+def _log(saved: checkpoint.Checkpoints, logs: Logs, store: Callable, number: int, state: TrainState) -> None:
+    """Writes the metrics up to step `number`; UserError where one was not finite, or a checkpoint was not written."""
+    saved.check()
+    if logs.write(number):
+        return
+    good = int(state.step)
+    store(good, state)
+    what = f"loss or gradient at step {good + 1} is not a finite number; step {good} is saved"
+    raise UserError(what, "lower optim.lr, raise optim.warmup, or compute in float32, in another --workdir")
+
+
+def _rescue(store: Callable, state: TrainState) -> None:
+    """Saves what was trained when the loop breaks off, such as by the end of a reader; what broke it is told."""
+    if jax.process_count() == 1:  # others would not come to save with this one
+        with contextlib.suppress(Exception):
+            store(int(state.step), state)
 
 
 def _stopped(step: int, last: bool) -> int:
@@ -140,11 +161,11 @@ def _batches(run: Run, start: int, source=None, size: int = 0, **over) -> Iterat
     """Batches on the run's devices from number `start` on, of its own source and size unless others are given."""
     settings = {"seed": run.config.seed, "start_step": start, **run.config.loader, **over}
     source = run.source if source is None else source
-    made = loader.batches(source, run.tokenizer, size or run.config.batch_size, **settings)
-    place = sharding.batch_sharding(run.mesh)
+    size, place = size or run.config.batch_size, sharding.batch_sharding(run.mesh)
+    made = loader.batches(source, run.tokenizer, size, rows=sharding.own_rows(place, size), **settings)
     with contextlib.closing(made):
         for batch in made:
-            yield sharding.put_batch(batch, place)
+            yield sharding.put_batch(batch, place, size)
 
 
 def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
@@ -214,10 +235,14 @@ def _locked(workdir: Path):
     try:
         if file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except BlockingIOError as e:
         file.close()
         raise UserError(f"workdir {workdir} is in use by another run", "wait for it or choose another --workdir") from e
+    except OSError as e:
+        file.close()
+        raise UserError(f"workdir {workdir} is where no file can be locked ({e.strerror})", LOCKS) from e
     try:
+        distributed.check_shared(workdir)
         yield
     finally:
         if file:

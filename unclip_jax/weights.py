@@ -22,7 +22,8 @@ from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 import unclip_jax
-from unclip_jax import storage
+from unclip_jax import config as configs
+from unclip_jax import storage, tokenizer
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, sha256, write_arrays
 
@@ -148,7 +149,7 @@ def _stack(path: str | os.PathLike, stages: Iterable[str] | None, dtype: str | N
         if name not in index["stages"]:
             raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
     found = {name: read(path, name, index["stages"][name], dtype) for name in wanted}
-    return Stack(found, _text(path / "tokenizer.json"), path)
+    return Stack(found, _text(path / "tokenizer.json", tokenizer.MAX_JSON_BYTES), path)
 
 
 def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtype: str) -> dict:
@@ -221,10 +222,7 @@ def _describe_stage(path: Path, name: str, entry: dict, dtype: str | None) -> St
         raise UserError(
             f"{file} is missing, though stack.json lists it", COPY
         )
-    try:
-        config = ConfigDict(_tuples(entry["config"])).lock()
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"stack.json of {path}: the config of {name} is malformed ({error})") from None
+    config = configs.from_values(entry["config"], f"stack.json of {path}: the config of {name}")
     with _no_valid(file):
         places = read_header(file).items()
         shapes = {key: jax.ShapeDtypeStruct(place.shape, _kind(key, place, dtype)) for key, place in places}
@@ -261,19 +259,12 @@ def _no_valid(file: Path) -> Iterator[None]:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, most: int = MAX_JSON_BYTES) -> str:
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{file} is larger than the {MAX_JSON_BYTES} bytes allowed")
+        if file.stat().st_size > most:
+            raise UserError(f"{file} is larger than the {most} bytes allowed")
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file} is missing", COPY) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error})") from None
-
-
-def _tuples(value):
-    """JSON's lists as the tuples they were."""
-    if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -31,7 +31,7 @@ def run_steps(run, tx, mesh) -> tuple:
     stream = loader.batches(run.source, run.tokenizer, 8, seed=1)
     metrics = []
     for index in range(STEPS):
-        batch = sharding.put_batch(next(stream), sharding.batch_sharding(mesh))
+        batch = sharding.put_batch(next(stream), sharding.batch_sharding(mesh), 8)
         state, told = step(state, frozen, batch, index)
         metrics.append(jax.device_get(told))
     return state, metrics

@@ -5,6 +5,7 @@ error is one line and exit code 1 (`--debug` shows where). Ctrl-C is exit code 1
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -70,6 +71,9 @@ def script() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(stop.code)
+        loop = sys.modules.get("unclip_jax.train")  # of the one command that may be one of several processes
+        if loop and stop.code not in (0, loop.PREEMPTED):
+            loop.distributed.leave(stop.code)
         raise
 
 
@@ -151,4 +155,5 @@ def _parser() -> Parser:
 
 def _say(text: str) -> None:
     """One line on stderr, whatever the text holds."""
-    print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):
+        print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr, flush=True)

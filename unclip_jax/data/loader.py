@@ -7,8 +7,9 @@ for any count of hosts, workers and threads, no host reads another's pictures, a
 """
 
 import functools
+import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from unclip_jax.data.images import BadImage, random_crop, to_float
 from unclip_jax.errors import UserError
 
 WARN_AT_MOST = 10
+LEAST_READ = 1000
 MOST = {"num_workers": 512, "num_threads": 4096, "prefetch": 4096}
 
 
@@ -31,8 +33,7 @@ def batches(
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Sequence[int] | None = None,
     shuffle: bool = True,
     crop: int | None = None,
     degrade: str | None = None,
@@ -45,13 +46,13 @@ def batches(
     Args:
       source: see data/source.py.
       tokenizer: None leaves tokens and mask out.
-      batch_size: of all hosts together; b = batch_size / hosts.
+      batch_size: of all hosts together; b is the number of `rows`.
       seed: in [0, 2**32); decides the order and the crops.
       start_step: the first batch is the one an uninterrupted run gets at this step.
       num_workers: processes that read; 0 reads in this one. Workers import the main script again.
       num_threads: threads that read, in each process; each makes a whole batch.
       prefetch: batches held ready, in each process.
-      process_index, process_count: this host among all; jax's by default.
+      rows: which of a batch's rows to read, as of `sharding.own_rows`; None: all.
       shuffle: False keeps the source's order.
       crop: side of a random window of each picture, decided by (seed, position).
       degrade: "bsr" or "bsr_light" (data/degrade.py): batches hold small pictures made so too, "low" f32[b, H / factor,
@@ -62,11 +63,7 @@ def batches(
     import grain
     from absl import flags
 
-    if process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
-    _check(source, batch_size, seed, process_count, crop)
+    _check(source, batch_size, seed, crop)
     make_low = None
     if degrade is not None:
         settings(degrade)
@@ -83,20 +80,27 @@ def batches(
     if shuffle:
         ds = ds.shuffle(seed=order_seed)
     ds = ds.repeat().map_with_index(_position_and_record).batch(batch_size, drop_remainder=True)[start_step:]
-    local = batch_size // process_count
-    own = slice(process_index * local, (process_index + 1) * local)
+    own = np.arange(batch_size) if rows is None else np.asarray(rows)
     ds = ds.map(_Read(source, tokenizer, own, seed, crop, make_low))
     ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads them to start workers
             flags.FLAGS.mark_as_parsed()
-        ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1))
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+        ds = ds.mp_prefetch(options, worker_init_fn=_left_to_the_loop)
     return iter(ds)
 
 
-def _check(source, batch_size, seed, process_count, crop):
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size={batch_size} must be a positive multiple of {process_count} (hosts)")
+def _left_to_the_loop(*_) -> None:
+    """Makes a reader pass over the signals that ask for a stop: sent to a whole group, they would end it before the
+    loop has saved what it has, and it ends with the loop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _check(source, batch_size, seed, crop):
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be in 0 … 2**32 - 1")
     if len(source) == 0:
@@ -124,11 +128,12 @@ def _position_and_record(position: int, record: int) -> tuple[int, int]:
 class _Read:
     """(positions, records) of one global batch → this host's arrays. Picklable, for the workers."""
 
-    def __init__(self, source, tokenizer, own: slice, seed: int, crop: int | None, make_low=None):
+    def __init__(self, source, tokenizer, own: np.ndarray, seed: int, crop: int | None, make_low=None):
         self.source, self.tokenizer, self.own, self.seed, self.crop = source, tokenizer, own, seed, crop
         self.make_low = make_low
         self.max_bad = source.max_bad
         self.bad: dict[int, str] = {}
+        self.read = 0
 
     def __call__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
         images, captions, small, encoded = [], [], [], []
@@ -166,6 +171,7 @@ class _Read:
         for i in range(record, record + n):
             i %= n
             if i not in self.bad:
+                self.read += 1
                 try:
                     return self.source[i]
                 except BadImage as e:
@@ -174,9 +180,11 @@ class _Read:
 
     def _note(self, i: int, why: str):
         self.bad[i] = why
-        if len(self.bad) > self.max_bad * len(self.source):
+        # Of those read by this one of many readers; of few, a few may be bad by chance.
+        seen = min(len(self.source), max(self.read, LEAST_READ))
+        if len(self.bad) > self.max_bad * seen:
             raise UserError(
-                f"{len(self.bad)} of {len(self.source)} pictures of '{self.source.name}' cannot be read, "
+                f"{len(self.bad)} of {seen} pictures of '{self.source.name}' cannot be read, "
                 f"more than max_bad={self.max_bad:g} allows; the last: {why}",
                 "remove them, or raise data.max_bad",
             )
