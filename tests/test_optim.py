@@ -188,6 +188,7 @@ def test_learning_rate_by_batch():
     np.testing.assert_allclose([rate(i) for i in range(10)], 0.2 * np.arange(1, 11), rtol=1e-6)
     np.testing.assert_allclose(rate(55), (2.0 + 0.2) / 2, rtol=1e-6)
     np.testing.assert_allclose([rate(100), rate(1000)], 0.2, rtol=1e-6)
+    np.testing.assert_allclose(rate(99), 0.2 + 1.8 / 90, rtol=1e-5)  # the last update's
     cosine = np.array([optim.learning_rate(50, lr=1.0)(i) for i in range(51)])
     assert (np.diff(cosine) < 0).all() and cosine[0] == 1 and abs(cosine[50]) < 1e-6
     assert optim.learning_rate(50, lr=1.0, schedule="constant")(49) == 1
@@ -240,6 +241,7 @@ def test_sharpness_aware_gradients_are_those_of_two_steps():
         ({"eps": 0.0}, "eps"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),
+        ({"accumulate": 11}, "optim.accumulate=11 must not exceed num_steps=10"),
         ({"sam_rho": -0.1}, "optim.sam_rho=-0.1"),
         ({"sam_rho": math.nan}, "optim.sam_rho=nan"),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from unclip_jax import cli, plan, plan_search, sharding, tasks
+from unclip_jax import cli, optim, plan, plan_search, sharding, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
 from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
@@ -180,6 +180,87 @@ def test_held_bytes_are_those_that_a_device_holds(stage):
     alike = plan.abstract(config, 8, clip)
     assert plan.plan_train(alike, "h100", compiled=False, counts=counts).held == report.held
     assert jax.tree.map(np.shape, plan.abstract(config, 8, clip, like=run).state) == jax.tree.map(np.shape, alike.state)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in tiny_runs.STAGES if stage != "clip"])
+def test_a_stage_is_drawn_as_in_a_stack(stage):
+    """From its caption and what the stage before drew, at full size; CLIP's image tower has nothing to say."""
+    clip, config = tiny_runs.config("clip"), tiny_runs.config(stage)
+    if stage == "upsampler":
+        config.loader.crop = 8
+    run = plan.abstract(config, 1, clip if stage in tasks.WITH_CLIP else None)
+    teacher, b = tasks.make(clip).model, config.batch_size
+    length, wide = teacher.text["max_len"], shape(b, teacher.embed_dim)
+    tokens, mask = jax.ShapeDtypeStruct((b, length), jnp.int32), jax.ShapeDtypeStruct((b, length), jnp.bool_)
+    rows, asked = {"low": shape(b, 16 // run.task.factor, 16 // run.task.factor, 3)} if stage == "upsampler" else {}, 0
+    if stage in tasks.WITH_CLIP:
+        ask = lambda params, *caption: teacher.apply({"params": params}, *caption, method="embed_text")  # noqa: E731
+        asked = count_flops(ask, run.frozen["clip"], tokens, mask)
+        states = shape(b, length, teacher.text["width"])
+        rows = {"tokens": tokens, "mask": mask, "z_txt": wide, "states": states, "z_img": wide}
+
+    def draw(params, rows):
+        return run.task.sample(params, rows, jax.random.split(jax.random.key(0), b))
+
+    report = plan.plan_sample(run, "h100", compiled=False)
+    assert report.flops == asked + count_flops(draw, run.state.averaged, rows) > asked
+    drawn = jax.eval_shape(draw, run.state.averaged, rows).shape
+    assert drawn == ((b, 16, 16, 3) if stage in ("decoder", "upsampler") else wide.shape)
+
+
+@pytest.mark.parametrize("stage, caption", [("prior_diffusion", "tokens"), ("prior_ar", "states")])
+def test_a_prior_of_embeddings_has_no_pictures_to_encode(stage, caption):
+    """Its batches are what CLIP says of pictures, which costs nothing any more, though CLIP's weights are held."""
+    clip, config = tiny_runs.config("clip"), tiny_runs.config(stage)
+    with config.unlocked():
+        config.model.update(caption=caption)
+        if caption == "states":
+            config.model.text = None
+        pictures = plan.abstract(config, 1, clip)
+        config.data.source = "embeddings"
+        run = plan.abstract(config, 1, clip)
+        config.data.update(source="mixture", parts=({"source": "embeddings", "path": "a", "weight": 1.0},))
+        assert plan.abstract(config, 1, clip).batch == run.batch
+    said = jax.eval_shape(pictures.task.encode, pictures.frozen, pictures.batch)
+    left_out = ("image", "states") if caption == "tokens" else ("image",)
+    kinds = lambda batch: {name: (a.shape, a.dtype) for name, a in batch.items()}  # noqa: E731
+    assert kinds(run.batch) == kinds({name: a for name, a in said.items() if name not in left_out})
+    encode = count_flops(pictures.task.encode, pictures.frozen, pictures.batch)
+    with_pictures, without = (plan.count_train(one, residuals=False) for one in (pictures, run))
+    assert without.flops == with_pictures.flops - encode < with_pictures.flops
+    reports = [plan.plan_train(one, "h100", False, counts=without) for one in (pictures, run)]
+    assert reports[0].held == reports[1].held and reports[0].peak > reports[1].peak
+
+
+def test_embeddings_are_for_priors():
+    config = tiny_runs.config("decoder")
+    config.data.source = "embeddings"
+    with pytest.raises(UserError, match="priors only"):
+        plan.abstract(config, 1, tiny_runs.config("clip"))
+
+
+def test_sharpness_aware_steps_hold_the_place_above():
+    """As many bytes more as the parameters have that the second gradient is taken at."""
+    plain, sharp = tiny_runs.config("clip"), tiny_runs.config("clip")
+    with sharp.unlocked():
+        sharp.optim.sam_rho = 0.1
+    counts = plan.Counts(1.0, 1.0, 1.0)
+    runs = [plan.abstract(config, 1) for config in (plain, sharp)]
+    peaks = [plan.plan_train(run, "h100", compiled=False, counts=counts).peak for run in runs]
+    places = []
+    gradient = lambda params: places.append(params) or (0.0, params)  # noqa: E731
+    jax.eval_shape(optim.sharpness_aware(gradient, 0.1), runs[1].state.params)
+    assert peaks[1] - peaks[0] == sum(4 * a.size for a in jax.tree.leaves(places[1])) and len(places) == 2
+
+
+def test_what_a_program_does_not_read_is_held_all_the_same():
+    place = jax.NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]), jax.P())
+    read, idle = (jax.ShapeDtypeStruct((size,), jnp.float32, sharding=place) for size in (1000, 5000))
+    base = plan.Report("sample", 1, "v5e", {}, 1, True, 1.0, 1.0, {}, None, 1e9)
+    double = lambda given: 2 * given["read"]  # noqa: E731
+    alone, beside = (plan._compile(base, jax.jit(double), (args,)).peak
+                     for args in ({"read": read}, {"read": read, "idle": idle}))  # fmt: skip
+    assert beside - alone == 4 * 5000 and alone >= 4 * 1000
 
 
 @pytest.mark.slow

@@ -58,13 +58,14 @@ def make(
       lr: the highest learning rate, > 0.
       warmup: updates over which the rate rises linearly to `lr`; the first update already has lr / warmup.
       schedule: "cosine", "linear" or "constant" after the warm-up.
-      final: the last rate as a fraction of `lr`, in [0, 1]; "constant" has no use for it.
+      final: what the rate falls towards, as a fraction of `lr`, in [0, 1]; it is that of the update after the last, so
+        that with 0 the last still learns; "constant" has no use for it.
       weight_decay: >= 0; for arrays of rank >= 2 that are not biases, scales or statistics (`decayed`); with Muon for
         those it sees as matrices alone.
       b1, b2: decay of the first and second moment, in [0, 1).
       eps: > 0.
       clip_norm: the greatest global gradient norm, > 0, or None for no clipping.
-      accumulate: batches whose mean gradient makes one update, >= 1.
+      accumulate: batches whose mean gradient makes one update, in 1 … `num_steps`.
       sam_rho: >= 0; where it is not 0 the gradients come from `sharpness_aware`, of which the step takes care.
 
     Raises:
@@ -178,7 +179,12 @@ def _update_rate(num_steps, lr, warmup, schedule, final, accumulate) -> optax.Sc
     _number("optim.final", final, low=0, high=1)
     if schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={schedule!r} is unknown", suggest(schedule, SCHEDULES))
-    updates = max(1, num_steps // accumulate)
+    if accumulate > num_steps:
+        raise UserError(
+            f"optim.accumulate={accumulate} must not exceed num_steps={num_steps}, or there is no update",
+            f"set optim.accumulate to {num_steps} or less, or raise num_steps",
+        )
+    updates = num_steps // accumulate
     if warmup > updates:
         raise UserError(
             f"optim.warmup={warmup} must not exceed the {updates} updates of the run "

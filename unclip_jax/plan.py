@@ -23,6 +23,7 @@ from unclip_jax import config as configs
 from unclip_jax import optim, sharding, tasks
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.meter import FLOPS
+from unclip_jax.models.clip import CLIP
 from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
@@ -170,20 +171,50 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: 
     state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
     frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = sharding.abstract(frozen, sharding.infer_frozen(frozen, mesh))
-    batch, rows = _batch(config, teacher), sharding.batch_sharding(mesh)
-    batch = sharding.abstract(batch, jax.tree.map(lambda _: rows, batch))
+    batch = _split(_batch(config, task, teacher and teacher.model), mesh)
     return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
 
 
-def _batch(config: ConfigDict, teacher) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader gives."""
-    b, side = config.batch_size, config.loader.crop or config.data.size
-    batch = {"image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)}
-    length = teacher.model.text["max_len"] if teacher else config.tokenizer and config.tokenizer.max_len
+def _batch(config: ConfigDict, task: tasks.Task, clip: CLIP | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader gives: pictures, or embeddings where they were worked out before (`data/embeddings.py`)."""
+    b, batch = config.batch_size, {}
+    length = clip.text["max_len"] if clip else config.tokenizer and config.tokenizer.max_len
     if length:
-        batch["tokens"] = jax.ShapeDtypeStruct((b, length), jnp.int32)
-        batch["mask"] = jax.ShapeDtypeStruct((b, length), jnp.bool_)
+        batch = {name: jax.ShapeDtypeStruct((b, length), kind) for name, kind in (("tokens", "i4"), ("mask", "?"))}
+    if not _embedded(config.data):
+        side = config.loader.crop or config.data.size
+        return {**batch, "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)}
+    if config.task not in ("prior_diffusion", "prior_ar"):
+        raise UserError(f"data.source={config.data.source!r} holds embeddings, and task {config.task} learns from "
+                        "pictures", "give a source of pictures; embeddings train priors only")  # fmt: skip
+    batch |= {name: jax.ShapeDtypeStruct((b, clip.embed_dim), jnp.float32) for name in ("z_img", "z_txt")}
+    if not task.model.vocab_size:
+        batch["states"] = jax.ShapeDtypeStruct((b, length, clip.text["width"]), jnp.float32)
     return batch
+
+
+def _embedded(data: Mapping) -> bool:
+    """Whether a config's block `data` names embeddings, or a mixture of them."""
+    return data.get("source") == "embeddings" or any(map(_embedded, data.get("parts") or ()))
+
+
+def _told(run: Abstract) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a stack tells the stage of each output: the caption, and what the stage before it has drawn."""
+    b, task = run.config.batch_size, run.task
+    if run.config.task == "clip":
+        return {"image": run.batch["image"]}
+    told = {name: run.batch[name] for name in ("tokens", "mask") if name in run.batch}
+    if run.config.task == "upsampler":
+        side = task.image_size // task.factor
+        told["low"] = jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)
+    elif run.config.task == "decoder" and task.clip:
+        told["z_img"] = jax.ShapeDtypeStruct((b, task.clip.embed_dim), jnp.float32)
+    return _split(told, run.mesh)
+
+
+def _split(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    rows = sharding.batch_sharding(mesh)
+    return sharding.abstract(batch, jax.tree.map(lambda _: rows, batch))
 
 
 class Counts(NamedTuple):
@@ -236,28 +267,33 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts |
         counts.flops, counts.model_flops, held, None, CHIPS[chip].memory, remat=", ".join(tasks.policies(run.config)),
     )  # fmt: skip
     if not compiled:
-        gradients, parts = held["parameters"], run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-        peak = sum(held.values()) + gradients + counts.residuals / parts + _held(run.batch)
+        copies, parts = 2 if run.config.optim.get("sam_rho") else 1, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        # of the parameters: the gradient, and with SAM the place above, where the second gradient is taken
+        peak = sum(held.values()) + copies * held["parameters"] + counts.residuals / parts + _held(run.batch)
         return dataclasses.replace(base, peak=peak)
     shardings = jax.tree.map(lambda a: a.sharding, run.state)
     return _compile(base, compile_step(run.step, run.mesh, shardings), _step_args(run))
 
 
 def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
-    """What drawing one batch takes, `config.batch_size` outputs, all sampling steps in it."""
-    params = run.state.averaged
+    """What drawing one batch takes as a stack draws it, `config.batch_size` outputs, all sampling steps in it.
+
+    At full size, whatever crops are trained on; of the frozen CLIP captions are asked, though all of it is held.
+    """
+    params, told = run.state.averaged, _told(run)
     held = {"parameters": _held(params), "frozen CLIP": _held(run.frozen)}
 
-    def draw(params, frozen, batch):
+    def draw(params, frozen, told):
         keys = jax.random.split(jax.random.key(0), run.config.batch_size)
-        return run.task.sample(params, run.task.encode(frozen, batch), keys)
+        cond = told if "low" in told else run.task.encode(frozen, told)  # an upsampler's makes "low" of pictures
+        return run.task.sample(params, cond, keys)
 
-    args = (params, run.frozen, run.batch)
+    args = (params, run.frozen, told)
     flops = count_flops(draw, *args)
     base = Report("sample", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
                   flops, flops, held, None, CHIPS[chip].memory)  # fmt: skip
     if not compiled:
-        return dataclasses.replace(base, peak=sum(held.values()) + _held(run.batch))
+        return dataclasses.replace(base, peak=sum(held.values()) + _held(told))
     return _compile(base, jax.jit(sharding.split_rows(draw, run.mesh)), args)
 
 
@@ -286,8 +322,10 @@ def _compile(report: Report, function, args) -> Report:
     memory = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = getattr(memory, "peak_memory_in_bytes", 0) or kept + memory.temp_size_in_bytes
+    # What the program does not read it does not count, such as a CLIP's image tower; it is on the device all the same.
+    idle = jax.tree.map(lambda a, place: None if place else a, args, compiled.input_shardings[0])
     moved = read_hlo(compiled.as_text())
-    return dataclasses.replace(report, peak=float(peak), collectives=moved.collectives, traffic=moved.bytes)
+    return dataclasses.replace(report, peak=peak + _held(idle), collectives=moved.collectives, traffic=moved.bytes)
 
 
 def _held(tree) -> float:
