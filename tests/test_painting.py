@@ -64,7 +64,7 @@ def test_the_prior_is_led_to_the_given_picture(pipe, painted):
     """Of the embeddings drawn for a prompt the nearest to what CLIP sees in the picture is taken."""
     images, holes, prompts, drawn = painted
     filled = painting._filled(images, holes)
-    near = pipe._encode(pipe._look(filled), 8, False)["z_img"].repeat(2, 0)
+    near = pipe.embed_images(filled).repeat(2, 0)
     free = pipe.generate(prompts, 7, num=2, candidates=painting.CANDIDATES, return_stages=True)
     led, unled = ((made.z_img * near).sum(1) for made in (drawn, free))
     assert (led >= unled - 1e-4).all() and (led > unled + 1e-3).any()

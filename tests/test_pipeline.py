@@ -108,8 +108,28 @@ def test_each_stage_is_compiled_once(pipe, drawn):
     assert not names
 
 
+def test_another_guidance_compiles_nothing_but_none_does(pipe):
+    draw = lambda **scales: pipe.generate(PROMPTS, seed=7, num=2, **scales)  # noqa: E731
+    strong = draw(guidance=4, prior_guidance=2.5)
+    with compiled() as names:
+        weak = draw(guidance=np.float32(2), prior_guidance=1.5)
+    assert not names and not np.array_equal(weak, strong)
+    assert np.array_equal(draw(guidance=4.0, prior_guidance=np.float64(2.5)), strong)
+    with compiled() as names:
+        draw(guidance=1, prior_guidance=1)  # half as much is run
+    assert names
+
+
+def test_a_stack_with_another_stage_draws_with_that(pipe, drawn):
+    other = dataclasses.replace(pipe.tasks["decoder"], target="eps")
+    changed = dataclasses.replace(pipe, tasks={**pipe.tasks, "decoder": other})
+    assert not np.array_equal(changed.generate(PROMPTS, seed=7, num=2), drawn.images)
+    assert np.array_equal(pipe.generate(PROMPTS, seed=7, num=2), drawn.images)
+
+
 def test_low_memory_gives_the_same_pictures(pipe, drawn):
-    low = dataclasses.replace(UnCLIP.load(tiny_stack.path(), low_memory=True), _programs=pipe._programs)
+    low = UnCLIP.load(tiny_stack.path(), low_memory=True)
+    low = dataclasses.replace(low, tasks=pipe.tasks, _programs=pipe._programs)
     assert np.array_equal(low.generate(PROMPTS, seed=7, num=2), drawn.images)
 
 
@@ -126,7 +146,7 @@ def test_weights_that_lie_as_on_a_gpu_give_the_same_pictures(monkeypatch, drawn)
     pipe = UnCLIP.load(tiny_stack.path(), low_memory=True).without_upsamplers()
     apart = pipe.generate(PROMPTS, seed=7, num=2).astype(int) - drawn.base.astype(int)
     assert np.abs(apart).max() <= 1  # of 255; one product of query, key and value may round differently
-    (decoder,) = (program for key, program in pipe._programs.items() if key[0] == "decoder")
+    (decoder,) = (program for key, (program, _) in pipe._programs.items() if key[0] == "decoder")
     assert decoder.input_formats[0][0]["net"]["stem"]["kernel"].layout.major_to_minor == (3, 0, 1, 2)
 
 

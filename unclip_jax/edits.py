@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from unclip_jax.data.images import center_crop_resize, to_float
+from unclip_jax.diffusion.draw import number
 from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, said_of, suggest
 from unclip_jax.settings import check_numbers, check_prompts, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
@@ -35,14 +37,61 @@ class Latents(NamedTuple):
 
 
 class Edits:
-    """The methods of `UnCLIP` that start from pictures.
+    """The methods of `UnCLIP` that start from pictures, or from what CLIP knows of them.
 
     Pictures are u8[h, w, 3] each, of which the middle square is looked at. `seed`, `batch_size`, `return_stages`,
     `progress` and `**settings` are those of `UnCLIP.generate`. Where x_T is used, the settings' defaults are
     sampler="ddim", 100 steps and guidance=1 (2 for text diffs), the same for the inversion and for what is drawn: only
-    with the noise's own guidance the picture comes back. No method uses a caption but for its embedding. All raise
-    UserError: a bad argument, a CLIP without image tower, a stage that gave NaN.
+    with the noise's own guidance the picture comes back. No method but `decode` uses a caption other than for its
+    embedding. All raise UserError: a bad argument, no CLIP or one without image tower, a stage that gave NaN.
     """
+
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 8, progress: bool = False) -> np.ndarray:
+        """CLIP's embeddings of texts, z_txt f32[len(texts), D]: what a prior is told of a caption."""
+        check_numbers(batch_size=batch_size)
+        check_prompts(texts)
+        self._clip()
+        return self._run("clip", (self._captions(texts),), {}, batch_size, progress)["z_txt"]
+
+    def embed_images(self, images: Sequence[np.ndarray], *, batch_size: int = 8, progress: bool = False) -> np.ndarray:
+        """CLIP's embeddings of pictures, z_img f32[len(images), D]: what `decode` draws from."""
+        check_numbers(batch_size=batch_size)
+        return self._encode(self._look(images), batch_size, progress)["z_img"]
+
+    def decode(
+        self,
+        z_img: np.ndarray,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
+        *,
+        num: int = 1,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
+    ):
+        """Draws `num` pictures of each embedding -> u8[N * num, H, W, 3], embedding by embedding.
+
+        The half of `generate` that follows the prior: of the z_img that it drew, with the prompts and the seed that it
+        was given and num=1, the pictures are the same. No image tower is needed.
+
+        Args:
+          z_img: float[N, D] as `embed_images` or `generate(…, return_stages=True)` give them, their length included.
+          prompts: N texts that the decoder is told as well; None drops the caption.
+        """
+        check_numbers(seed, num, batch_size)
+        z_img = _embeddings(z_img, self._clip().embed_dim)
+        if prompts is not None:
+            check_prompts(prompts)
+            if len(prompts) != len(z_img):
+                raise UserError(f"{len(prompts)} prompts for {len(z_img)} embeddings; one for each is needed")
+        used = self.settings(**settings)
+        if prompts is None:
+            used["decoder"] = {**used["decoder"], "caption": False}
+        cond = {**self._captions([""] * len(z_img) if prompts is None else prompts), "z_img": z_img}
+        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
+        keys = picture_keys(seed, len(z_img), num)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def latents(
         self, images: Sequence[np.ndarray], *, batch_size: int = 8, progress: bool = True, **settings
@@ -72,7 +121,7 @@ class Edits:
             what CLIP sees and nothing else.
         """
         check_numbers(seed, num, batch_size)
-        if eta is not None and not _within(eta, 0, 1):
+        if eta is not None and not number(eta, 0, 1):
             raise UserError(f"eta={eta!r} must be a number in 0 … 1, or None to draw from white noise")
         if eta is not None and settings.get("sampler", "ddim") != "ddim":
             raise UserError(f"sampler={settings['sampler']!r} has no eta", "leave out the sampler, or eta")
@@ -83,7 +132,8 @@ class Edits:
             cond.pop("small")
         else:
             used = self.exact_settings(settings)
-            cond = self._with_noise(cond, self._latents(cond, used, batch_size, progress))
+            latents = self._latents(cond, used, batch_size, progress)
+            cond = {**self._captions([""] * len(images)), **latents._asdict()}
             used["decoder"] = {**used["decoder"], "eta": float(eta)}
         cond = {name: value.repeat(num, 0) for name, value in cond.items()}
         keys = picture_keys(seed, len(images), num)
@@ -145,10 +195,10 @@ class Edits:
         """
         check_numbers(seed, 1, batch_size)
         check_prompts([source, target])
-        if not np.iterable(thetas) or not len(thetas) or not all(_within(theta, 0, 1) for theta in thetas):
+        if not np.iterable(thetas) or not len(thetas) or not all(number(theta, 0, 1) for theta in thetas):
             raise UserError(f"thetas={thetas!r} must be numbers in 0 … 1, at least one")
         cond, used = self._look(images), self.exact_settings(settings, TEXT_GUIDANCE)
-        to, start = self._embed([target, source], batch_size, progress)
+        to, start = self.embed_texts([target, source], batch_size=batch_size, progress=progress)
         if np.linalg.norm(to - start) < 1e-6 * np.linalg.norm(to):
             raise UserError(f"{source!r} and {target!r} mean the same to CLIP", "give two texts that differ")
         z, x = self._latents(cond, used, batch_size, progress)
@@ -179,8 +229,9 @@ class Edits:
             raise UserError("labels must be at least two texts to choose from")
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise UserError(f"template={template!r} must hold one {{}} for the label", "write 'a picture of {}'")
-        z_img = self._encode(self._look(images), batch_size, progress)["z_img"]
-        z_txt = self._embed([template.replace("{}", label) for label in labels], batch_size, progress)
+        texts = [template.replace("{}", label) for label in labels]
+        z_img = self.embed_images(images, batch_size=batch_size, progress=progress)
+        z_txt = self.embed_texts(texts, batch_size=batch_size, progress=progress)
         z_img, z_txt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
         scale = math.exp(min(float(self.params["clip"]["logit_scale"]), math.log(100)))
         logits = scale * np.asarray(z_img, np.float64) @ z_txt.T
@@ -198,6 +249,16 @@ class Edits:
         """The settings of CLIP's image tower; None where the stack has none."""
         return self.tasks["clip"].model.vision if "clip" in self.tasks else None
 
+    def _clip(self):
+        """CLIP's network."""
+        if "clip" not in self.tasks:
+            raise UserError("this stack's decoder knows no CLIP, so there are no embeddings", "draw from prompts")
+        return self.tasks["clip"].model
+
+    def _captions(self, texts: Sequence[str]) -> dict:
+        """Rows of texts, "tokens" and "mask"."""
+        return dict(zip(("tokens", "mask"), self.tokenizer.encode(list(texts)), strict=True))
+
     def _look(self, images) -> dict:
         """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption."""
         vision = self._vision
@@ -206,8 +267,7 @@ class Edits:
             raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
         sides = {"image": vision["image_size"], "small": self.tasks["decoder"].image_size}
         seen = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
-        tokens, mask = self.tokenizer.encode([""] * len(images))
-        return {**seen, "tokens": tokens, "mask": mask}
+        return {**seen, **self._captions([""] * len(images))}
 
     def exact_settings(self, settings: Mapping, guidance: float = 1.0) -> dict[str, dict]:
         """The settings of each stage with which x_T gives its picture back, unless others were given."""
@@ -221,10 +281,6 @@ class Edits:
         rows = {name: cond[name] for name in ("image", "tokens", "mask")}
         told = self._run("clip", (rows,), {}, batch_size, progress)
         return {**told, "tokens": cond["tokens"], "mask": cond["mask"]}
-
-    def _embed(self, texts: Sequence[str], batch_size: int, progress: bool) -> np.ndarray:
-        tokens, mask = self.tokenizer.encode(list(texts))
-        return self._run("clip", ({"tokens": tokens, "mask": mask},), {}, batch_size, progress)["z_txt"]
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
         seen = self._encode(cond, batch_size, progress)
@@ -241,36 +297,31 @@ class Edits:
         keys, side = picture_keys(seed, len(inputs), 1), self.tasks["decoder"].image_size
         x = np.array(jax.jit(initial_noise, static_argnums=1)(fold(keys, 2), (side, side, 3)))
         x = x[:1].repeat(len(x), 0) if noise == "fixed" else x
-        z = np.zeros((len(inputs), self.tasks["clip"].model.embed_dim), np.float32)
+        z = np.zeros((len(inputs), self._clip().embed_dim), np.float32)
         if words.any():
             prompts = [given for given in inputs if isinstance(given, str)]
             z[words] = self._imagine(prompts, keys[words], used, batch_size, progress)
         if not words.all():
-            cond = self._look([given for given in inputs if not isinstance(given, str)])
+            images = [given for given in inputs if not isinstance(given, str)]
             if noise == "slerp":
-                z[~words], x[~words] = self._latents(cond, used, batch_size, progress)
+                z[~words], x[~words] = self._latents(self._look(images), used, batch_size, progress)
             else:
-                z[~words] = self._encode(cond, batch_size, progress)["z_img"]
+                z[~words] = self.embed_images(images, batch_size=batch_size, progress=progress)
         return Latents(z, x)
 
     def _imagine(self, prompts, keys, used: Mapping, batch_size: int, progress: bool) -> np.ndarray:
         """The prior's z_img of prompts."""
         if not (prior := prior_of(used)):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give pictures")
-        tokens, mask = self.tokenizer.encode(list(prompts))
-        rows = {"tokens": tokens, "mask": mask}
+        rows = self._captions(prompts)
         rows |= self._run("clip", (rows,), {}, batch_size, progress)
         return self._run(prior, (rows, fold(keys, 1)), used[prior], batch_size, progress)
-
-    def _with_noise(self, cond: Mapping, latents: Latents) -> dict:
-        return {"tokens": cond["tokens"], "mask": cond["mask"], "z_img": latents.z_img, "noise": latents.noise}
 
     def _draw_latents(self, latents: Latents, seed: int, used, batch_size: int, return_stages: bool, progress: bool):
         """One picture of each; whatever else is by chance is the same in all."""
         count = len(latents.z_img)
-        tokens, mask = self.tokenizer.encode([""] * count)
         keys = picture_keys(seed, 1, 1)[np.zeros(count, int)]
-        cond = self._with_noise({"tokens": tokens, "mask": mask}, latents)
+        cond = {**self._captions([""] * count), **latents._asdict()}
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
 
@@ -279,16 +330,25 @@ def fold(keys: jax.Array, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def _within(value, low: float, high: float) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and low <= value <= high
-
-
 def _path(points: Sequence[np.ndarray], frames: int) -> np.ndarray:
     """Great circles through the points, `frames` from each to the next, both counted."""
     legs = zip(points[:-1], points[1:], strict=True)
     shares = np.linspace(0, 1, frames)[1:]
     steps = [slerp(a[None], b[None], share)[0] for a, b in legs for share in shares]
     return np.stack([points[0], *steps]).astype(np.float32)
+
+
+def _embeddings(z_img, width: int) -> np.ndarray:
+    """`z_img` as f32[N, width]; UserError for what is none."""
+    fix = "take it from embed_images, or from generate(…, return_stages=True)"
+    with said_of(f"z_img must be an array float[N, {width}]", fix):
+        z = np.asarray(z_img)
+    if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim != 2 or 0 in z.shape or z.shape[1] != width:
+        raise UserError(f"z_img is {z.dtype}{list(z.shape)}; expected float[N, {width}], a row for each picture", fix)
+    z = z.astype(np.float32)
+    if not np.isfinite(z).all():
+        raise UserError("z_img holds NaN or infinite values, and must be finite", fix)
+    return z
 
 
 def _square(image, number: int, side: int) -> np.ndarray:

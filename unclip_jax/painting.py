@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from unclip_jax.data.masks import holes_at, known_at
+from unclip_jax.diffusion.draw import number
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError
@@ -57,7 +58,7 @@ class Painting:
         more = {name: (n, 1) for name, n in {"jump": jump, "resample": resample}.items() if n is not None}
         check_numbers(seed, num, batch_size, **more)
         check_prompts([""] * len(images) if prompts is None else prompts)
-        if not (isinstance(strength, (int, float)) and 0 < strength <= 1):
+        if not (number(strength, 0, 1) and strength > 0):
             raise UserError(f"strength={strength!r} must be above 0 and at most 1")
         if prompts is not None and len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
@@ -94,7 +95,7 @@ class Painting:
         tokens, mask = self.tokenizer.encode(list(prompts))
         cond = {"tokens": tokens, "mask": mask}
         if self._vision is not None:
-            cond["near"] = self._encode(self._look(_filled(images, holes)), batch_size, progress)["z_img"]
+            cond["near"] = self.embed_images(_filled(images, holes), batch_size=batch_size, progress=progress)
         return cond
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from unclip_jax import sharding
 from unclip_jax.compiling import compiled
 from unclip_jax.data.images import to_uint8
+from unclip_jax.diffusion.guide import is_one
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.edits import Edits, fold
 from unclip_jax.errors import UserError, suggest
@@ -31,6 +32,8 @@ from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
+
+ENCODERS = (*PRIORS.values(), "decoder")  # whose `encode` says what CLIP is asked
 
 
 class Drawn(NamedTuple):
@@ -237,10 +240,13 @@ class UnCLIP(Edits, Painting, Reconstruction):
             given = jax.tree.map(lambda x: x[at], rows)
             return given if where is None else jax.device_put(given, where)
 
+        # A scale of guidance is handed over, so that one program is for all but 1, which runs half as much.
+        scales = {} if is_one(options.get("guidance", 1)) else {"guidance": np.float32(options["guidance"])}
+        options = {name: value for name, value in options.items() if name not in scales}
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=where), rows)
-        program = self._program(stage, options, method, given)
+        program = self._program(stage, options, method, (*given, scales))
         params, starts = self._params(stage), range(0, total, size)
-        drawn = fetched(program(params, *chunk(start)) for start in starts)
+        drawn = fetched(program(params, *chunk(start), scales) for start in starts)
         parts = list(tqdm(drawn, stage, len(starts), unit="batch", leave=False, disable=bar))
         out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
@@ -264,24 +270,31 @@ class UnCLIP(Edits, Painting, Reconstruction):
 
     def _ask(self, params, rows):
         told = rows
-        for name in (*PRIORS.values(), "decoder"):
+        for name in ENCODERS:
             told = self.tasks[name].encode({"clip": params}, told) if name in self.tasks else told
         return {name: value for name, value in told.items() if name not in rows}
 
     def _program(self, stage: str, options: Mapping, method: str, given):
-        """The compiled program of one stage, (params, *given) -> output; one for all of such options and shapes."""
+        """The compiled program of one stage, (params, *given) -> output; one for all of such options and shapes.
+
+        Copies of a stack share its programs, and tell those of their own tasks by identity.
+        """
         args = (self._shapes(stage), *given)
         leaves, form = jax.tree.flatten(args)
+        told_by = ENCODERS if stage == "clip" else (stage,)
+        tasks = [self.tasks[name] for name in told_by if name in self.tasks]
         key = (stage, method, tuple(sorted(options.items())), form, tuple((a.shape, a.dtype) for a in leaves))
+        key = (*key, *map(id, tasks))
         if key not in self._programs:
-            self._programs[key] = compiled(jax.jit(self._function(stage, options, method)).lower(*args))
-        return self._programs[key]
+            program = compiled(jax.jit(self._function(stage, options, method)).lower(*args))
+            self._programs[key] = program, tasks  # which, kept, leave their identity to no other
+        return self._programs[key][0]
 
     def _function(self, stage: str, options: Mapping, method: str):
         if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
-            return self._ask
+            return lambda params, rows, _: self._ask(params, rows)
         run = getattr(self.tasks[stage], method)
-        return lambda params, *rows: run(params, *rows, **options)
+        return lambda params, *given: run(params, *given[:-1], **options, **given[-1])
 
 
 def _role(stage: str) -> str:

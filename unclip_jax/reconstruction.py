@@ -49,12 +49,12 @@ class Reconstruction:
             raise UserError(what, "name fewer, or measure all components on data")
         used = self.settings(**settings)
         used["decoder"] = {**used["decoder"], "caption": False}
-        seen = self._encode(self._look(images), batch_size, progress)
+        z_img = self.embed_images(images, batch_size=batch_size, progress=progress)
         parts = [pca.keep(int(k)) for k in dims]
-        z = np.stack([np.asarray(part.back(part.project(seen["z_img"])), np.float32) for part in parts], axis=1)
-        cond = {name: seen[name].repeat(len(dims), 0) for name in ("tokens", "mask")}
+        z = np.stack([np.asarray(part.back(part.project(z_img)), np.float32) for part in parts], axis=1)
+        z = z.reshape(-1, z.shape[-1])
+        cond = {**self._captions([""] * len(z)), "z_img": z}
         keys = picture_keys(seed, len(images), 1)[np.arange(len(images)).repeat(len(dims))]
-        cond["z_img"] = z.reshape(-1, z.shape[-1])
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def kept_components(self) -> PCA:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax.diffusion.draw import check_settings
+from unclip_jax.diffusion.draw import check_settings, number
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.errors import UserError, suggest
 
@@ -62,18 +62,20 @@ class Settings:
             kind = name.split("_")[-1]
             if kind in ("steps", "candidates") and not whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-            if kind == "guidance" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if kind == "guidance" and not number(value, 0):
                 raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
             if kind == "sampler" and value not in SAMPLERS:
                 raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
-            if kind in RANGES and not (isinstance(value, (int, float)) and RANGES[kind][0] <= value <= RANGES[kind][1]):
+            if kind in RANGES and not number(value, *RANGES[kind]):
                 raise UserError(f"{name}={value!r} must be a number in {RANGES[kind][0]:g} … {RANGES[kind][1]}")
             if name == "prior" and value not in PRIORS:
                 raise UserError(f"prior={value!r} is unknown", suggest(value, PRIORS))
             if kind in ("threshold", "rescale", "interval"):
                 check_settings(name.removesuffix(kind), **{kind: value})
             if kind == "interval":
-                object.__setattr__(self, name, tuple(value))  # programs are told apart by it
+                object.__setattr__(self, name, tuple(map(float, value)))  # programs are told apart by it
+            elif isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
 
     def of(self, role: str) -> dict[str, Any]:
         """The keyword arguments they mean for one role's `Task.sample`."""

@@ -27,7 +27,7 @@ class Claim:
     """What a caption claims: as many objects as `things`, in no order.
 
     Each relation is (subjects, word, others): indices into `things` on both sides of "above", "below", "left"
-    or "right". Each position is one of POSITIONS.
+    or "right". Each position is a key of POSITION_WORDS.
     """
 
     things: tuple[Thing, ...]
@@ -63,7 +63,6 @@ _CORNER_WORDS = {
     for v, w in (("top", "upper"), ("bottom", "lower")) for h in ("left", "right")
 }
 POSITION_WORDS = _SIDE_WORDS | _CORNER_WORDS
-POSITIONS = tuple(POSITION_WORDS)
 PREFIXES = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "this is ",
             "a picture with ", "a simple picture of ", "we see ")
 BACKGROUND_WORDS = ("on a {} background", "on {}", "with a {} background", "against a {} background")

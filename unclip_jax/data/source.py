@@ -24,12 +24,16 @@ class Source(abc.ABC):
 
     Attributes:
       name: what `data.make` calls it. licence: of its pictures.
+      split: the part of the data that it is, such as "train".
+      size: side of the pictures in pixels; None where there are none.
       max_bad: the part of the records that may be unreadable; beyond it the loader gives up.
       clip_identity: of the CLIP whose embeddings the records hold; None where they hold pictures.
     """
 
     name: str
     licence: str
+    split: str
+    size: int | None = None
     max_bad: float = 0.1
     clip_identity: str | None = None
 

@@ -1,11 +1,11 @@
 """From a config's `sampler` block to a sample: respacing, guidance, a picture to begin from or to keep, the sampler."""
 
-import math
+import sys
 
 import jax
 import numpy as np
 
-from unclip_jax.diffusion.guide import Denoise, guide_batched, within
+from unclip_jax.diffusion.guide import Denoise, guide_batched, is_one, within
 from unclip_jax.diffusion.inpaint import partway, repaint
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.diffusion.schedule import Schedule, respace
@@ -23,7 +23,7 @@ def draw(
     x0_variance: jax.Array | None = None,
     name: str,
     steps: int | str,
-    guidance: float = 1.0,
+    guidance: float | jax.Array = 1.0,
     threshold: float | None = None,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
@@ -51,7 +51,7 @@ def draw(
         DDIM's where the sampler named is a deterministic one.
     """
     check_settings(name=name, threshold=threshold, rescale=rescale, interval=interval)
-    if guidance != 1:
+    if not is_one(guidance):
         guided = guide_batched(denoise, guidance, rescale)
         if interval is not None and tuple(interval) != (0, 1):
             guided = within(*(level * int(sched.timesteps[-1]) for level in interval), guided, denoise)
@@ -74,12 +74,17 @@ def check_settings(prefix: str = "", *, name=None, threshold=None, rescale=None,
     """Raises UserError for what `draw` does not take, each called `prefix` + its name; None is not looked at."""
     if name is not None and name not in SAMPLERS:
         raise UserError(f"{prefix}name={name!r} is unknown", suggest(name, SAMPLERS))
-    number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)  # noqa: E731
-    if threshold is not None and not (number(threshold) and 0 < threshold <= 1):
+    if threshold is not None and not (number(threshold, 0, 1) and threshold > 0):
         raise UserError(f"{prefix}threshold={threshold!r} must be a quantile above 0, and 1 at most, such as 0.995")
-    if rescale is not None and not (number(rescale) and 0 <= rescale <= 1):
+    if rescale is not None and not number(rescale, 0, 1):
         raise UserError(f"{prefix}rescale={rescale!r} must be a number in 0 (none) … 1")
     if interval is not None:
-        pair = tuple(interval) if isinstance(interval, (tuple, list)) else ()
-        if not (len(pair) == 2 and all(map(number, pair)) and 0 <= pair[0] < pair[1] <= 1):
+        pair = tuple(interval) if isinstance(interval, (tuple, list, np.ndarray)) else ()
+        if not (len(pair) == 2 and all(number(x, 0, 1) for x in pair) and pair[0] < pair[1]):
             raise UserError(f"{prefix}interval={interval!r} must be two noise levels, 0 <= low < high <= 1")
+
+
+def number(value, low: float, high: float = sys.float_info.max) -> bool:
+    """Whether it is a finite number in low … high, Python's or NumPy's."""
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return real and low <= float(value) <= high

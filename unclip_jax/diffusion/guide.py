@@ -34,7 +34,7 @@ def guide(cond: Denoise, uncond: Denoise, scale: float | jax.Array, rescale: flo
       scale: a float, a traced scalar or f32[B]; 1 = unguided. As a Python 1.0, `uncond` is never called.
       rescale: 0 … 1.
     """
-    if _is_one(scale):
+    if is_one(scale):
         return cond
 
     def denoise(xt, model_time):
@@ -57,7 +57,7 @@ def guide_batched(denoise2: Denoise, scale: float | jax.Array, rescale: float = 
         out = denoise2(jnp.concatenate([xt, xt]), jnp.concatenate([model_time, model_time]))
         c, u = jnp.split(out.pred, 2)
         var = None if out.var is None else jnp.split(out.var, 2)[0]
-        return Out(c if _is_one(scale) else _mix(c, u, scale, rescale), var)
+        return Out(c if is_one(scale) else _mix(c, u, scale, rescale), var)
 
     return denoise
 
@@ -82,7 +82,8 @@ def within(low: float, high: float, inside: Denoise, outside: Denoise) -> Denois
     return denoise
 
 
-def _is_one(scale) -> bool:
+def is_one(scale) -> bool:
+    """Whether a scale is known to be 1, which is no guidance: a traced one is not."""
     return isinstance(scale, (int, float)) and scale == 1
 
 

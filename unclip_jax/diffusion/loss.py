@@ -34,7 +34,6 @@ def simple(
     sched: Schedule,
     pred: jax.Array,
     x0: jax.Array,
-    xt: jax.Array,
     t: jax.Array,
     noise: jax.Array,
     target: str,
@@ -43,7 +42,7 @@ def simple(
     """w_t mean((pred - target)^2) -> f32[B].
 
     Args:
-      pred: f32[B, …], the network's output for `target`: "x0", "eps" or "v"; x0, xt, noise alike, t i32[B].
+      pred: f32[B, …], the network's output for `target`: "x0", "eps" or "v"; x0, noise alike, t i32[B].
       weighting: "none" (w = 1), "min_snr" (or "min_snr5"): min(SNR, 5) times the x0 error for any target; or
         "clipped_snr": max(1, min(SNR, 5)) times it, which leaves layouts, seen at low SNR, their share (with the lower
         bound of Salimans & Ho 2022, arXiv 2202.00512).
@@ -121,7 +120,7 @@ def diffusion_loss(
         raise UserError(f"vlb_weight={vlb_weight} needs a model that learns its variance",
                         "set vlb_weight=0, or let the model put out a variance")
     weights = snr_weights(sched, target, weighting)
-    mse = simple(sched, out.pred, x0, xt, t, noise, target)
+    mse = simple(sched, out.pred, x0, t, noise, target)
     loss = mse * at(weights, t, 1)
     metrics = {"mse": jnp.mean(mse)}
     if vlb_weight:

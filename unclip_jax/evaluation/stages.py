@@ -110,7 +110,7 @@ def measure(
     elif task.startswith("prior"):
         more = prior(own, count, seed, points)
     else:
-        more = by_time(own, count, seed)
+        more = by_time(own, count, seed) if hasattr(own.task, "schedule") else []
     tables += more
     facts["results"] = [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]} for t in more]
     title = f"{task} at step {own.step}, {n} examples of '{split}'"

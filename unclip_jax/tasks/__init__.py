@@ -23,15 +23,15 @@ from unclip_jax.fetch import fetched
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 from unclip_jax.tasks.decoder import DecoderTask
-from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, load_clip, load_stage
+from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, freeze, load_clip, load_stage
 from unclip_jax.tasks.prior_ar import PriorARTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.remat import policies, with_policy
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_numbers", "clip_identity", "load_clip",
-    "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip", "policies",
+    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_numbers", "clip_identity", "freeze",
+    "load_clip", "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip", "policies",
     "with_policy", "without_remat",
 ]  # fmt: skip
 
@@ -42,7 +42,16 @@ class Task(Protocol):
     """What the loop, the evaluation and the pipeline ask of a stage. All methods but `prepare` are pure, fit for jit.
 
     `frozen` is {"clip": parameters} for the stages that learn against a frozen CLIP, else {}.
+
+    Stages of diffusion have besides: `schedule`, and `x0_and_denoise(params, batch)`, an encoded batch's x0 with the
+    denoiser that is told all of it, for evaluation by noise level; where they are not "x0" and 1, `target` and
+    `clip_x0`. `sampler`: the defaults of `sample`, to be checked. `adopt(params)`: what is put right in weights that
+    another run or stack holds.
     """
+
+    @classmethod
+    def from_config(cls, config, clip: CLIP | None = None) -> "Task":
+        """The stage that a config describes; `clip`, the frozen one's network, for those of WITH_CLIP alone."""
 
     def init(self, rng: jax.Array) -> Any:
         """Fresh parameters."""

@@ -13,7 +13,7 @@ import numpy as np
 from unclip_jax.data.images import resize
 from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.guide import Out, guide_batched, is_one
 from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
@@ -138,17 +138,7 @@ class DecoderTask:
             holes = random_holes(jax.random.fold_in(rng, 1), b, self.image_size)
             batch = {**batch, "known": batch["image"], "keep": 1.0 - holes[..., None]}
         x0, denoise = self.x0_and_denoise(params, batch, keep_image, keep_text, **train)
-        loss, metrics = diffusion_loss(
-            self.schedule,
-            denoise,
-            x0,
-            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t,
-            jax.random.normal(noise_rng, x0.shape),
-            self.target,
-            self.vlb_weight,
-            self.weighting,
-        )
-        return loss.mean(), metrics
+        return image_loss(self, x0, denoise, t, t_rng, noise_rng)
 
     def sample(self, params, cond, keys, **over):
         """cond {tokens, mask, z_img, z_txt, states} of B samples, the last three not without CLIP → f32[B, S, S, 3].
@@ -183,7 +173,7 @@ class DecoderTask:
         """
         settings = {**self.sampler, **over}
         denoise, sched = self._ready(params, cond, settings)
-        if settings["guidance"] != 1:
+        if not is_one(settings["guidance"]):
             denoise = guide_batched(denoise, settings["guidance"])
         levels = respace(sched, settings["steps"])
         return ddim_invert(levels, denoise, cond["image"], target=self.target, iterations=iterations)
@@ -193,7 +183,7 @@ class DecoderTask:
 
         Takes "caption" and "least" out of `settings`.
         """
-        b, halves = len(cond["tokens"]), 1 if settings["guidance"] == 1 else 2
+        b, halves = len(cond["tokens"]), 1 if is_one(settings["guidance"]) else 2
         seen = ("tokens", "mask", "z_img", "z_txt", "states", "known", "keep", *["empty"] * self.empty_caption)
         cond = {k: jax.tree.map(lambda a: jnp.concatenate([a] * halves), cond[k]) for k in seen if k in cond}
         keep = jnp.arange(b * halves) < b
@@ -236,6 +226,14 @@ def make_network(config, clip: CLIP | None) -> Decoder:
 def split_variance(out: jax.Array) -> Out:
     """A network's 3 or 6 channels as prediction and, where there are 6, the variance's place in [-1, 1]."""
     return Out(*jnp.split(out, 2, axis=-1)) if out.shape[-1] == 6 else Out(out)
+
+
+def image_loss(task, x0, denoise, t, t_rng, noise_rng) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(scalar, metrics) of a stage that draws pictures, as its objective says; `t` None: at times by chance."""
+    t = jax.random.randint(t_rng, x0.shape[:1], 0, task.schedule.num_steps) if t is None else t
+    noise, weights = jax.random.normal(noise_rng, x0.shape), (task.vlb_weight, task.weighting)
+    loss, metrics = diffusion_loss(task.schedule, denoise, x0, t, noise, task.target, *weights)
+    return loss.mean(), metrics
 
 
 def mean_loss(task, params, batch, rng) -> dict[str, tuple[jax.Array, int]]:

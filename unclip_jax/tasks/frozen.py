@@ -62,10 +62,14 @@ def load_clip(path: str | os.PathLike) -> FrozenCLIP:
 
     The identity is taken of the trained weights; a stack carries it along, so weights rounded to bfloat16 keep it.
     """
-    params, config, _, tokenizer, extra = load_stage(path, "clip")
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    identity = extra.get("clip_identity") or clip_identity(params)
-    return FrozenCLIP(ClipTask.from_config(config).model, params, tokenizer, identity)
+    return freeze(load_stage(path, "clip"))
+
+
+def freeze(clip: Trained) -> FrozenCLIP:
+    """A trained CLIP as others learn against it."""
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), clip.params)
+    identity = clip.extra.get("clip_identity") or clip_identity(params)
+    return FrozenCLIP(ClipTask.from_config(clip.config).model, params, clip.tokenizer_json, identity)
 
 
 def clip_identity(params) -> str:

@@ -11,6 +11,7 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 
 from unclip_jax import pca
+from unclip_jax.diffusion.guide import is_one
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
@@ -124,7 +125,7 @@ class PriorARTask:
         keys = candidate_keys(keys, candidates)
         variables = {"params": for_loops(params["net"])}
         # With guidance one caption more, dropped: it is the same for all.
-        halves = 1 if guidance == 1 else 2
+        halves = 1 if is_one(guidance) else 2
         args = (caption_of(self.model, cond), cond["mask"], cond["z_txt"])
         args = [jnp.concatenate([a, a[: halves - 1]]) for a in args]
         keep = jnp.arange(b + halves - 1) < b

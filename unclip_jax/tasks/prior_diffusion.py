@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.guide import Out, is_one
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
@@ -112,7 +112,7 @@ class PriorTask:
         keys = candidate_keys(keys, candidates)
         variables = {"params": for_loops(params["net"])}
         # With guidance one caption more, dropped: it is the same for all.
-        halves = 1 if settings["guidance"] == 1 else 2
+        halves = 1 if is_one(settings["guidance"]) else 2
         caption = "tokens" if self.model.vocab_size else "states"
         seen = (caption, "mask", "z_txt")
         dropped = cond["empty"] if self.empty_caption else cond

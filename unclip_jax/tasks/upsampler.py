@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from unclip_jax.data.images import gaussian_blur, resize
 from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import within
-from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.diffusion.tile import check_tiles, tiled
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.tasks.decoder import make_network, mean_loss, split_variance
+from unclip_jax.tasks.decoder import image_loss, make_network, mean_loss, split_variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +137,7 @@ class UpsamplerTask:
         low = jnp.where(blurred, gaussian_blur(batch["low"], self.blur), batch["low"])
         train = dict(train=t is None, rngs={"dropout": dropout})
         x0, denoise = self.x0_and_denoise(params, {**batch, "low": low}, **train)
-        loss, metrics = diffusion_loss(
-            self.schedule,
-            denoise,
-            x0,
-            jax.random.randint(t_rng, (b,), 0, self.schedule.num_steps) if t is None else t,
-            jax.random.normal(noise_rng, x0.shape),
-            self.target,
-            self.vlb_weight,
-            self.weighting,
-        )
-        return loss.mean(), metrics
+        return image_loss(self, x0, denoise, t, t_rng, noise_rng)
 
     def sample(self, params, cond, keys, **over):
         """cond {low: f32[B, h, h, 3], and tokens and mask of a caption} → f32[B, factor h, factor h, 3] in [-1, 1].
