@@ -172,7 +172,11 @@ def put_batch(batch, sharding: NamedSharding, size: int):
     rows = own_rows(sharding, size)
 
     def put(x):
-        part = lambda place: x[np.searchsorted(rows, np.arange(size)[place[0]])]  # noqa: E731
+        def part(place):
+            start, stop, _ = place[0].indices(size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
+
         return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch)
