@@ -127,6 +127,12 @@ def test_a_stack_with_another_stage_draws_with_that(pipe, drawn):
     assert np.array_equal(pipe.generate(PROMPTS, seed=7, num=2), drawn.images)
 
 
+@pytest.mark.parametrize("name", ["upsample_steps", "tile", "overlap"])
+def test_settings_of_an_upsampler_need_one(pipe, name):
+    with pytest.raises(UserError, match=f"{name} is of an upsampler, and this stack draws without one"):
+        pipe.without_upsamplers().settings(**{name: 4})
+
+
 def test_low_memory_gives_the_same_pictures(pipe, drawn):
     low = UnCLIP.load(tiny_stack.path(), low_memory=True)
     low = dataclasses.replace(low, tasks=pipe.tasks, _programs=pipe._programs)

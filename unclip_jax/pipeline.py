@@ -128,6 +128,9 @@ class UnCLIP(Edits, Painting, Reconstruction):
             if name not in names:
                 raise UserError(f"{name} is no setting of sampling", suggest(name, names))
         changes = Settings(**changed)
+        if not self.upsamplers and (given := changes.of("upsampler")):
+            name = SETTINGS["upsampler"][next(iter(given))]
+            raise UserError(f"{name} is of an upsampler, and this stack draws without one", "leave it out")
         used = {}
         prior = self._prior(changes)
         for name in [n for n in self.tasks if n != "clip" and (n == prior or n not in PRIORS.values())]:
