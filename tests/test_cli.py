@@ -402,6 +402,25 @@ cli.script()
     assert (done.returncode, done.stderr) == (143, "terminated\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="of signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_does_not_wait_for_what_python_cannot_leave(number):
+    code = f"""
+import hashlib, os, signal, sys, threading
+from unclip_jax import cli
+def run(args):
+    threading.Timer(0.5, os.kill, (os.getpid(), {int(number)})).start()
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # half an hour in one call
+cli.PATIENCE = 0.5
+cli.parse = lambda argv: type("args", (), {{"run": staticmethod(run)}})
+sys.argv[1:] = []
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.script()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (128 + number, "interrupted\n" if number == 2 else "terminated\n")
+
+
 def test_a_second_interruption_has_its_exit_code(run, monkeypatch):
     def parse(argv):
         raise KeyboardInterrupt

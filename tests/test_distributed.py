@@ -294,7 +294,7 @@ def _run_two(code: str, *args: str) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "UNCLIP_PROCESSES": "2"}
-    env |= {"UNCLIP_COORDINATOR": f"127.0.0.1:{port}", "UNCLIP_TIMEOUT": "30", "UNCLIP_HEARTBEAT": "10"}
+    env |= {"UNCLIP_COORDINATOR": f"127.0.0.1:{port}", "UNCLIP_TIMEOUT": "30", "UNCLIP_HEARTBEAT": "5"}
     command = [sys.executable, "-c", textwrap.dedent(code), *args]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     return [subprocess.Popen(command, cwd=ROOT, env=env | {"UNCLIP_PROCESS_ID": str(i)}, **quiet) for i in range(2)]

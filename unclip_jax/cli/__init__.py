@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 
 import unclip_jax
@@ -31,6 +32,7 @@ from unclip_jax.cli import (
 from unclip_jax.cli.arguments import Parser
 from unclip_jax.errors import UserError, suggest
 
+PATIENCE = 10.0
 STOPPED = {130: "interrupted", 143: "terminated"}  # 128 and the signal's number, as shells have it
 # In the order of `unclip --help`.
 COMMANDS = (
@@ -55,26 +57,48 @@ def script() -> None:
     """The process of a command: `main`, and its exit code.
 
     A signal unwinds what was begun, so that nothing half-made is left; then the process ends at once. It does not wait
-    for a program that runs on the device, and frees nothing that such a one may hold, as the interpreter's end would.
+    for a program that runs on the device, and frees nothing that such a one may hold, as the interpreter's end would;
+    nor, after PATIENCE seconds, for what Python cannot leave, as a compilation of minutes.
     """
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is usual:  # else whoever started it has it ignored
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, _stop)
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_insist, args=(heard,), daemon=True).start()
     sys.unraisablehook = _not_lost
     try:
         sys.exit(main())
     except SystemExit as stop:  # which holds the frames, and they what they made
         if stop.code in STOPPED:
-            _say(STOPPED[stop.code])
-            for child in multiprocessing.active_children():
-                child.kill()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code)
+            _end(stop.code)
         loop = sys.modules.get("unclip_jax.train")  # of the one command that may be one of several processes
         if loop and stop.code not in (0, loop.PREEMPTED):
             loop.distributed.leave(stop.code)
         raise
+
+
+def _stop(number: int, _) -> None:
+    sys.exit(128 + number)
+
+
+def _insist(heard: int) -> None:
+    """Ends the process where a signal that asks for it, its number written to a pipe, does not end it in time."""
+    while number := os.read(heard, 1):
+        if signal.getsignal(number[0]) is _stop:  # not while training, which saves what it has
+            time.sleep(PATIENCE)
+            _end(128 + number[0])
+
+
+def _end(code: int) -> None:
+    """Ends the process, and those it started, at once."""
+    _say(STOPPED[code])
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _not_lost(found) -> None:
