@@ -17,7 +17,8 @@ import optax
 import pytest
 
 from unclip_jax import checkpoint, config, sharding
-from unclip_jax.checkpoint import Checkpoints, load_params, peek
+from unclip_jax.checkpoint import Checkpoints
+from unclip_jax.checkpoint_read import load_params, peek
 from unclip_jax.errors import UserError
 
 CONFIG = {"task": "clip", "rules": [[".*", "fsdp"]], "optim": {"lr": 0.1, "clip_norm": None}, "empty": {}}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import checkpoint, distributed, sharding
+from unclip_jax import checkpoint, checkpoint_read, distributed, sharding
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def test_two_processes_stop_together(tmp_path, number):
             worker.stdout.close()
     step = int(ends[0][1])
     assert ends == [["STOPPED", str(step), "True"], ["STOPPED", str(step), "False"]] and step < 1999
-    params, _, found, _ = checkpoint.load_params(tmp_path, "params")
+    params, _, found, _ = checkpoint_read.load_params(tmp_path, "params")
     expected = np.arange(64, dtype=np.float32).reshape(16, 4) + 28 * step
     assert found == step
     np.testing.assert_array_equal(params["w"], expected)

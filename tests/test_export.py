@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny_stack
-from unclip_jax import checkpoint, config, tasks
+from unclip_jax import checkpoint, checkpoint_read, config, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import stages
 from unclip_jax.export import _without_paths, collect
@@ -47,7 +47,7 @@ def test_the_stack_holds_the_averaged_weights(runs, stack):
     loaded = load_stack(stack)
     assert set(loaded.stages) == {"clip", "prior", "decoder", "upsampler"}
     for name, stage in loaded.stages.items():
-        params = checkpoint.load_params(runs[name])[0]
+        params = checkpoint_read.load_params(runs[name])[0]
         jax.tree.map(np.testing.assert_array_equal, stage.params, params)
         assert stage.step == 7
 

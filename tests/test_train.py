@@ -22,7 +22,20 @@ import pytest
 from PIL import Image
 
 from tests import tiny_runs, tiny_stack, toy
-from unclip_jax import checkpoint, cli, logs, meter, optim, plan_count, sharding, tasks, train, train_step, weights
+from unclip_jax import (
+    checkpoint,
+    checkpoint_read,
+    cli,
+    logs,
+    meter,
+    optim,
+    plan_count,
+    sharding,
+    tasks,
+    train,
+    train_step,
+    weights,
+)
 from unclip_jax import config as configs
 from unclip_jax import run as runs
 from unclip_jax.data import loader
@@ -203,7 +216,7 @@ def lines(workdir):
 
 
 def state_of(workdir, which="params"):
-    params, _, step, _ = checkpoint.load_params(workdir, which)
+    params, _, step, _ = checkpoint_read.load_params(workdir, which)
     return step, params
 
 
@@ -216,7 +229,7 @@ def test_what_a_run_writes(task, tmp_path, capsys):
     }  # fmt: skip
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [6, 8]
     assert configs.diff(configs.from_json((workdir / "config.json").read_text()), config) == []
-    assert configs.diff(checkpoint.peek(workdir)[0], config) == []
+    assert configs.diff(checkpoint_read.peek(workdir)[0], config) == []
     written = lines(workdir)
     losses = [line for line in written if "loss" in line]
     assert [line["step"] for line in losses] == list(range(1, 9))
@@ -330,7 +343,7 @@ def test_a_loss_that_is_not_finite_is_told_after_a_stop_signal_too(task, tmp_pat
     monkeypatch.setattr(logs.Checks, "evaluate", interrupted)
     with pytest.raises(UserError, match="at step 2 is not a finite number; step 1 is saved"):
         train.train(toy.config(every__log=50, every__save=50, every__eval=3), tmp_path)
-    assert checkpoint.peek(tmp_path)[1] == 1 and lines(tmp_path)[-1]["loss"] is None
+    assert checkpoint_read.peek(tmp_path)[1] == 1 and lines(tmp_path)[-1]["loss"] is None
 
 
 def test_what_breaks_off_the_loop_costs_no_step(task, tmp_path, monkeypatch):
@@ -361,7 +374,7 @@ def test_a_run_outlives_who_reads_its_progress(task, tmp_path, monkeypatch):
     assert train.train(toy.config(every__log=1), tmp_path) == 0
     monkeypatch.undo()
     gone.close()
-    assert checkpoint.peek(tmp_path)[1] == toy.config().num_steps
+    assert checkpoint_read.peek(tmp_path)[1] == toy.config().num_steps
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_log_line(task, tmp_path, monkeypatch):
@@ -562,7 +575,7 @@ BAD = {
     "dims": ("prior_ar", {"model.dims": 9}, "model.dims=9 must be a whole number of at least 1 and at most 8"),
     "buckets": ("prior_ar", {"model.buckets": 1}, "model.buckets=1 must be a whole number of at least 2"),
     "temperature": ("prior_ar", {"sampler.temperature": -1.0}, "sampler.temperature=-1.0"),
-    "top_p": ("prior_ar", {"sampler.top_p": 0.0}, "sampler.top_p=0.0 must be in 0 … 1"),
+    "top_p": ("prior_ar", {"sampler.top_p": 0.0}, "sampler.top_p=0.0 must be a number in 1e-06 … 1"),
     "share": ("prior_diffusion", {"objective.text_drop": 1.5}, "objective.text_drop=1.5 must be within 0 … 1"),
     "target": ("upsampler", {"objective.target": "z"}, "unknown prediction target 'z'"),
     "model key": ("upsampler", {"model.chanels": 8}, "does not fit its network: .*chanels"),
@@ -694,8 +707,8 @@ def test_a_run_keeps_to_its_clip(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     assert make_run(config, tmp_path).config == run.config
     other = tiny_runs.folder() / "clip"
-    made, params = checkpoint.load_params(other)[1], tiny_stack.weights(tiny_runs.make("clip").config, seed=9)
-    tiny_runs.save(tmp_path / "other", made, params, checkpoint.load_params(other)[3])
+    made, params = checkpoint_read.load_params(other)[1], tiny_stack.weights(tiny_runs.make("clip").config, seed=9)
+    tiny_runs.save(tmp_path / "other", made, params, checkpoint_read.load_params(other)[3])
     with pytest.raises(UserError, match=f"clip_identity: '{run.config.clip_identity}' -> "):
         make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
 
@@ -757,7 +770,7 @@ def test_a_stop_signal_is_heard_at_any_time(moment, stops_at, task, tmp_path, mo
 
     monkeypatch.setattr(owner, moment, interrupted)
     assert train.train(toy.config(every__eval=4, every__save=50), tmp_path) == train.PREEMPTED
-    assert checkpoint.peek(tmp_path)[1] == stops_at
+    assert checkpoint_read.peek(tmp_path)[1] == stops_at
     assert not any("eval/" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
@@ -772,8 +785,25 @@ def test_a_stop_signal_in_the_last_evaluation_is_the_end(task, tmp_path, monkeyp
     monkeypatch.setattr(logs.Checks, "evaluate", interrupted)
     config = toy.config(every__eval=50, every__save=50)
     assert train.train(config, tmp_path) == 0
-    assert checkpoint.peek(tmp_path)[1] == config.num_steps
+    assert checkpoint_read.peek(tmp_path)[1] == config.num_steps
     assert "eval/" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_stop_signal_while_the_last_checkpoint_is_written_loses_nothing(task, tmp_path, monkeypatch):
+    plain = checkpoint.Checkpoints.close
+
+    def interrupted(saved):
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(saved)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", interrupted)
+    ended = []
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("by the signal"))
+    try:
+        assert train.train(toy.config(every__save=50), tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not ended and checkpoint_read.peek(tmp_path)[1] == toy.config().num_steps
 
 
 def test_large_arrays_are_split_as_the_mesh_says(task, tmp_path):

@@ -1,50 +1,21 @@
 """Training checkpoints: Orbax steps in `workdir/checkpoints`, self-describing and checked when read.
 
 A step holds `state` (the arrays) and `meta` (JSON: format version, config, tokenizer, whatever the caller
-adds, and a fingerprint of every array). Orbax keeps no checksums: flipped bytes restore silently wrong, so
-every restored array is compared with its fingerprint, and a damaged newest step gives way to an older one.
+adds, and a fingerprint of every array). What is read of them without a run is in `checkpoint_read`.
 """
 
 import contextlib
-import hashlib
-import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from unclip_jax import config as configs
-from unclip_jax.errors import UserError
+from unclip_jax.checkpoint_read import FORMAT_VERSION, newest_sound, read_arrays, read_meta, sealed
+from unclip_jax.errors import UserError, is_whole
 from unclip_jax.fingerprint import by_path, fingerprint
-
-FORMAT_VERSION = 1
-PARTS = ("ema", "params")  # of a state, which hold weights
-
-
-class _Raised(logging.Filter):
-    """Leaves out tracebacks of Orbax's threads and tasks, one for each array; what went wrong is raised as well."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        told = record.pathname + record.getMessage()
-        told += logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-        return record.levelno < logging.ERROR or "orbax" not in told
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_Raised())
-
-
-class _Damaged(Exception):
-    """A step that cannot be read back as it was written."""
 
 
 class Checkpoints:
@@ -57,7 +28,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2, async_: bool = True):
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        if not is_whole(keep, 1):
             raise UserError(f"keep={keep!r} must be a whole number >= 1 (checkpoints)")
         self.directory = epath.Path(os.fspath(workdir)).expanduser().resolve() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
@@ -88,7 +59,7 @@ class Checkpoints:
             return False
         prints = fingerprint(state)
         arrays = {path: [prints[path], str(x.dtype), list(x.shape)] for path, x in by_path(state)}
-        meta = _sealed({**meta, "format_version": FORMAT_VERSION, "arrays": arrays})
+        meta = sealed({**meta, "format_version": FORMAT_VERSION, "arrays": arrays})
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
             return bool(self._manager.save(step, args=args, force=True))
@@ -117,12 +88,12 @@ class Checkpoints:
             return None
 
         def read(number: int):
-            meta = _read_meta(self.directory / str(number))
+            meta = read_meta(self.directory / str(number))
             _check_same_arrays(abstract, meta, self.directory / str(number))
             how = ocp.checkpoint_utils.construct_restore_args(abstract)
-            return _arrays(self.directory / str(number), abstract, how), meta
+            return read_arrays(self.directory / str(number), abstract, how), meta
 
-        (state, meta), found = _newest_sound(self.directory, steps, step, read)
+        (state, meta), found = newest_sound(self.directory, steps, step, read)
         if step is None:
             self._set_aside([number for number in steps if number > found])
         return state, meta, found
@@ -168,181 +139,6 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unclip_jax damaged checkpoints set aside")
         self._manager.reload()
-
-
-def load_params(path: str | os.PathLike, which: str = "ema", step: int | None = None):
-    """The weights of a run, without its config file: (params, config, step, tokenizer JSON or None).
-
-    Only the wanted part of the newest sound step (or of `step`) is read. Arrays lie on the default device.
-
-    Args:
-      path: the run's workdir, or the `checkpoints` folder in it.
-      which: "ema" (averaged weights, or the last ones where the run keeps no average) or "params" (the last ones).
-
-    Raises:
-      UserError: no checkpoint there, no such step, damaged, no weights in it, or a newer format.
-    """
-    if which not in PARTS:
-        raise UserError(f"which={which!r} must be 'ema' or 'params'")
-    directory, steps = _find(path)
-
-    def read(number: int):
-        meta = _read_meta(directory / str(number))
-        trees = {part: _nested([name for name in meta["arrays"] if name.startswith(f"{part}/")]) for part in PARTS}
-        part = which if trees[which] else "params"
-        if not (tree := trees[part]):
-            raise UserError(f"checkpoint {directory / str(number)} holds no weights")
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return _arrays(directory / str(number), tree, as_numpy), meta
-
-    (state, meta), found = _newest_sound(directory, steps, step, read)
-    (params,) = state.values()
-    return params, configs.from_json(meta.get("config", ""), f"the config in {directory}"), found, meta.get("tokenizer")
-
-
-def peek(path: str | os.PathLike) -> tuple[ConfigDict, int]:
-    """(config, newest step) of a run; reads no arrays."""
-    directory, steps = _find(path)
-    (_, meta), step = _newest_sound(directory, steps, None, lambda number: ({}, _read_meta(directory / str(number))))
-    return configs.from_json(meta.get("config", ""), f"the config in {directory}"), step
-
-
-def _nested(paths: Sequence[str]) -> dict:
-    tree = {}
-    for path in paths:
-        *blocks, name = path.split("/")
-        inner = tree
-        for block in blocks:
-            inner = inner.setdefault(block, {})
-        inner[name] = 0
-    return tree
-
-
-def _newest_sound(
-    directory: epath.Path, steps: Sequence[int], step: int | None, read: Callable[[int], tuple[Any, dict]]
-):
-    """(read(n), n), which is (arrays, meta), for n = `step`, or for the newest of `steps` that is not damaged."""
-    if step is not None:
-        if step not in steps:
-            raise UserError(f"step {step} is not in {directory}", f"steps there: {_listed(steps)}")
-        try:
-            return _sound(read, step), step
-        except _Damaged as error:
-            others = [n for n in steps if n != step]
-            fix = f"use another step: {_listed(others)}" if others else ""
-            raise UserError(f"checkpoint {directory / str(step)} is damaged ({error})", fix) from error
-    reasons = []
-    for number in sorted(steps, reverse=True):
-        try:
-            result = _sound(read, number)
-        except _Damaged as error:
-            reasons.append(f"step {number}: {error}")
-            continue
-        if reasons:
-            what = "; ".join(reasons)
-            warnings.warn(f"damaged checkpoints in {directory} ({what}); step {number} is used", stacklevel=3)
-        return result, number
-    raise UserError(
-        f"every checkpoint in {directory} is damaged ({'; '.join(reasons)})",
-        "restore the folder from a copy, or start in another workdir",
-    )
-
-
-def _sound(read: Callable[[int], tuple[Any, dict]], number: int) -> tuple[Any, dict]:
-    """read(number), its arrays as they were written; _Damaged on all hosts where it is not so on one.
-
-    Hosts agree before the fingerprints, which they take together: one that went on to another step would be awaited.
-    """
-    try:
-        found, why = read(number), ""
-    except _Damaged as error:
-        found, why = None, str(error)
-    if jax.process_count() > 1:
-        unread = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(why))))
-        if len(unread):
-            why = why or f"process {unread[0]} cannot read it"
-    if why:
-        raise _Damaged(why)
-    arrays, meta = found
-    prints = fingerprint(arrays)
-    bad = [path for path, value in prints.items() if meta["arrays"][path][0] != value]
-    if bad:
-        raise _Damaged(f"{len(bad)} of {len(prints)} arrays differ from their fingerprint, first {bad[0]}")
-    return found
-
-
-def _listed(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps)) or "none"
-
-
-def _find(path: str | os.PathLike) -> tuple[epath.Path, list[int]]:
-    """The `checkpoints` folder of a workdir and its finished steps, at least one."""
-    path = epath.Path(os.fspath(path)).expanduser().resolve()
-    directory = path if path.name == "checkpoints" else path / "checkpoints"
-    if not directory.is_dir():
-        expected = "expected the workdir of a training run, a folder with checkpoints/ in it"
-        state = (
-            "does not exist"
-            if not path.exists()
-            else "is a file"
-            if not path.is_dir()
-            else (
-                "is a stack of exported weights"
-                if (path / "stack.json").exists()
-                else "has no checkpoints/ folder"
-            )
-        )
-        raise UserError(
-            f"{path} {state}; {expected}", "give the folder that `unclip train --workdir` wrote to"
-        )
-    steps = sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and _finished(p))
-    if not steps:
-        raise UserError(f"{directory} holds no finished checkpoint", "train until the first one is saved")
-    return directory, steps
-
-
-def _finished(step: epath.Path) -> bool:
-    return step.is_dir() and ocp.path.step.is_path_finalized(step)
-
-
-def _sealed(meta: dict) -> dict:
-    try:
-        text = json.dumps(meta, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"meta must hold JSON values only ({error})") from None
-    return {**meta, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _read_meta(step: epath.Path) -> dict:
-    try:
-        meta = json.loads((step / "meta" / "metadata").read_text())
-        version = meta["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _Damaged(f"its metadata cannot be read: {error}") from error
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {step} has format version {version}; this unclip_jax reads up to {FORMAT_VERSION}",
-            "update unclip_jax",
-        )
-    seal = meta.pop("sha256", None)
-    if _sealed(meta)["sha256"] != seal:
-        raise _Damaged("its metadata differs from its checksum")
-    return meta
-
-
-def _arrays(step: epath.Path, tree, how):
-    """The arrays of a step that `tree` has, and no others, read as `how` says (Orbax's RestoreArgs); _Damaged."""
-    args = ocp.args.PyTreeRestore(item=tree, restore_args=how, partial_restore=True)
-    reader = ocp.PyTreeCheckpointHandler()  # alone: a Checkpointer waits for other hosts, and they might not come
-    try:
-        return jax.tree.map(jnp.asarray, reader.restore(step / "state", args=args))
-    except (MemoryError, jax.errors.JaxRuntimeError, UserError):  # none of which is damage
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise _Damaged(f"{type(error).__name__}: {lines[0][:200] if lines else ''}") from error
-    finally:
-        reader.close()
 
 
 def _check_same_arrays(abstract, meta: dict, where: epath.Path) -> None:

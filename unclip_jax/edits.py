@@ -16,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax.data.images import center_crop_resize, to_float
-from unclip_jax.diffusion.draw import number
 from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
-from unclip_jax.errors import UserError, said_of, suggest
+from unclip_jax.errors import UserError, is_number, said_of, suggest
 from unclip_jax.settings import check_numbers, check_prompts, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
@@ -121,7 +120,7 @@ class Edits:
             what CLIP sees and nothing else.
         """
         check_numbers(seed, num, batch_size)
-        if eta is not None and not number(eta, 0, 1):
+        if eta is not None and not is_number(eta, 0, 1):
             raise UserError(f"eta={eta!r} must be a number in 0 … 1, or None to draw from white noise")
         if eta is not None and settings.get("sampler", "ddim") != "ddim":
             raise UserError(f"sampler={settings['sampler']!r} has no eta", "leave out the sampler, or eta")
@@ -195,7 +194,7 @@ class Edits:
         """
         check_numbers(seed, 1, batch_size)
         check_prompts([source, target])
-        if not np.iterable(thetas) or not len(thetas) or not all(number(theta, 0, 1) for theta in thetas):
+        if not np.iterable(thetas) or not len(thetas) or not all(is_number(theta, 0, 1) for theta in thetas):
             raise UserError(f"thetas={thetas!r} must be numbers in 0 … 1, at least one")
         cond, used = self._look(images), self.exact_settings(settings, TEXT_GUIDANCE)
         to, start = self.embed_texts([target, source], batch_size=batch_size, progress=progress)

@@ -2,6 +2,9 @@
 
 import contextlib
 import difflib
+import math
+import numbers
+import sys
 from collections.abc import Iterable
 
 
@@ -16,6 +19,16 @@ class UserError(Exception):
     def __init__(self, what: str, fix: str = ""):
         what = what.rstrip(".")
         super().__init__(f"{what}. Fix: {fix}" if fix else what)
+
+
+def is_whole(value, least: int, most: float = math.inf) -> bool:
+    """Whether it is a whole number in least … most, Python's or NumPy's; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, low: float, high: float = sys.float_info.max) -> bool:
+    """Whether it is a finite number in low … high, Python's or NumPy's; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

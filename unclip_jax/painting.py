@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from unclip_jax.data.masks import holes_at, known_at
-from unclip_jax.diffusion.draw import number
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_number
 from unclip_jax.settings import PRIORS, check_numbers, check_prompts, prior_of
 
 CANDIDATES = 64  # of the prior, to find one that agrees with the picture in what the prompt leaves open
@@ -58,7 +57,7 @@ class Painting:
         more = {name: (n, 1) for name, n in {"jump": jump, "resample": resample}.items() if n is not None}
         check_numbers(seed, num, batch_size, **more)
         check_prompts([""] * len(images) if prompts is None else prompts)
-        if not (number(strength, 0, 1) and strength > 0):
+        if not (is_number(strength, 0, 1) and strength > 0):
             raise UserError(f"strength={strength!r} must be above 0 and at most 1")
         if prompts is not None and len(prompts) != len(images):
             raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
@@ -92,8 +91,7 @@ class Painting:
             return {name: rows for name, rows in self._look(images).items() if name != "small"}
         if not set(PRIORS.values()) & self.tasks.keys():
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
-        tokens, mask = self.tokenizer.encode(list(prompts))
-        cond = {"tokens": tokens, "mask": mask}
+        cond = self._captions(prompts)
         if self._vision is not None:
             cond["near"] = self.embed_images(_filled(images, holes), batch_size=batch_size, progress=progress)
         return cond

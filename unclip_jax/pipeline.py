@@ -199,8 +199,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         used = self.settings(**settings)
         if "clip" in self.tasks and not prior_of(used):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
-        tokens, mask = self.tokenizer.encode(list(prompts))
-        cond = {"tokens": tokens.repeat(num, 0), "mask": mask.repeat(num, 0)}
+        cond = {name: value.repeat(num, 0) for name, value in self._captions(prompts).items()}
         keys = picture_keys(seed, len(prompts), num, first)
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 

@@ -11,9 +11,9 @@ from unclip_jax import pca as components
 from unclip_jax.data import loader
 from unclip_jax.data.source import Source
 from unclip_jax.diffusion.sample import picture_keys
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 from unclip_jax.pca import PCA
-from unclip_jax.settings import check_numbers, whole
+from unclip_jax.settings import check_numbers
 
 
 class Reconstruction:
@@ -44,7 +44,7 @@ class Reconstruction:
         """
         check_numbers(seed, 1, batch_size)
         pca = self.kept_components() if pca is None else pca
-        if not np.iterable(dims) or not len(dims) or not all(whole(k, 1, pca.std.shape[0]) for k in dims):
+        if not np.iterable(dims) or not len(dims) or not all(is_whole(k, 1, pca.std.shape[0]) for k in dims):
             what = f"dims={dims!r} must be whole numbers in 1 … {pca.std.shape[0]}, the components that there are"
             raise UserError(what, "name fewer, or measure all components on data")
         used = self.settings(**settings)
@@ -70,7 +70,7 @@ class Reconstruction:
         if vision is None:
             raise UserError("this stack's CLIP has no image tower, so it has no components", "give another stack")
         side, width = vision["image_size"], self.tasks["clip"].model.embed_dim
-        if not whole(num, width + 1):
+        if not is_whole(num, width + 1):
             what = f"num={num!r} pictures do not tell all {width} components of this CLIP's embeddings"
             raise UserError(what, f"measure at least {width + 1}, better ten times as many")
         measure = jax.jit(lambda params, x: components.batch_moments(task.sample(params, {"image": x}, None)))

@@ -14,7 +14,7 @@ from unclip_jax import config as configs
 from unclip_jax import data, optim, sharding, tasks
 from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
-from unclip_jax.errors import UserError, said_of, suggest
+from unclip_jax.errors import UserError, is_whole, said_of, suggest
 from unclip_jax.fingerprint import by_path
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.train_step import TrainState, init_state
@@ -131,15 +131,15 @@ def _check_values(config: ConfigDict) -> None:
             if key not in known:
                 raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
     flat = configs.flatten(config)
-    loader.check_numbers(**{name: config.loader[name] for name in loader.MOST if name in config.loader})
+    loader.check_settings(**{name: config.loader[name] for name in loader.MOST if name in config.loader})
     for name, value in flat.items():
         size = name.startswith("model.") and name.split(".")[-1] in SIZES
         if (size or (config.task, name) == ("clip", "model.embed_dim")) and value is not None:
-            if not all(type(n) is int and n > 0 for n in (value if isinstance(value, tuple) else (value,))):
+            if not all(is_whole(n, 1) for n in (value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"{name}={value!r} must be of whole numbers of at least 1")
     for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):
         value, least = flat[name], 0 if name in ("every.preview", "every.eval") else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise UserError(f"{name}={value!r} must be a whole number >= {least}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"ema_decay={config.ema_decay} must be in [0, 1)")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 
-from unclip_jax.diffusion.draw import check_settings, number
-from unclip_jax.diffusion.sample import SAMPLERS
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.diffusion.draw import check_setting
+from unclip_jax.errors import UserError, is_whole, suggest
 
 PRIORS = {"diffusion": "prior", "ar": "prior_ar"}  # by what a caller calls them; the first there is drawn with
-RANGES = {"temperature": (0, 100), "p": (1e-6, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +53,14 @@ class Settings:
     overlap: int | None = None
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value is None:
+        if self.prior is not None and self.prior not in PRIORS:
+            raise UserError(f"prior={self.prior!r} is unknown", suggest(self.prior, PRIORS))
+        for kind, name in [setting for names in SETTINGS.values() for setting in names.items()]:
+            if (value := getattr(self, name)) is None:
                 continue
-            kind = name.split("_")[-1]
-            if kind in ("steps", "candidates") and not whole(value, 1):
+            if kind == "steps" and not is_whole(value, 1):
                 raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-            if kind == "guidance" and not number(value, 0):
-                raise UserError(f"{name}={value!r} must be a number of at least 0 (1 is no guidance)")
-            if kind == "sampler" and value not in SAMPLERS:
-                raise UserError(f"{name}={value!r} is unknown", suggest(value, SAMPLERS))
-            if kind in RANGES and not number(value, *RANGES[kind]):
-                raise UserError(f"{name}={value!r} must be a number in {RANGES[kind][0]:g} … {RANGES[kind][1]}")
-            if name == "prior" and value not in PRIORS:
-                raise UserError(f"prior={value!r} is unknown", suggest(value, PRIORS))
-            if kind in ("threshold", "rescale", "interval"):
-                check_settings(name.removesuffix(kind), **{kind: value})
+            check_setting(kind, value, name)
             if kind == "interval":
                 object.__setattr__(self, name, tuple(map(float, value)))  # programs are told apart by it
             elif isinstance(value, np.generic):
@@ -104,16 +93,11 @@ def prior_of(used) -> str | None:
 
 def check_numbers(seed=0, num=1, batch_size=1, **more) -> None:
     """Raises UserError for what no call takes; `more` are name=(value, least)."""
-    if not whole(seed, 0, 2**32 - 1):
+    if not is_whole(seed, 0, 2**32 - 1):
         raise UserError(f"seed={seed!r} must be a whole number in 0 … 4294967295")
     for name, (value, least) in {"num": (num, 1), "batch_size": (batch_size, 1), **more}.items():
-        if not whole(value, least):
+        if not is_whole(value, least):
             raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def whole(value, least: int, most: float = math.inf) -> bool:
-    """Whether it is a whole number in least … most."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_prompts(prompts) -> None:

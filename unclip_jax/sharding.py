@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_whole, suggest
 
 AXES = ("data", "fsdp", "tensor")
 FSDP_MIN_SIZE = 2**16  # elements; below this a gather costs more than the copy it saves
@@ -34,7 +34,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence 
     count = devices if isinstance(devices, int) else len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     spelled = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    if any(isinstance(s, bool) or not isinstance(s, int) or s == 0 or s < -1 for s in sizes.values()):
+    if not all(is_whole(size, 1) or is_whole(size, -1, -1) for size in sizes.values()):
         raise UserError(f"mesh {spelled} must be whole numbers >= 1, or -1 for the rest")
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
@@ -147,7 +147,7 @@ def abstract(shapes, shardings):
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Raises UserError unless `batch_size` (over all hosts) is a positive multiple of data x fsdp."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size <= 0:
+    if not is_whole(batch_size, 1):
         raise UserError(f"{name}={batch_size!r} must be a whole number >= 1", f"use {parts}")
     if batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts

@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     batches = functools.partial(_batches, run)
     traced = _rehearse(run, batches)
     checkpoints = functools.partial(checkpoint.Checkpoints, run.workdir, config.keep)
-    with _locked(run.workdir), checkpoints() as saved, contextlib.ExitStack() as held:
+    with _locked(run.workdir), contextlib.ExitStack() as signals, checkpoints() as saved:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
         start = int(restored[0].step) if restored else 0
@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
         meter.lap("start")
-        held.callback(distributed.install_signal_handlers())
+        signals.callback(distributed.install_signal_handlers())
         step_fn, meter.flops = _compile(run, traced)
         del traced
         meter.lap("compile")

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny_runs
 from tests.tiny_runs import one_device  # noqa: F401 (fixture)
-from unclip_jax import checkpoint, data, train
+from unclip_jax import checkpoint_read, data, train
 from unclip_jax.data import loader
 from unclip_jax.run import make_run
 
@@ -24,7 +24,7 @@ def fit(stage: str, workdir, **changes):
     assert train.train(config, workdir) == 0
     run = make_run(config, workdir)
     batch = next(loader.batches(data.make(**config.data), run.tokenizer, 8, shuffle=False))
-    params, _, step, _ = checkpoint.load_params(workdir, which="params")
+    params, _, step, _ = checkpoint_read.load_params(workdir, which="params")
     assert step == config.num_steps
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     return run, batch, params, {name: np.array([line[name] for line in lines]) for name in lines[0]}

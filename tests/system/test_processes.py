@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs, toy
-from unclip_jax import checkpoint, train
+from unclip_jax import checkpoint_read, train
 from unclip_jax import config as configs
 
 # `unclip train CONFIG.json WORKDIR` of the toy stage.
@@ -68,7 +68,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path, monkeypatch):
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5]
     for one, two in zip(*logs, strict=True):
         np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
-    one, two = (checkpoint.load_params(tmp_path / name, "params")[0] for name in ("one", "two"))
+    one, two = (checkpoint_read.load_params(tmp_path / name, "params")[0] for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, two)
     assert train.train(toy.config(num_steps=6), tmp_path / "two") == 0
 
@@ -83,5 +83,5 @@ def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path):
     config = toy.config(mesh__data=2, mesh__fsdp=4, num_steps=5, every__save=5, every__eval=3, eval__batches=1000)
     code, said = launch(config, tmp_path / "two", STOPPED_IN_EVALUATION="1")
     assert code == train.PREEMPTED, said
-    assert checkpoint.peek(tmp_path / "two")[1] == 3
+    assert checkpoint_read.peek(tmp_path / "two")[1] == 3
     assert [line["step"] for line in lines(tmp_path / "two")] == [1, 2, 3]

@@ -14,7 +14,7 @@ import pytest
 
 from tests import tiny_runs, toy
 from tests.tiny_runs import one_device  # noqa: F401 (fixture)
-from unclip_jax import checkpoint, logs, sharding, train
+from unclip_jax import checkpoint, checkpoint_read, logs, sharding, train
 from unclip_jax.run import make_run
 
 OF_TIME = {"images_per_second", "device_flops_per_second", "input_wait", "checkpoint_seconds", "goodput"}
@@ -61,7 +61,7 @@ def test_stopped_by_a_signal(stage, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         count_steps(patch, stop_after=11)
         assert train.train(config, tmp_path / "parts") == train.PREEMPTED
-    assert checkpoint.peek(tmp_path / "parts")[1] == 11
+    assert checkpoint_read.peek(tmp_path / "parts")[1] == 11
     with monkeypatch.context() as patch:
         seen = count_steps(patch)
         assert train.train(config, tmp_path / "parts") == 0
@@ -135,7 +135,7 @@ def test_killed(tmp_path, monkeypatch):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     # What a kill in the middle of writing leaves: a folder that Orbax has not renamed yet.
-    newest = checkpoint.peek(tmp_path / "parts")[1]
+    newest = checkpoint_read.peek(tmp_path / "parts")[1]
     assert newest in (10, 12)
     steps = tmp_path / "parts" / "checkpoints"
     shutil.copytree(steps / str(newest), steps / f"{newest + 2}.orbax-checkpoint-tmp-1", dirs_exist_ok=True)

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_whole, suggest
 
 # Imported when asked for: icons needs an extra.
 SOURCES = {
@@ -29,7 +29,7 @@ def make(source: str, split: str = "train", *, size: int, seed: int = 0, **kw):
     """
     if source not in SOURCES:
         raise UserError(f"data.source='{source}' is not a known source", suggest(source, SOURCES))
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_whole(size, 1):
         raise UserError(f"data.size={size} must be a positive number of pixels")
     module, name = SOURCES[source].split(":")
     cls = getattr(importlib.import_module(module), name)

@@ -16,7 +16,7 @@ import numpy as np
 from unclip_jax.data.degrade import degrade as degrade_picture
 from unclip_jax.data.degrade import settings
 from unclip_jax.data.images import BadImage, random_crop, to_float
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 
 WARN_AT_MOST = 10
 LEAST_READ = 1000
@@ -71,7 +71,7 @@ def batches(
         if factor < 1 or (side and side % factor):
             raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
         make_low = functools.partial(_degraded, factor=factor, name=degrade, seed=seed)
-    check_numbers(num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
+    check_settings(num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     if start_step < 0:
         raise UserError(f"start_step={start_step} must not be negative")
     # One number apart in `seed` must not be one epoch apart in the shuffle, whose seeds are seed + epoch.
@@ -110,10 +110,10 @@ def _check(source, batch_size, seed, crop):
         raise UserError(f"crop={crop} must be in 1 … {size}, the side of the source's pictures")
 
 
-def check_numbers(**numbers: int) -> None:
+def check_settings(**numbers: int) -> None:
     """Raises UserError unless those of MOST that are given are whole numbers within bounds."""
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST[name]:
+        if not is_whole(value, 0, MOST[name]):
             raise UserError(f"loader.{name}={value!r} must be a whole number in 0 … {MOST[name]}")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from unclip_jax.data.source import Source, digest
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_number
 
 PERIOD = 1000  # records after which the pattern of parts comes again
 
@@ -36,7 +36,7 @@ class Mixture(Source):
                 raise UserError(f"data.parts[{number}]={part!r} must be a dict with 'source' and 'weight'")
             own = {"seed": seed, **part}
             weight = own.pop("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            if not (is_number(weight, 0) and weight > 0):
                 raise UserError(f"data.parts[{number}].weight={weight!r} must be a number above 0")
             if own["source"] == "mixture":
                 raise UserError(f"data.parts[{number}] is a mixture itself", "put its parts into the one mixture")

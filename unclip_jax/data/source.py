@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from unclip_jax.data.images import BadImage
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_number, suggest
 
 
 class EmptySplit(UserError):
@@ -79,5 +79,5 @@ def check_arguments(name: str, what: str, path: str, split: str, splits: Sequenc
         raise UserError(f"the source '{name}' needs data.path", f"set it to {what}")
     if splits and split not in splits:
         raise UserError(f"data.split='{split}' is not a split of '{name}'", suggest(split, splits))
-    if isinstance(max_bad, bool) or not isinstance(max_bad, (int, float)) or not 0 <= max_bad <= 1:
+    if not is_number(max_bad, 0, 1):
         raise UserError(f"data.max_bad={max_bad} must be in 0 … 1")

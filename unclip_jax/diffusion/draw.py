@@ -1,7 +1,5 @@
 """From a config's `sampler` block to a sample: respacing, guidance, a picture to begin from or to keep, the sampler."""
 
-import sys
-
 import jax
 import numpy as np
 
@@ -9,7 +7,9 @@ from unclip_jax.diffusion.guide import Denoise, guide_batched, is_one, within
 from unclip_jax.diffusion.inpaint import partway, repaint
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.diffusion.schedule import Schedule, respace
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_number, is_whole, suggest
+
+RANGES = {"temperature": (0, 100), "top_p": (1e-6, 1)}
 
 
 def draw(
@@ -50,7 +50,8 @@ def draw(
       keep, jump, resample: f32[B, …], 1 where `image` is to stay; drawn by `inpaint.repaint` then, by DDPM's steps or
         DDIM's where the sampler named is a deterministic one.
     """
-    check_settings(name=name, threshold=threshold, rescale=rescale, interval=interval)
+    for setting, value in dict(name=name, threshold=threshold, rescale=rescale, interval=interval).items():
+        check_setting(setting, value)
     if not is_one(guidance):
         guided = guide_batched(denoise, guidance, rescale)
         if interval is not None and tuple(interval) != (0, 1):
@@ -70,21 +71,29 @@ def draw(
     return SAMPLERS[name](short, denoise, noise, keys, **view, **more)
 
 
-def check_settings(prefix: str = "", *, name=None, threshold=None, rescale=None, interval=None) -> None:
-    """Raises UserError for what `draw` does not take, each called `prefix` + its name; None is not looked at."""
-    if name is not None and name not in SAMPLERS:
-        raise UserError(f"{prefix}name={name!r} is unknown", suggest(name, SAMPLERS))
-    if threshold is not None and not (number(threshold, 0, 1) and threshold > 0):
-        raise UserError(f"{prefix}threshold={threshold!r} must be a quantile above 0, and 1 at most, such as 0.995")
-    if rescale is not None and not number(rescale, 0, 1):
-        raise UserError(f"{prefix}rescale={rescale!r} must be a number in 0 (none) … 1")
-    if interval is not None:
-        pair = tuple(interval) if isinstance(interval, (tuple, list, np.ndarray)) else ()
-        if not (len(pair) == 2 and all(number(x, 0, 1) for x in pair) and pair[0] < pair[1]):
-            raise UserError(f"{prefix}interval={interval!r} must be two noise levels, 0 <= low < high <= 1")
+def check_setting(name: str, value, called: str = "") -> None:
+    """Raises UserError for a value that a sampler's setting does not take; None and other settings are not looked at.
 
-
-def number(value, low: float, high: float = sys.float_info.max) -> bool:
-    """Whether it is a finite number in low … high, Python's or NumPy's."""
-    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return real and low <= float(value) <= high
+    Args:
+      name: of the setting, as `draw` calls it, or an autoregressive prior.
+      called: what the error calls it; by default its name.
+    """
+    if value is None:
+        return
+    given = f"{called or name}={value!r}"
+    if name == "name" and value not in SAMPLERS:
+        raise UserError(f"{given} is unknown", suggest(value, SAMPLERS))
+    if name == "guidance" and not is_number(value, 0):
+        raise UserError(f"{given} must be a number of at least 0 (1 is no guidance)")
+    if name == "threshold" and not (is_number(value, 0, 1) and value > 0):
+        raise UserError(f"{given} must be a quantile above 0, and 1 at most, such as 0.995")
+    if name == "rescale" and not is_number(value, 0, 1):
+        raise UserError(f"{given} must be a number in 0 (none) … 1")
+    if name == "interval":
+        pair = tuple(value) if isinstance(value, (tuple, list, np.ndarray)) else ()
+        if not (len(pair) == 2 and all(is_number(level, 0, 1) for level in pair) and pair[0] < pair[1]):
+            raise UserError(f"{given} must be two noise levels, 0 <= low < high <= 1")
+    if name == "candidates" and not is_whole(value, 1):
+        raise UserError(f"{given} must be a whole number of at least 1")
+    if name in RANGES and not is_number(value, *RANGES[name]):
+        raise UserError(f"{given} must be a number in {RANGES[name][0]:g} … {RANGES[name][1]}")

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 
 
 def check_tiles(tile: int, overlap: int, align: int) -> None:
     """Raises UserError unless tiles are multiples of `align` pixels that advance by at least that."""
     for name, value, least in (("tile", tile, 1), ("overlap", overlap, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise UserError(f"{name}={value!r} must be a whole number of at least {least} pixels")
     if tile % align:
         raise UserError(f"tile={tile} must be a multiple of the network's {align} pixels")

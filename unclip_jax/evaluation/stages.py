@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax import checkpoint, data, tasks, weights
+from unclip_jax import checkpoint_read, data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.data.images import BadImage, to_float
 from unclip_jax.diffusion.loss import prior_bpd
@@ -90,7 +90,7 @@ def measure(
         probes.class_prompts(lines["classes"], TEMPLATES)
     points = sweeps.parse(sweep, SWEPT) if sweep else [{}]
     if stage is None:
-        task = checkpoint.peek(where)[0].get("task")
+        task = checkpoint_read.peek(where)[0].get("task")
     else:
         task = weights.tasks_of(located(where)).get(stage)  # None: no such stage, which `load` tells
     what = where if stage is None else f"the stage {stage}"
@@ -124,7 +124,7 @@ def load(
     if path is not None and source is None:
         raise UserError(f"path={path!r} is of a source, and none is given", "give --data SOURCE as well")
     if stage is None:
-        params, config, step, text = checkpoint.load_params(where, step=step)
+        params, config, step, text = checkpoint_read.load_params(where, step=step)
         clip = config.clip
     else:
         stack = weights.load_stack(located(where), [stage], "float32")
@@ -156,7 +156,7 @@ def prior(own: Stage, count: int, seed: int, points: Sequence[dict]) -> list[Tab
     rows, settings = [], [name for name in SWEPT if name in own.task.sampler]  # the autoregressive one takes no steps
     for point in points:
         task = dataclasses.replace(own.task, sampler={**own.task.sampler, **point})
-        tasks.check_numbers(task)
+        tasks.check_task(task)
         found = tasks.measure(task, own.frozen, own.params, own.batches(seed), count, seed)
         _check_finite(found, f"the prior at {point}")
         used = [task.sampler[name] for name in settings]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import resize
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_whole, suggest
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks import contrast
 
@@ -106,7 +106,7 @@ def _objective(config) -> tuple[str, int]:
         raise UserError(f"config has no key 'objective.{min(given)}'", suggest(min(given), ("loss", "chunk")))
     if loss not in LOSSES:
         raise UserError(f"objective.loss={loss!r} is unknown", suggest(str(loss), LOSSES))
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0:
+    if not is_whole(chunk, 0):
         raise UserError(f"objective.chunk={chunk!r} must be a whole number >= 0 (0 is no chunks)")
     batch = config.get("batch_size", chunk)
     if chunk and batch % chunk:

@@ -49,12 +49,12 @@ def load_stage(path: str | os.PathLike, task: str) -> Trained:
         stack = weights.load_stack(path, names)
         params, config, step, extra = stack.stages[names[0]]
         return Trained(params, config, step, stack.tokenizer_json, extra)
-    from unclip_jax import checkpoint  # and with it Orbax, which drawing does without
+    from unclip_jax import checkpoint_read  # and with it Orbax, which drawing does without
 
-    own = checkpoint.peek(path)[0].get("task")
+    own = checkpoint_read.peek(path)[0].get("task")
     if own != task:
         raise UserError(f"{path} holds a run of the task {own!r}, not {task!r}", fix)
-    return Trained(*checkpoint.load_params(path), {})
+    return Trained(*checkpoint_read.load_params(path), {})
 
 
 def load_clip(path: str | os.PathLike) -> FrozenCLIP:

@@ -12,7 +12,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from unclip_jax import pca
 from unclip_jax.diffusion.guide import is_one
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
 from unclip_jax.nn.drawing import for_loops
@@ -47,7 +47,7 @@ class PriorARTask:
         model = config.model.to_dict()
         for name, least, most in (("dims", 1, clip.embed_dim), ("buckets", 2, math.inf), ("dot_buckets", 2, math.inf)):
             value = model.get(name, least)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            if not is_whole(value, least, most):
                 above = f" and at most {most}, the CLIP's width" if math.isfinite(most) else ""
                 raise UserError(f"model.{name}={value!r} must be a whole number of at least {least}{above}")
         vocab_size = clip.text["vocab_size"] if model.pop("caption") == "tokens" else 0
