@@ -80,9 +80,9 @@ class Measured(UnCLIP):
     def _params(self, stage):
         return self.clock.read(super()._params, stage)
 
-    def _run(self, stage, rows, options, *rest):
+    def run(self, stage, rows, options, *rest):
         start, reading, compiling = time.perf_counter(), self.clock.reading, self.clock.compiling
-        out = super()._run(stage, rows, options, *rest)
+        out = super().run(stage, rows, options, *rest)
         seconds = {"read": self.clock.reading - reading, "compile": self.clock.compiling - compiling}
         seconds["draw"] = time.perf_counter() - start - sum(seconds.values())
         steps = options.get("steps", 1)

@@ -60,7 +60,7 @@ def shares(pipe: UnCLIP, num: int, heldout: bool) -> dict[str, tuple[float, floa
     prompts, true, turned, upright = cases(num, heldout, task.image_size)
     tokens, mask = pipe.tokenizer.encode(prompts)
     cond = {"tokens": tokens, "mask": mask}
-    look = lambda image: pipe._run("clip", ({**cond, "image": image},), {}, BATCH, False)  # noqa: E731
+    look = lambda image: pipe.run("clip", ({**cond, "image": image},), {}, BATCH, False)  # noqa: E731
     told, other = look(true), look(turned)["z_img"]
     own = told.pop("z_img")
     nearer = lambda z: np.asarray((unit(z) * (unit(own) - unit(other))).sum(-1) > 0)  # noqa: E731
@@ -68,7 +68,7 @@ def shares(pipe: UnCLIP, num: int, heldout: bool) -> dict[str, tuple[float, floa
     for kind, stage in PRIORS.items():
         if stage in pipe.tasks:
             given = {**cond, **told}, picture_keys(0, num, 1)
-            drawn[kind] = pipe._run(stage, given, pipe.settings(prior=kind)[stage], BATCH, False)
+            drawn[kind] = pipe.run(stage, given, pipe.settings(prior=kind)[stage], BATCH, False)
             rows[f"prior, {kind}"] = nearer(drawn[kind])
     noise = np.random.default_rng(0).standard_normal(true.shape).astype(np.float32)
     time = round(TIME * task.schedule.num_steps)

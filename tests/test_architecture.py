@@ -19,12 +19,13 @@ RANKS = {
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
-    4: "stack logs edits painting reconstruction train_step",
-    5: "pipeline run",
-    6: "train evaluation interop export embed warm",
-    7: "plan",
-    8: "plan_search plan_table",
-    9: "cli",
+    4: "stack logs train_step",
+    5: "runner run",
+    6: "edits painting reconstruction train",
+    7: "pipeline",
+    8: "evaluation interop export embed warm plan",
+    9: "plan_search plan_table",
+    10: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}
 # A part named here imports these and itself, nothing else of the package, whatever their rank.

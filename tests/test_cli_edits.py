@@ -36,7 +36,7 @@ def quick(monkeypatch):
         side = 16 if stage == "decoder" else 32
         return np.broadcast_to((numbers / 100)[:, None, None, None], (total, side, side, 3)).astype(np.float32)
 
-    monkeypatch.setattr(UnCLIP, "_run", answer)
+    monkeypatch.setattr(UnCLIP, "run", answer)
 
 
 @pytest.fixture

@@ -37,10 +37,10 @@ def latents(pipe, images):
 
 @pytest.fixture(scope="module")
 def seen(pipe):
-    """What each stage was given and what it gave: a stand-in for `_run` that computes the embeddings alone."""
+    """What each stage was given and what it gave: a stand-in for `run` that computes the embeddings alone."""
 
     def make(monkeypatch):
-        calls, true = [], UnCLIP._run
+        calls, true = [], UnCLIP.run
 
         def run(self, stage, rows, options, batch_size, progress, method="sample"):
             calls.append((stage, method, dict(rows[0]), dict(options)))
@@ -53,7 +53,7 @@ def seen(pipe):
                 return np.arange(total * 8, dtype=np.float32).reshape(total, 8) + 1
             return np.zeros((total, 16, 16, 3), np.float32)
 
-        monkeypatch.setattr(UnCLIP, "_run", run)
+        monkeypatch.setattr(UnCLIP, "run", run)
         return calls
 
     return make
@@ -237,7 +237,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_are_told_before_anything_runs(case, pipe, images, monkeypatch):
     call, words = BAD[case]
-    monkeypatch.setattr(UnCLIP, "_run", None)
+    monkeypatch.setattr(UnCLIP, "run", None)
     with pytest.raises(UserError, match=re.escape(words)):
         call(pipe, images)
 

@@ -127,7 +127,7 @@ def test_image_to_image_needs_no_prompt_and_stays_near_at_a_weak_strength(pipe):
     ({"stpes": 3}, "did you mean 'steps'"),
 ])  # fmt: skip
 def test_bad_arguments_are_told_before_anything_runs(pipe, change, words, monkeypatch):
-    monkeypatch.setattr(type(pipe), "_run", None)
+    monkeypatch.setattr(type(pipe), "run", None)
     good = {"images": [photo()], "holes": [hole_of(photo(), 5, 20, 10, 20)], "prompts": ["a ring"]}
     with pytest.raises(UserError, match=words):
         pipe.inpaint(**{**good, **change})

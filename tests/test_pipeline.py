@@ -15,7 +15,8 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError
 from unclip_jax.nn import drawing
-from unclip_jax.pipeline import Settings, UnCLIP
+from unclip_jax.pipeline import UnCLIP
+from unclip_jax.settings import Settings
 from unclip_jax.stack import OnDemand
 from unclip_jax.weights import load_stack, save_stack
 
@@ -260,7 +261,7 @@ def test_nan_is_an_error_and_names_its_stage(pipe, drawn, stage):
     ids=lambda value: str(value)[:30],
 )
 def test_bad_arguments_are_told_before_anything_runs(pipe, change, words, monkeypatch):
-    monkeypatch.setattr(UnCLIP, "_run", None)
+    monkeypatch.setattr(UnCLIP, "run", None)
     with pytest.raises(UserError, match=words):
         pipe.generate(**{"prompts": ["a red circle"], **change})
 

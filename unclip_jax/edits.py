@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from unclip_jax.data.images import center_crop_resize, to_float
 from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
-from unclip_jax.errors import UserError, is_number, said_of, suggest
+from unclip_jax.errors import UserError, is_number, suggest
+from unclip_jax.runner import Runner, fold
 from unclip_jax.settings import check_numbers, check_prompts, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
@@ -35,62 +33,15 @@ class Latents(NamedTuple):
     noise: np.ndarray
 
 
-class Edits:
+class Edits(Runner):
     """The methods of `UnCLIP` that start from pictures, or from what CLIP knows of them.
 
     Pictures are u8[h, w, 3] each, of which the middle square is looked at. `seed`, `batch_size`, `return_stages`,
     `progress` and `**settings` are those of `UnCLIP.generate`. Where x_T is used, the settings' defaults are
     sampler="ddim", 100 steps and guidance=1 (2 for text diffs), the same for the inversion and for what is drawn: only
-    with the noise's own guidance the picture comes back. No method but `decode` uses a caption other than for its
-    embedding. All raise UserError: a bad argument, no CLIP or one without image tower, a stage that gave NaN.
+    with the noise's own guidance the picture comes back. No method uses a caption other than for its embedding. All
+    raise UserError: a bad argument, no CLIP or one without image tower, a stage that gave NaN.
     """
-
-    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 8, progress: bool = False) -> np.ndarray:
-        """CLIP's embeddings of texts, z_txt f32[len(texts), D]: what a prior is told of a caption."""
-        check_numbers(batch_size=batch_size)
-        check_prompts(texts)
-        self._clip()
-        return self._run("clip", (self._captions(texts),), {}, batch_size, progress)["z_txt"]
-
-    def embed_images(self, images: Sequence[np.ndarray], *, batch_size: int = 8, progress: bool = False) -> np.ndarray:
-        """CLIP's embeddings of pictures, z_img f32[len(images), D]: what `decode` draws from."""
-        check_numbers(batch_size=batch_size)
-        return self._encode(self._look(images), batch_size, progress)["z_img"]
-
-    def decode(
-        self,
-        z_img: np.ndarray,
-        prompts: Sequence[str] | None = None,
-        seed: int = 0,
-        *,
-        num: int = 1,
-        batch_size: int = 8,
-        return_stages: bool = False,
-        progress: bool = True,
-        **settings,
-    ):
-        """Draws `num` pictures of each embedding -> u8[N * num, H, W, 3], embedding by embedding.
-
-        The half of `generate` that follows the prior: of the z_img that it drew, with the prompts and the seed that it
-        was given and num=1, the pictures are the same. No image tower is needed.
-
-        Args:
-          z_img: float[N, D] as `embed_images` or `generate(…, return_stages=True)` give them, their length included.
-          prompts: N texts that the decoder is told as well; None drops the caption.
-        """
-        check_numbers(seed, num, batch_size)
-        z_img = _embeddings(z_img, self._clip().embed_dim)
-        if prompts is not None:
-            check_prompts(prompts)
-            if len(prompts) != len(z_img):
-                raise UserError(f"{len(prompts)} prompts for {len(z_img)} embeddings; one for each is needed")
-        used = self.settings(**settings)
-        if prompts is None:
-            used["decoder"] = {**used["decoder"], "caption": False}
-        cond = {**self._captions([""] * len(z_img) if prompts is None else prompts), "z_img": z_img}
-        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
-        keys = picture_keys(seed, len(z_img), num)
-        return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
     def latents(
         self, images: Sequence[np.ndarray], *, batch_size: int = 8, progress: bool = True, **settings
@@ -237,49 +188,12 @@ class Edits:
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
-    def squares(self, images: Sequence[np.ndarray], side: int) -> np.ndarray:
-        """The middle squares of pictures, u8[N, side, side, 3]."""
-        if not np.iterable(images) or not len(images):
-            raise UserError("images must hold at least one picture")
-        return np.stack([_square(image, k, side) for k, image in enumerate(images)])
-
-    @property
-    def _vision(self) -> Mapping | None:
-        """The settings of CLIP's image tower; None where the stack has none."""
-        return self.tasks["clip"].model.vision if "clip" in self.tasks else None
-
-    def _clip(self):
-        """CLIP's network."""
-        if "clip" not in self.tasks:
-            raise UserError("this stack's decoder knows no CLIP, so there are no embeddings", "draw from prompts")
-        return self.tasks["clip"].model
-
-    def _captions(self, texts: Sequence[str]) -> dict:
-        """Rows of texts, "tokens" and "mask"."""
-        return dict(zip(("tokens", "mask"), self.tokenizer.encode(list(texts)), strict=True))
-
-    def _look(self, images) -> dict:
-        """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption."""
-        vision = self._vision
-        if vision is None:
-            what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
-            raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
-        sides = {"image": vision["image_size"], "small": self.tasks["decoder"].image_size}
-        seen = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
-        return {**seen, **self._captions([""] * len(images))}
-
     def exact_settings(self, settings: Mapping, guidance: float = 1.0) -> dict[str, dict]:
         """The settings of each stage with which x_T gives its picture back, unless others were given."""
         steps = min(STEPS, self.configs["decoder"].diffusion.num_steps)
         used = self.settings(**{"sampler": "ddim", "guidance": guidance, "steps": steps, **settings})
         used["decoder"] = {**used["decoder"], "caption": False, "least": LEAST}
         return used
-
-    def _encode(self, cond: Mapping, batch_size: int, progress: bool) -> dict:
-        """What CLIP says of the rows of `_look`, and their tokens."""
-        rows = {name: cond[name] for name in ("image", "tokens", "mask")}
-        told = self._run("clip", (rows,), {}, batch_size, progress)
-        return {**told, "tokens": cond["tokens"], "mask": cond["mask"]}
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
         seen = self._encode(cond, batch_size, progress)
@@ -288,7 +202,7 @@ class Edits:
                 raise UserError(f"{name}={used['decoder'][name]} is not undone by DDIM inversion", "leave it out")
         options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption", "least")}
         rows = {**seen, "image": cond["small"]}
-        return Latents(seen["z_img"], self._run("decoder", (rows,), options, batch_size, progress, "invert"))
+        return Latents(seen["z_img"], self.run("decoder", (rows,), options, batch_size, progress, "invert"))
 
     def _ends(self, inputs, seed: int, noise: str, used: Mapping, batch_size: int, progress: bool) -> Latents:
         """The latents of `interpolate`'s pictures and prompts, in their order."""
@@ -313,8 +227,8 @@ class Edits:
         if not (prior := prior_of(used)):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give pictures")
         rows = self._captions(prompts)
-        rows |= self._run("clip", (rows,), {}, batch_size, progress)
-        return self._run(prior, (rows, fold(keys, 1)), used[prior], batch_size, progress)
+        rows |= self.run("clip", (rows,), {}, batch_size, progress)
+        return self.run(prior, (rows, fold(keys, 1)), used[prior], batch_size, progress)
 
     def _draw_latents(self, latents: Latents, seed: int, used, batch_size: int, return_stages: bool, progress: bool):
         """One picture of each; whatever else is by chance is the same in all."""
@@ -324,34 +238,9 @@ class Edits:
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
 
-def fold(keys: jax.Array, number: int) -> jax.Array:
-    """Each picture's key for stage `number`."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
 def _path(points: Sequence[np.ndarray], frames: int) -> np.ndarray:
     """Great circles through the points, `frames` from each to the next, both counted."""
     legs = zip(points[:-1], points[1:], strict=True)
     shares = np.linspace(0, 1, frames)[1:]
     steps = [slerp(a[None], b[None], share)[0] for a, b in legs for share in shares]
     return np.stack([points[0], *steps]).astype(np.float32)
-
-
-def _embeddings(z_img, width: int) -> np.ndarray:
-    """`z_img` as f32[N, width]; UserError for what is none."""
-    fix = "take it from embed_images, or from generate(…, return_stages=True)"
-    with said_of(f"z_img must be an array float[N, {width}]", fix):
-        z = np.asarray(z_img)
-    if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim != 2 or 0 in z.shape or z.shape[1] != width:
-        raise UserError(f"z_img is {z.dtype}{list(z.shape)}; expected float[N, {width}], a row for each picture", fix)
-    z = z.astype(np.float32)
-    if not np.isfinite(z).all():
-        raise UserError("z_img holds NaN or infinite values, and must be finite", fix)
-    return z
-
-
-def _square(image, number: int, side: int) -> np.ndarray:
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
-    return center_crop_resize(Image.fromarray(image), side)

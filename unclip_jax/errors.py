@@ -28,7 +28,9 @@ def is_whole(value, least: int, most: float = math.inf) -> bool:
 
 def is_number(value, low: float, high: float = sys.float_info.max) -> bool:
     """Whether it is a finite number in low … high, Python's or NumPy's; True and False are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return low <= (value if isinstance(value, int) else float(value)) <= high  # an int may be too large for a float
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

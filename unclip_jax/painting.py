@@ -10,13 +10,14 @@ from unclip_jax.data.masks import holes_at, known_at
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, is_number
+from unclip_jax.runner import Runner
 from unclip_jax.settings import PRIORS, check_numbers, check_prompts, prior_of
 
 CANDIDATES = 64  # of the prior, to find one that agrees with the picture in what the prompt leaves open
 RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
 
 
-class Painting:
+class Painting(Runner):
     """The method of `UnCLIP` that keeps a part of a picture."""
 
     def inpaint(

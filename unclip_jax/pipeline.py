@@ -1,71 +1,35 @@
-"""The trained stack as one object: text -> z_txt -> prior -> z_img -> decoder -> upsamplers -> u8 pictures.
-
-Ramesh et al. 2022, figure 2, lower half. Each stage is one compiled program, its whole sampling loop inside.
-Stages run one after the other over all pictures; with `low_memory` the device holds one stage's weights.
-"""
+"""The trained stack as one object: text -> z_txt -> prior -> z_img -> decoder -> upsamplers -> u8 pictures."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from unclip_jax import sharding
-from unclip_jax.compiling import compiled
-from unclip_jax.data.images import to_uint8
-from unclip_jax.diffusion.guide import is_one
 from unclip_jax.diffusion.sample import picture_keys
-from unclip_jax.edits import Edits, fold
-from unclip_jax.errors import UserError, suggest
-from unclip_jax.fetch import fetched
+from unclip_jax.edits import Edits
+from unclip_jax.errors import UserError, said_of, suggest
 from unclip_jax.nn.drawing import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
-from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of
+from unclip_jax.runner import Drawn
+from unclip_jax.settings import check_numbers, check_prompts, prior_of
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
 
-ENCODERS = (*PRIORS.values(), "decoder")  # whose `encode` says what CLIP is asked
-
-
-class Drawn(NamedTuple):
-    """What every stage made for N pictures: u8[N, H, W, 3], the decoder's u8[N, h, w, 3], f32[N, D] twice.
-
-    The two embeddings are None where the stack has no CLIP.
-    """
-
-    images: np.ndarray
-    base: np.ndarray
-    z_img: np.ndarray | None
-    z_txt: np.ndarray | None
-
 
 @dataclasses.dataclass(frozen=True)
 class UnCLIP(Edits, Painting, Reconstruction):
-    """A trained stack that draws pictures from prompts, and from pictures (`Edits`, `Painting`,
-    `Reconstruction`). Made by `UnCLIP.load`.
+    """A trained stack that draws pictures from prompts, and from pictures (`Edits`, `Painting`, `Reconstruction`).
 
-    Args:
-      tokenizer: the one that every stage was trained with.
-      tasks, configs, params: by stage: "clip", "prior" and "prior_ar" if any, "decoder", upsamplers; as they run. GLIDE
-        has neither CLIP nor prior, Karlo's stack for variations has no prior.
-      mesh: the devices that share each batch; None: the first one does it all (see `spread`).
+    Made by `UnCLIP.load`.
     """
-
-    tokenizer: Tokenizer
-    tasks: Mapping[str, Any]
-    configs: Mapping[str, ConfigDict]
-    params: Mapping[str, dict]
-    mesh: Mesh | None = None
-    _programs: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: str | Path = "shapes", low_memory: bool = False, dtype: str | None = None) -> UnCLIP:
@@ -88,16 +52,6 @@ class UnCLIP(Edits, Painting, Reconstruction):
             raise UserError(f"stack {path}, tokenizer.json: {error}") from error
         return cls(tokenizer, opened.tasks, opened.configs, params)
 
-    @property
-    def upsamplers(self) -> list[str]:
-        """The stages that enlarge, in the order they run."""
-        return [name for name in self.tasks if name.startswith("upsampler")]
-
-    @property
-    def size(self) -> int:
-        """Side of the final pictures, in pixels."""
-        return self.tasks[(self.upsamplers or ["decoder"])[-1]].image_size
-
     def without_upsamplers(self) -> UnCLIP:
         """The same stack ending with the decoder's own pictures."""
         keep = [name for name in self.tasks if name not in self.upsamplers]
@@ -115,55 +69,6 @@ class UnCLIP(Edits, Painting, Reconstruction):
         if not isinstance(params, OnDemand):
             params = {name: placed(params[name], sharding.replicated(mesh)) for name in params}
         return dataclasses.replace(self, params=params, mesh=mesh, _programs={})
-
-    def settings(self, **changed) -> dict[str, dict]:
-        """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in; of one prior.
-
-        Raises:
-          UserError: a setting is unknown, out of its range, asks for more steps than were trained, or is of a prior
-            that the stack does not have or draw with.
-        """
-        names = [field.name for field in dataclasses.fields(Settings)]
-        for name in changed:
-            if name not in names:
-                raise UserError(f"{name} is no setting of sampling", suggest(name, names))
-        changes = Settings(**changed)
-        if not self.upsamplers and (given := changes.of("upsampler")):
-            name = SETTINGS["upsampler"][next(iter(given))]
-            raise UserError(f"{name} is of an upsampler, and this stack draws without one", "leave it out")
-        used = {}
-        prior = self._prior(changes)
-        for name in [n for n in self.tasks if n != "clip" and (n == prior or n not in PRIORS.values())]:
-            config, own = self.configs[name], changes.of(_role(name))
-            if "steps" in own and own["steps"] > config.diffusion.num_steps:
-                trained = config.diffusion.num_steps
-                raise UserError(
-                    f"{name}: {own['steps']} steps are more than the {trained} it was trained with"
-                )
-            used[name] = {**config.sampler.to_dict(), **own}
-            if used[name].get("tile") is not None:
-                self.tasks[name].tiles(used[name]["tile"], used[name].get("overlap"))
-            elif used[name].get("overlap") is not None:
-                raise UserError(f"overlap={used[name]['overlap']} is of tiles, and none are asked for", "give a tile")
-            if used[name].get("name") == "analytic" and "x0_variance" not in self._shapes(name):
-                what = f"{name}: the sampler analytic needs a table of variances, and this stack has none"
-                raise UserError(what, f"measure it: unclip export … --analytic {name}")
-        return used
-
-    def _prior(self, changes: Settings) -> str | None:
-        """The stage of the prior to draw with; None where the stack has none and none is asked for."""
-        there = [kind for kind, stage in PRIORS.items() if stage in self.tasks]
-        kind = changes.prior or (there[0] if there else None)
-        if kind is None:
-            return None
-        if kind not in there:
-            has = f"only prior='{there[0]}'" if there else "no prior at all"
-            raise UserError(f"this stack has no prior={kind!r}, {has}", "export one into it: unclip export --help")
-        own = SETTINGS[PRIORS[kind]].values()
-        for name in {n for stage in PRIORS.values() for n in SETTINGS[stage].values()}.difference(own):
-            if getattr(changes, name) is not None:
-                raise UserError(f"{name} is no setting of prior={kind!r}", "leave it out, or choose the other prior")
-        return PRIORS[kind]
 
     def generate(
         self,
@@ -203,101 +108,50 @@ class UnCLIP(Edits, Painting, Reconstruction):
         keys = picture_keys(seed, len(prompts), num, first)
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
-    def _draw(
-        self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool, known=None
+    def decode(
+        self,
+        z_img: np.ndarray,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
+        *,
+        num: int = 1,
+        batch_size: int = 8,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings,
     ):
-        """Every stage after the other over all rows of `cond`; the prior only where there is no z_img yet.
+        """Draws `num` pictures of each embedding -> u8[N * num, H, W, 3], embedding by embedding.
 
-        known: side -> what a stage that draws pictures of that side is told of a given one; None: nothing.
+        The half of `generate` that follows the prior: of the z_img that it drew, with the prompts and the seed that it
+        was given and num=1, the pictures are the same. No image tower is needed.
+
+        Args:
+          z_img: float[N, D] as `embed_images` or `generate(…, return_stages=True)` give them, their length included.
+          prompts: N texts that the decoder is told as well; None drops the caption.
         """
-
-        def run(number, stage, rows):
-            return self._run(stage, (rows, fold(keys, number)), used[stage], batch_size, progress)
-
-        caption = {name: cond[name] for name in ("tokens", "mask")}
-        if "clip" in self.tasks:
-            cond = {**cond, **self._run("clip", (cond,), {}, batch_size, progress)}
-        cond.pop("image", None)
-        if prior_of(used) and "z_img" not in cond:
-            cond["z_img"] = run(1, prior_of(used), cond)
-        told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
-        base = images = run(2, "decoder", {**cond, **told("decoder")})
-        for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images, **caption, **told(stage)})
-        pictures = to_uint8(images)
-        if not return_stages:
-            return pictures
-        return Drawn(pictures, to_uint8(base), cond.get("z_img"), cond.get("z_txt"))
-
-    def _run(self, stage: str, rows, options: Mapping, batch_size: int, progress: bool, method: str = "sample"):
-        """One stage over all rows, some at a time, the last chunk filled up with copies of the last row."""
-        total = len(jax.tree.leaves(rows)[0])
-        size = min(batch_size, 1 << (total - 1).bit_length())
-        size = size if self.mesh is None else -(-size // self.mesh.size) * self.mesh.size
-        where = None if self.mesh is None else sharding.batch_sharding(self.mesh)
-        bar = None if progress else True
-
-        def chunk(start):
-            at = np.minimum(np.arange(start, start + size), total - 1)
-            given = jax.tree.map(lambda x: x[at], rows)
-            return given if where is None else jax.device_put(given, where)
-
-        # A scale of guidance is handed over, so that one program is for all but 1, which runs half as much.
-        scales = {} if is_one(options.get("guidance", 1)) else {"guidance": np.float32(options["guidance"])}
-        options = {name: value for name, value in options.items() if name not in scales}
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=where), rows)
-        program = self._program(stage, options, method, (*given, scales))
-        params, starts = self._params(stage), range(0, total, size)
-        drawn = fetched(program(params, *chunk(start), scales) for start in starts)
-        parts = list(tqdm(drawn, stage, len(starts), unit="batch", leave=False, disable=bar))
-        out = jax.tree.map(lambda *x: np.concatenate(x)[:total], *parts)
-        if not all(np.isfinite(x).all() for x in jax.tree.leaves(out)):
-            raise UserError(
-                f"stage '{stage}' gave NaN or infinite values, so no picture was made",
-                "lower the guidance, take more steps, or use dtype float32",
-            )
-        return out
-
-    def _params(self, stage: str):
-        """A stage's weights, where they run."""
-        return self.params.read(stage, self._where) if isinstance(self.params, OnDemand) else self.params[stage]
-
-    def _shapes(self, stage: str):
-        """What its programs are compiled for: the weights, or their shapes where they are read on demand."""
-        return self.params.shapes(stage, self._where) if isinstance(self.params, OnDemand) else self.params[stage]
-
-    @property
-    def _where(self):
-        return jax.local_devices()[0] if self.mesh is None else sharding.replicated(self.mesh)
-
-    def _ask(self, params, rows):
-        told = rows
-        for name in ENCODERS:
-            told = self.tasks[name].encode({"clip": params}, told) if name in self.tasks else told
-        return {name: value for name, value in told.items() if name not in rows}
-
-    def _program(self, stage: str, options: Mapping, method: str, given):
-        """The compiled program of one stage, (params, *given) -> output; one for all of such options and shapes.
-
-        Copies of a stack share its programs, and tell those of their own tasks by identity.
-        """
-        args = (self._shapes(stage), *given)
-        leaves, form = jax.tree.flatten(args)
-        told_by = ENCODERS if stage == "clip" else (stage,)
-        tasks = [self.tasks[name] for name in told_by if name in self.tasks]
-        key = (stage, method, tuple(sorted(options.items())), form, tuple((a.shape, a.dtype) for a in leaves))
-        key = (*key, *map(id, tasks))
-        if key not in self._programs:
-            program = compiled(jax.jit(self._function(stage, options, method)).lower(*args))
-            self._programs[key] = program, tasks  # which, kept, leave their identity to no other
-        return self._programs[key][0]
-
-    def _function(self, stage: str, options: Mapping, method: str):
-        if stage == "clip":  # what the encodings of prior and decoder add to tokens, mask and image
-            return lambda params, rows, _: self._ask(params, rows)
-        run = getattr(self.tasks[stage], method)
-        return lambda params, *given: run(params, *given[:-1], **options, **given[-1])
+        check_numbers(seed, num, batch_size)
+        z_img = _embeddings(z_img, self._clip().embed_dim)
+        if prompts is not None:
+            check_prompts(prompts)
+            if len(prompts) != len(z_img):
+                raise UserError(f"{len(prompts)} prompts for {len(z_img)} embeddings; one for each is needed")
+        used = self.settings(**settings)
+        if prompts is None:
+            used["decoder"] = {**used["decoder"], "caption": False}
+        cond = {**self._captions([""] * len(z_img) if prompts is None else prompts), "z_img": z_img}
+        cond = {name: value.repeat(num, 0) for name, value in cond.items()}
+        keys = picture_keys(seed, len(z_img), num)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
 
 
-def _role(stage: str) -> str:
-    return "upsampler" if stage.startswith("upsampler") else stage
+def _embeddings(z_img, width: int) -> np.ndarray:
+    """`z_img` as f32[N, width]; UserError for what is none."""
+    fix = "take it from embed_images, or from generate(…, return_stages=True)"
+    with said_of(f"z_img must be an array float[N, {width}]", fix):
+        z = np.asarray(z_img)
+    if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim != 2 or 0 in z.shape or z.shape[1] != width:
+        raise UserError(f"z_img is {z.dtype}{list(z.shape)}; expected float[N, {width}], a row for each picture", fix)
+    z = z.astype(np.float32)
+    if not np.isfinite(z).all():
+        raise UserError("z_img holds NaN or infinite values, and must be finite", fix)
+    return z

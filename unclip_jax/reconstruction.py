@@ -13,10 +13,11 @@ from unclip_jax.data.source import Source
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.errors import UserError, is_whole
 from unclip_jax.pca import PCA
+from unclip_jax.runner import Runner
 from unclip_jax.settings import check_numbers
 
 
-class Reconstruction:
+class Reconstruction(Runner):
     """The methods of `UnCLIP` about principal components."""
 
     def reconstruct(
@@ -66,10 +67,10 @@ class Reconstruction:
 
     def components_of(self, source: Source, num: int = 4096, batch_size: int = 64) -> PCA:
         """All principal components of z_img, measured on `num` pictures of a data source (`data.make`)."""
-        task, vision = self.tasks["clip"], self.tasks["clip"].model.vision
+        width, vision = self._clip().embed_dim, self._vision
         if vision is None:
             raise UserError("this stack's CLIP has no image tower, so it has no components", "give another stack")
-        side, width = vision["image_size"], self.tasks["clip"].model.embed_dim
+        side, task = vision["image_size"], self.tasks["clip"]
         if not is_whole(num, width + 1):
             what = f"num={num!r} pictures do not tell all {width} components of this CLIP's embeddings"
             raise UserError(what, f"measure at least {width + 1}, better ten times as many")

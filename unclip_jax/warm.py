@@ -29,12 +29,12 @@ class _Rehearsal(UnCLIP):
 
     made: list = dataclasses.field(default_factory=list)
 
-    def _program(self, stage, options, method, given):
+    def _program(self, stage, options, method, given, scales):
         start, known = time.perf_counter(), len(self._programs)
-        program = super()._program(stage, options, method, given)
+        program = super()._program(stage, options, method, given, scales)
         if len(self._programs) > known:
             self.made.append(Program(stage, len(jax.tree.leaves(given)[0]), time.perf_counter() - start))
-        return lambda params, *given: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.out_info)
+        return lambda params, given, scales: jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), program.out_info)
 
     def _params(self, stage):
         return None  # no weights are read
