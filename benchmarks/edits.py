@@ -22,6 +22,7 @@ from unclip_jax.data import shapes
 from unclip_jax.data.images import grid, to_float
 from unclip_jax.metrics import shapes_oracle
 from unclip_jax.pipeline import UnCLIP
+from unclip_jax.storage import write_text
 
 NEAR = 0.1  # of the side
 THETAS = (0.0, 0.25, 0.35, 0.5)
@@ -115,7 +116,7 @@ def main() -> None:
         if args.sheets:
             gallery.write_image(Path(args.sheets) / f"{name}.png", sheet)
     if args.out:
-        gallery.write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
+        write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
     print(f"{time.time() - began:.0f} s")
 
 

@@ -63,6 +63,7 @@ def main(argv=None) -> None:
     """Draws, judges, prints one row, and writes it with a contact sheet beside it if told."""
     from unclip_jax import gallery
     from unclip_jax.pipeline import UnCLIP
+    from unclip_jax.storage import write_text
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes")
@@ -92,7 +93,7 @@ def main(argv=None) -> None:
           + f"  {100 * low:.1f} - {100 * high:.1f}  {seconds / args.num:.2f}  {given}")  # fmt: skip
     if args.out:
         report = {"model": args.model, "num": args.num, "seed": args.seed, "settings": given, **shares}
-        gallery.write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
+        write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
         sheet = [[gallery.Picture(case["image"], "given"), gallery.Picture(image, case["prompt"])]
                  for case, image in zip(made, images, strict=True)]  # fmt: skip
         gallery.write_image(Path(args.out).with_suffix(".png"), gallery.labelled_grid(sheet[:32]), report)

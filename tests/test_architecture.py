@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
-    0: "errors storage config weights sharding optim checkpoint checkpoint_read distributed metrics data gallery"
-    " tokenizer pca plan_count meter fingerprint compiling fetch",
+    0: "errors storage tensors config weights sharding optim checkpoint checkpoint_read distributed metrics data"
+    " gallery tokenizer pca plan_count meter fingerprint compiling fetch",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",

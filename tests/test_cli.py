@@ -223,7 +223,7 @@ BAD = {
     "newline": (["sample", "a\nb", "--out", "o"], r"'\n'"),
     "lone surrogate": (["sample", "a\udcffb", "--out", "o"], r"'\udcff'"),
     "both prompts": (["sample", "x", "--prompts", "good.txt", "--out", "o"], "both"),
-    "no prompt file": (["sample", "--prompts", "none.txt", "--out", "o"], "does not exist"),
+    "no prompt file": (["sample", "--prompts", "none.txt", "--out", "o"], "none.txt is missing"),
     "prompt folder": (["sample", "--prompts", ".", "--out", "o"], "is no file"),
     "empty prompt file": (["sample", "--prompts", "empty.txt", "--out", "o"], "holds no prompt"),
     "prompt file in Latin-1": (["sample", "--prompts", "latin1.txt", "--out", "o"], "not UTF-8"),
@@ -332,7 +332,7 @@ def test_mistakes_are_told_before_weights_are_read(run, stack, monkeypatch):
 
 def test_nan_is_told_and_nothing_is_written(run, stack, tmp_path, monkeypatch):
     nan = np.full((4, 32, 32, 3), np.nan, np.float32)
-    monkeypatch.setattr(UnCLIP, "_program", lambda *_: lambda params, rows, *keys: {**rows, "z_txt": nan})
+    monkeypatch.setattr(UnCLIP, "_program", lambda *_: lambda params, given, scales: {**given[0], "z_txt": nan})
     code, _, err = run("sample", "a red circle", "--num", 4, "--model", stack, "--out", "made")
     assert code == 2 and len(err) == 1 and "NaN" in err[0] and list(tmp_path.iterdir()) == []
 

@@ -169,7 +169,7 @@ class Edits(Runner):
     ) -> np.ndarray:
         """What CLIP takes pictures for: softmax of its scaled cosines over labels -> f64[len(images), len(labels)].
 
-        Figure 6 shows these beside variations: the decoder may draw what CLIP's label does not say.
+        Section 4, figure 6, shows these beside variations: the decoder may draw what CLIP's label does not say.
 
         Args:
           template: holds one {} for the label.

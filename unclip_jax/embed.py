@@ -19,7 +19,7 @@ from unclip_jax.data import loader
 from unclip_jax.data.embeddings import META, VERSION, pack
 from unclip_jax.errors import UserError
 from unclip_jax.fetch import fetched
-from unclip_jax.gallery import write_text
+from unclip_jax.storage import read_json, write_text
 from unclip_jax.tasks.clip import ask
 from unclip_jax.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def _begin(out: Path, meta: dict) -> None:
             if any(out.iterdir()):
                 raise UserError(f"out={str(out)!r} is not empty", "give another --out")
             write_text(out / UNFINISHED, json.dumps(meta))
-        if json.loads((out / UNFINISHED).read_text(encoding="utf-8")) != meta:
+        if read_json(out / UNFINISHED, "settings of embeddings") != meta:
             raise UserError(f"out={str(out)!r} was begun with another CLIP, source or layout", "give another --out")
     except (OSError, ValueError) as e:
         raise UserError(f"out={str(out)!r} cannot be used ({e})", "give another --out") from e

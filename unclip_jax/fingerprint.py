@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.storage import by_rows
+from unclip_jax.tensors import by_rows
 
 
 def fingerprint(tree) -> dict[str, int]:

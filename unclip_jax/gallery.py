@@ -28,7 +28,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax.errors import UserError
-from unclip_jax.storage import new_file
+from unclip_jax.storage import write_text
 
 INDEX = "pictures.json"
 GRID = "grid.png"
@@ -101,16 +101,6 @@ def write_image(path: Path, image: np.ndarray, metadata: Mapping | None = None) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, image, metadata)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file, whole or not at all; its folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as stream:
-            stream.write(text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 

@@ -1,4 +1,4 @@
-"""Pictures drawn from a part of what CLIP knows of them: principal components of z_img (unCLIP, figure 7)."""
+"""Pictures drawn from a part of what CLIP knows of them: principal components of z_img (unCLIP, section 4)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_whole, said_of, suggest
 from unclip_jax.fingerprint import by_path
+from unclip_jax.storage import read_text
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.train_step import TrainState, init_state
 
@@ -98,7 +99,9 @@ def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
     workdir = Path(workdir).expanduser()
     stored = workdir / "config.json"
     saved = any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
-    return workdir, configs.from_json(stored.read_text(), str(stored)) if saved and stored.is_file() else None
+    if not saved or not stored.is_file():
+        return workdir, None
+    return workdir, configs.from_json(read_text(stored, "a config"), str(stored))
 
 
 def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> None:

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import new_file
+from unclip_jax.storage import read_text, write_text
 
 FORMAT = "unclip_jax.tokenizer"
 FORMAT_VERSION = 1
@@ -166,9 +166,9 @@ class Tokenizer:
         """Reads a tokenizer.json (own or CLIP's), a folder with it, or with vocab.json and merges.txt."""
         path = Path(path)
         if path.is_file():
-            return cls.from_json(_read(path))
+            return cls.from_json(_text_of(path))
         if (path / "tokenizer.json").is_file():
-            return cls.from_json(_read(path / "tokenizer.json"))
+            return cls.from_json(_text_of(path / "tokenizer.json"))
         vocab, merges = path / "vocab.json", path / "merges.txt"
         if vocab.is_file() and merges.is_file():
             return cls._clip(_from_vocab_and_merges(vocab, merges))
@@ -181,8 +181,7 @@ class Tokenizer:
         """Writes tokenizer.json (into `path` if that is a folder), by a temporary file and a rename."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        with new_file(path) as stream:
-            stream.write(self.to_json().encode())
+        write_text(path, self.to_json())
 
     def __reduce__(self):
         return Tokenizer.from_json, (self.to_json(),)
@@ -194,21 +193,15 @@ def _tidy() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase(), normalizers.Strip()])
 
 
-def _read(path: Path) -> str:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise UserError(f"{path} has {size} bytes, a tokenizer at most {MAX_JSON_BYTES}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e})") from e
+def _text_of(path: Path) -> str:
+    return read_text(path, "a tokenizer", MAX_JSON_BYTES)
 
 
 def _from_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """CLIP's older files: vocab.json {piece: number} and merges.txt (a version, then two pieces a line)."""
     try:
-        pieces = json.loads(_read(vocab))
-        lines = _read(merges).splitlines()
+        pieces = json.loads(_text_of(vocab))
+        lines = _text_of(merges).splitlines()
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         model = models.BPE(
             pieces, pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=CLIP_EOS

@@ -27,7 +27,7 @@ from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
 from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.run import Run, make_run
-from unclip_jax.storage import new_file
+from unclip_jax.storage import write_text
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
 LOCKS = "mount it with locks (Lustre: -o flock), or choose another --workdir"
@@ -220,8 +220,7 @@ def _write_once(run: Run) -> None:
     if run.tokenizer:
         files["tokenizer.json"] = run.tokenizer.to_json()
     for name, text in files.items():
-        with new_file(run.workdir / name) as stream:
-            stream.write(text.encode())
+        write_text(run.workdir / name, text)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from ml_collections import ConfigDict
 
 import unclip_jax
 from unclip_jax import config as configs
-from unclip_jax import storage, tokenizer
+from unclip_jax import tensors, tokenizer
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.storage import MAX_JSON_BYTES, new_directory, read_array, read_header, sha256, write_arrays
+from unclip_jax.storage import new_directory, read_text, sha256
+from unclip_jax.tensors import read_array, read_header, write_arrays
 
 FORMAT_VERSION = 1
 COPY = "copy the whole stack directory again"
@@ -149,7 +150,7 @@ def _stack(path: str | os.PathLike, stages: Iterable[str] | None, dtype: str | N
         if name not in index["stages"]:
             raise UserError(f"stack {path} has no stage {name!r}", suggest(name, index["stages"]))
     found = {name: read(path, name, index["stages"][name], dtype) for name in wanted}
-    return Stack(found, _text(path / "tokenizer.json", tokenizer.MAX_JSON_BYTES), path)
+    return Stack(found, read_text(path / "tokenizer.json", "a tokenizer", tokenizer.MAX_JSON_BYTES, COPY), path)
 
 
 def _write_stage(folder: Path, name: str, params, config, step: int, extra, dtype: str) -> dict:
@@ -198,7 +199,7 @@ def _index(path: Path) -> dict:
             "give a directory written by `unclip export`",
         )
     try:
-        index = json.loads(_text(path / "stack.json"))
+        index = json.loads(read_text(path / "stack.json", "an index of stages", fix=COPY))
         version, stages = index["format_version"], index["stages"]
         entries = [(entry["config"], entry["step"], entry["sha256"]) for entry in stages.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -242,11 +243,11 @@ def _read_stage(path: Path, name: str, entry: dict, dtype: str | None) -> Stage:
         return described._replace(params=unflatten_dict(arrays, sep="/"))
 
 
-def _kind(key: str, place: storage.Place, dtype: str | None) -> np.dtype:
+def _kind(key: str, place: tensors.Place, dtype: str | None) -> np.dtype:
     """What a stage's array is read as where its weights are asked for in `dtype`."""
-    if place.dtype not in storage.DTYPES:
-        raise ValueError(f"{key} is of dtype {place.dtype}, which must be one of {', '.join(storage.DTYPES)}")
-    stored = jax.dtypes.canonicalize_dtype(storage.DTYPES[place.dtype])
+    if place.dtype not in tensors.DTYPES:
+        raise ValueError(f"{key} is of dtype {place.dtype}, which must be one of {', '.join(tensors.DTYPES)}")
+    stored = jax.dtypes.canonicalize_dtype(tensors.DTYPES[place.dtype])
     return stored if dtype is None else dtype_in(key.split("/")[-1], stored, dtype)
 
 
@@ -257,14 +258,3 @@ def _no_valid(file: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no valid safetensors file ({error})") from None
-
-
-def _text(file: Path, most: int = MAX_JSON_BYTES) -> str:
-    try:
-        if file.stat().st_size > most:
-            raise UserError(f"{file} is larger than the {most} bytes allowed")
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing", COPY) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error})") from None

@@ -121,7 +121,7 @@ BAD = {
     "no pictures": (r"no pictures in .*Fix: .* files that end in \.png", lambda r: _new(r / "empty")),
     "no captions": (r"none of the 3 pictures .*write b\.txt for b\.png", lambda r: r),
     "latin sidecar": (r"b\.txt is not UTF-8 text", lambda r: _write(r, "b.txt", b"caf\xe9")),
-    "endless sidecar": (r"b\.txt is longer than", lambda r: _write(r, "b.txt", b"x" * 70_000)),
+    "endless sidecar": (r"b\.txt is too large", lambda r: _write(r, "b.txt", b"x" * 70_000)),
     "latin table": (r"csv is not UTF-8", lambda r: _write(r, "captions.csv", b"file,caption\nb.png,\xe9")),
     "csv header": (r"columns \['a', 'b'\]", lambda r: _write(r, "captions.csv", b"a,b\n1,2\n")),
     "empty table": ("names no picture", lambda r: _write(r, "captions.csv", b"file,caption\n")),

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 from unclip_jax.errors import UserError
 from unclip_jax.interop import files
-from unclip_jax.interop.files import check_sha256, locate, open_weights, read_json
-from unclip_jax.storage import read_header, write_arrays
+from unclip_jax.interop.files import check_sha256, locate, open_weights
+from unclip_jax.storage import read_json
+from unclip_jax.tensors import read_header, write_arrays
 
 ARRAYS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -279,7 +280,7 @@ def test_json_is_read_up_to_a_size(tmp_path):
         ("{", "not readable JSON"),
         ("[" * 100_000, "not readable JSON"),
         ("version https://git-lfs.github.com/spec/v1", "Git LFS"),
-        ("é".encode("latin-1"), "not readable JSON"),
+        ("é".encode("latin-1"), "not UTF-8 text"),
     ):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert told in refused(read_json, file)

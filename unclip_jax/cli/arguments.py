@@ -2,12 +2,12 @@
 
 import argparse
 import math
-import os
 import unicodedata
 from pathlib import Path
 
 from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.storage import read_text
 
 MAX_PICTURES = 10_000
 MAX_PROMPT_FILE = 16 << 20  # bytes
@@ -137,19 +137,7 @@ def checked_text(text: str, what: str = "prompt") -> str:
 
 def _read_prompts(path: str) -> list[str]:
     """The lines of a UTF-8 file that are not blank."""
-    try:
-        if not os.path.isfile(path):
-            raise UserError(
-                f"prompt file {path!r} " + ("is no file" if os.path.exists(path) else "does not exist")
-            )
-        if os.path.getsize(path) > MAX_PROMPT_FILE:
-            raise UserError(f"prompt file {path!r} is larger than {MAX_PROMPT_FILE} bytes")
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path!r} is not UTF-8 text ({error.reason} at byte {error.start})",
-                        "save it as UTF-8") from error  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompt file {path!r} cannot be read ({error})") from error
+    text = read_text(Path(path), "a file of prompts", MAX_PROMPT_FILE)
     prompts = [line for line in text.split("\n") if line.strip()]
     prompts = [line.removesuffix("\r") for line in prompts]
     if not prompts:

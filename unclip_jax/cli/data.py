@@ -65,6 +65,7 @@ def show(args) -> None:
 def check(args) -> int:
     """Prints what a source holds; 1 where more cannot be read than its max_bad allows."""
     from unclip_jax import gallery
+    from unclip_jax.storage import write_text
 
     report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
     sheet_file = gallery.check_file(args.sheet, ".png", args.overwrite) if args.sheet is not None else None
@@ -76,7 +77,7 @@ def check(args) -> int:
     report = survey(source, None if args.all else args.num)
     print(table(report))
     if report_file:
-        gallery.write_text(report_file, json.dumps(report, indent=2) + "\n")
+        write_text(report_file, json.dumps(report, indent=2) + "\n")
     if sheet_file and report["readable"]:
         sheet_file.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(source, 24, 6, sheet_file)

@@ -34,6 +34,7 @@ def run(args) -> int:
 
     from unclip_jax import gallery
     from unclip_jax.config import load_config
+    from unclip_jax.storage import write_text
 
     report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
     config = load_config(args.config, args.overrides)
@@ -67,5 +68,5 @@ def run(args) -> int:
     print(table(shown, title))
     if report_file:
         rows = [{**dataclasses.asdict(r), "fits": r.fits, "seconds": r.seconds} for r in reports]
-        gallery.write_text(report_file, json.dumps(rows, indent=2) + "\n")
+        write_text(report_file, json.dumps(rows, indent=2) + "\n")
     return 0 if reports[0].fits else 1

@@ -1,4 +1,4 @@
-"""The degradation that the second upsampler's small pictures are made by (unCLIP, section 2.3): blind super-resolution.
+"""The degradation that the second upsampler's small pictures are made by (unCLIP, section 2.1): blind super-resolution.
 
 Zhang et al. 2021 (arXiv 2103.14006): a picture is blurred twice, resized, made noisy and JPEG-compressed, in an order
 drawn anew for each, then brought to the small size and compressed once more. Without its model of a camera's sensor.

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from unclip_jax.data.images import SUFFIXES, center_crop_resize, open_image
 from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
 from unclip_jax.errors import UserError
-from unclip_jax.storage import sha256
+from unclip_jax.storage import read_text, sha256
 
 SPLITS = ("train", "test", "heldout", "all")
 HELD_OUT_PERCENT = 2
@@ -134,7 +134,7 @@ def _records(root: Path) -> list[tuple[str, str]]:
     records, without = [], []
     for file in _pictures(root):
         text = (root / file).with_suffix(".txt")
-        caption = " ".join(_text(text, MAX_CAPTION_BYTES).split()) if text.is_file() else ""
+        caption = " ".join(read_text(text, "a caption", MAX_CAPTION_BYTES).split()) if text.is_file() else ""
         if caption:
             records.append((file, caption))
         else:
@@ -181,7 +181,7 @@ def _checked(root: Path, table: Path, lines: Iterator[tuple[int, str, str]]) -> 
 
 
 def _from_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in enumerate(_text(path, MAX_TABLE_BYTES).split("\n"), 1):
+    for number, line in enumerate(read_text(path, "a table of captions", MAX_TABLE_BYTES).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -197,7 +197,7 @@ def _from_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _from_csv(path: Path) -> Iterator[tuple[int, str, str]]:
-    reader = csv.DictReader(io.StringIO(_text(path, MAX_TABLE_BYTES), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(path, "a table of captions", MAX_TABLE_BYTES), newline=""))
     try:
         if not {"file", "caption"} <= set(reader.fieldnames or ()):
             raise UserError(f"{path} has the columns {reader.fieldnames}, needed are file and caption")
@@ -205,16 +205,3 @@ def _from_csv(path: Path) -> Iterator[tuple[int, str, str]]:
             yield reader.line_num, row["file"] or "", row["caption"] or ""
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num} is not a line of a table ({e})") from e
-
-
-def _text(path: Path, limit: int) -> str:
-    try:
-        with open(path, "rb") as f:
-            data = f.read(limit + 1)
-        if len(data) > limit:
-            raise UserError(f"{path} is longer than {limit} bytes")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})", "save it as UTF-8") from e
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or e})") from e

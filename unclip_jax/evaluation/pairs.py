@@ -23,6 +23,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.pictures import Folder
 from unclip_jax.evaluation.report import Report, Table, data_uri, html, read
 from unclip_jax.metrics.intervals import wilson
+from unclip_jax.storage import write_text
 
 QUESTIONS = {
     "photorealism": "Which picture looks more like a real photograph or a flawless drawing?",
@@ -60,8 +61,8 @@ def make(a: str, b: str, out: str, num: int = 50, seed: int = 0, overwrite: bool
     identity = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
     facts = {"page": identity, "seed": seed, "a": Path(a).resolve().name, "b": Path(b).resolve().name}
     answers = [{"question": t["question"], "caption": t["caption"], "left": t["left"]} for t in trials]
-    gallery.write_text(page, _page(identity, shown))
-    gallery.write_text(key, json.dumps({**facts, "trials": answers}, indent=2, ensure_ascii=False) + "\n")
+    write_text(page, _page(identity, shown))
+    write_text(key, json.dumps({**facts, "trials": answers}, indent=2, ensure_ascii=False) + "\n")
     return page, key, len(trials)
 
 

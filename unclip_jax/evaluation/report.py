@@ -19,6 +19,7 @@ from PIL import Image
 import unclip_jax
 from unclip_jax import gallery
 from unclip_jax.errors import UserError
+from unclip_jax.storage import write_text
 
 MAX_REPORT_BYTES = 64 << 20
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -89,9 +90,9 @@ def check_files(out: str, overwrite: bool) -> Path:
 
 def write(file: Path, report: Report) -> None:
     """Writes FILE.json, FILE.md and FILE.html, each whole or not at all."""
-    gallery.write_text(file, json.dumps(report.facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    gallery.write_text(file.with_suffix(".md"), markdown(report))
-    gallery.write_text(file.with_suffix(".html"), page(report))
+    write_text(file, json.dumps(report.facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(file.with_suffix(".md"), markdown(report))
+    write_text(file.with_suffix(".html"), page(report))
 
 
 def read(file: str) -> dict:

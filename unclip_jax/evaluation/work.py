@@ -22,8 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax.errors import UserError
-from unclip_jax.gallery import write_text
-from unclip_jax.storage import new_file
+from unclip_jax.storage import new_file, write_text
 
 BLOCK = 256  # pictures
 _OWN = re.compile(r"(real|drawn)-[0-9a-f]{16}(-\d{5}\.npz|\.json)")

@@ -8,8 +8,9 @@ from pathlib import Path
 from unclip_jax import weights
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import glide, hf_clip, inception, karlo, open_clip
-from unclip_jax.interop.files import Source, check_sha256, locate, read_json
+from unclip_jax.interop.files import Source, check_sha256, locate
 from unclip_jax.interop.stages import Converted
+from unclip_jax.storage import read_json
 
 # (where the weights lie, a tokenizer's folder or None) → what `weights.save_stack` takes.
 READERS: dict[str, Callable[[Source, str | None], Converted]] = {

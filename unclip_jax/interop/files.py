@@ -8,7 +8,6 @@ Torch files are read by torch's own restricted reader or not at all (torch >= 2.
 got round: CVE-2025-32434).
 """
 
-import json
 import re
 import warnings
 import zipfile
@@ -19,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import DTYPES, MAX_JSON_BYTES, Place, read_array, read_header, refuse_stand_in, sha256
+from unclip_jax.storage import MAX_JSON_BYTES, read_json, refuse_stand_in, sha256
+from unclip_jax.tensors import DTYPES, Place, read_array, read_header
 
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
 TORCH = (".bin", ".pt", ".pth", ".ckpt")
@@ -130,27 +130,6 @@ def spare_others(out: Path, marker: str, own: str, overwrite: bool) -> None:
     """UserError where `out` would be overwritten and is not ours: its file `marker`, JSON, lacks the key `own`."""
     if overwrite and out.exists() and not ((out / marker).is_file() and own in read_json(out / marker)):
         raise UserError(f"{out} is the work of others, so it is not overwritten", "choose another directory")
-
-
-def read_json(file: Path, what: str = "a config", most: int = MAX_JSON_BYTES) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-      UserError: missing, larger than `most` bytes, or no JSON object; `what` says what it should be.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} is missing; expected {what}", "give the whole directory as it was published")
-    if file.stat().st_size > most:
-        raise UserError(f"{file} has {file.stat().st_size} bytes, {what} at most {most}")
-    try:
-        content = file.read_bytes()
-        refuse_stand_in(file, content[:64])
-        content = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _file(path: Path, variant: str | None) -> Path:

@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import hf_tokenizer, stages
-from unclip_jax.interop.files import Source, joined, open_weights, read_json, spare_others
+from unclip_jax.interop.files import Source, joined, open_weights, spare_others
 from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed, views
-from unclip_jax.storage import new_directory, write_arrays
+from unclip_jax.storage import new_directory, read_json
+from unclip_jax.tensors import write_arrays
 from unclip_jax.tokenizer import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}

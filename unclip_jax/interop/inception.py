@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import unclip_jax
 from unclip_jax import storage
 from unclip_jax.errors import UserError
-from unclip_jax.interop.files import Source, locate, open_weights, read_json
+from unclip_jax.interop.files import Source, locate, open_weights
 from unclip_jax.interop.layout import CONV, SAME, Entry, Turn, read
 from unclip_jax.metrics.inception import SIZE, Inception
+from unclip_jax.tensors import write_arrays
 
 FILE, ABOUT = "inception.safetensors", "inception.json"
 TRANSPOSED = Turn(lambda a, shape: a.T.reshape(shape), lambda a: a.T)
@@ -81,7 +82,7 @@ def convert(source: Source, out: Path, overwrite: bool = False, width: float = 1
     with storage.new_directory(out.expanduser(), "converted Inception", ABOUT, overwrite) as folder:
         with open_weights(_checked_file(source.path)) as weights:
             arrays = {name: weights.take(name) for name in weights.names}
-        sha256 = storage.write_arrays(folder / FILE, arrays)
+        sha256 = write_arrays(folder / FILE, arrays)
         facts = {"unclip_jax": unclip_jax.__version__, "source": source.name, "sha256": sha256, "identity": identity}
         (folder / ABOUT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return out
@@ -90,7 +91,7 @@ def convert(source: Source, out: Path, overwrite: bool = False, width: float = 1
 def _checked_file(path: Path) -> Path:
     """The file of weights, known to be the one that inception.json or its own name speaks of."""
     if (path / ABOUT).is_file():
-        file, wanted = path / FILE, str(read_json(path / ABOUT).get("sha256"))
+        file, wanted = path / FILE, str(storage.read_json(path / ABOUT).get("sha256"))
         if not file.is_file():
             raise UserError(f"{file} is missing, though {ABOUT} is there", "copy the whole directory again")
     else:

@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 import unclip_jax
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, karlo_json
-from unclip_jax.interop.files import Source, open_weights, read_json, spare_others
+from unclip_jax.interop.files import Source, open_weights, spare_others
 from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
 from unclip_jax.interop.layout import read, views
 from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence, whole
-from unclip_jax.storage import new_directory, write_arrays
+from unclip_jax.storage import new_directory, read_json
+from unclip_jax.tensors import write_arrays
 from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
 
 OWN = "_unclip_jax"  # the key of a model_index.json of ours; diffusers leaves such with an underscore alone

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from unclip_jax.errors import UserError
 from unclip_jax.interop import stages
-from unclip_jax.interop.files import Source, Weights, open_weights, read_json
+from unclip_jax.interop.files import Source, Weights, open_weights
 from unclip_jax.interop.layout import CONV, SAME, Entry, blocks, norm, part, prefixed
+from unclip_jax.storage import read_json
 
 # Arrays of one number in OpenAI's files.
 NUMBERS = ("input_resolution", "context_length", "vocab_size")

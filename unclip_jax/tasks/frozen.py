@@ -1,7 +1,5 @@
 """Trained weights that training begins with, from a run or from a stack: the frozen CLIP, and a stage to go on from."""
 
-import hashlib
-import json
 import os
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from unclip_jax import weights
 from unclip_jax.errors import UserError
 from unclip_jax.fingerprint import fingerprint
 from unclip_jax.models.clip import CLIP
+from unclip_jax.storage import digest
 from unclip_jax.tasks.clip import ClipTask
 
 
@@ -74,5 +73,4 @@ def freeze(clip: Trained) -> FrozenCLIP:
 
 def clip_identity(params) -> str:
     """16 hexadecimal digits that tell one set of CLIP weights from another."""
-    prints = json.dumps(fingerprint(params), sort_keys=True)
-    return hashlib.sha256(prints.encode()).hexdigest()[:16]
+    return digest(fingerprint(params))

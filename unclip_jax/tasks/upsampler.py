@@ -1,4 +1,4 @@
-"""The upsamplers' training and sampling (unCLIP, section 2.3): diffusion over large images given small ones.
+"""The upsamplers' training and sampling (unCLIP, section 2.1): diffusion over large images given small ones.
 
 The small image is enlarged and concatenated to the noised one. In training it is blurred a little, or degraded more
 variously by the loader (`loader.degrade`), so that the network does not lean on details that a drawn image lacks;
