@@ -55,6 +55,15 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, drawn):
     assert close(pipe.generate(PROMPTS, seed=7, num=2, batch_size=4), drawn.images)  # 4 and 2, filled up
 
 
+@pytest.mark.parametrize(("prompts", "batch_size"), [(PROMPTS, 8), (PROMPTS[:1], 1)])
+def test_a_batch_spread_over_devices_gives_the_same_pictures(pipe, drawn, prompts, batch_size):
+    spread = pipe.spread(jax.devices()[:4])
+    got = spread.generate(prompts, seed=7, num=2, batch_size=batch_size, return_stages=True)
+    assert close(got.images, drawn.images[: 2 * len(prompts)])
+    np.testing.assert_allclose(got.z_img, drawn.z_img[: 2 * len(prompts)], rtol=1e-4, atol=1e-5)
+    assert all(len(array.sharding.device_set) == 4 for array in jax.tree.leaves(spread.params))
+
+
 def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
     assert close(pipe.generate(PROMPTS, seed=7, num=1), drawn.images[::2])
     assert close(pipe.generate(PROMPTS[:2], seed=7, num=2), drawn.images[:4])

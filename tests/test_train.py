@@ -574,6 +574,10 @@ BAD = {
     "candidates": ("prior_diffusion", {"sampler.candidates": 0}, "sampler.candidates=0"),
     "dims": ("prior_ar", {"model.dims": 9}, "model.dims=9 must be a whole number of at least 1 and at most 8"),
     "buckets": ("prior_ar", {"model.buckets": 1}, "model.buckets=1 must be a whole number of at least 2"),
+    "guided upsampler": ("upsampler", {"sampler.guidance": 2.0}, "sampler.guidance=2.0: an upsampler is not guided"),
+    "weights of eps": (
+        "decoder", {"objective.weighting": "clipped_snr", "objective.target": "eps"}, "'clipped_snr' of a network that"
+    ),
     "temperature": ("prior_ar", {"sampler.temperature": -1.0}, "sampler.temperature=-1.0"),
     "top_p": ("prior_ar", {"sampler.top_p": 0.0}, "sampler.top_p=0.0 must be a number in 1e-06 … 1"),
     "share": ("prior_diffusion", {"objective.text_drop": 1.5}, "objective.text_drop=1.5 must be within 0 … 1"),

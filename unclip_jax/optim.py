@@ -1,8 +1,8 @@
 """The optimizer of every stage: AdamW (Loshchilov & Hutter 2019) or Muon, warm-up, clipping, gradient accumulation.
 
-Weight decay is decoupled and reaches weight matrices only. Two step counts exist where gradients are
-accumulated: `num_steps` counts batches, as the training loop does; warm-up and decay count optimizer
-updates, of which there are `num_steps // accumulate`.
+Weight decay is decoupled and reaches all but biases, scales and measured statistics (UNDECAYED). Two step counts exist
+where gradients are accumulated: `num_steps` counts batches, as the training loop does; warm-up and decay count
+optimizer updates, of which there are `num_steps // accumulate`.
 """
 
 import math

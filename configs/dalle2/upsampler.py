@@ -1,4 +1,4 @@
-"""The paper's two upsamplers (unCLIP, section 2.3, table 3 and App. C): no caption, no attention, no guidance.
+"""The paper's two upsamplers (unCLIP, section 2.1, table 3 and App. C): no caption, no attention, no guidance.
 
     unclip train --config configs/dalle2/upsampler.py:64-256 --workdir runs/dalle2/up256 --config.data.path=pictures
     unclip train --config configs/dalle2/upsampler.py:256-1024 --workdir runs/dalle2/up1024 --config.data.path=pictures

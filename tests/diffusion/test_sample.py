@@ -396,7 +396,9 @@ def test_dynamic_thresholding_is_imagens(bound):
         np.testing.assert_allclose(y, np.clip(x, -s, s) / s * bound, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got[0], x0[0], rtol=1e-6)  # within the bound already: as it was
     np.testing.assert_array_equal(sample.bounded(jnp.asarray(x0), bound), np.clip(x0, -bound, bound).astype(np.float32))
-    assert sample.bounded(x0, None, 0.9) is x0
+    assert sample.bounded(x0, None) is x0
+    with pytest.raises(UserError, match="threshold=0.9 scales into clip_x0, and there is none"):
+        sample.bounded(x0, None, 0.9)
 
 
 def test_a_threshold_changes_what_is_drawn():

@@ -48,10 +48,17 @@ def test_statistics_are_those_of_the_first_batches():
     np.testing.assert_allclose(params["std"], z.std(0), rtol=1e-4)
 
 
+def test_a_mean_far_from_zero_takes_no_digits_from_the_deviation():
+    far = ({**batch, "image": batch["image"] + 1000} for batch in batches(0))
+    params, near = (with_net().prepare({"clip": {}}, {}, stream) for stream in (far, batches(0)))
+    np.testing.assert_allclose(params["std"], near["std"], rtol=1e-3)
+
+
 def test_a_component_that_never_varies_does_not_divide_by_zero():
     def still():
         while True:
-            yield {**next(batches(0)), "image": np.full((4, stubs.SIDE, stubs.SIDE, 3), 0.5, np.float32)}
+            batch = next(batches(0))
+            yield {**batch, "image": np.full_like(batch["image"], 0.5)}
 
     params = with_net().prepare({"clip": {}}, {}, still())
     np.testing.assert_allclose(params["mean"], 0.5, rtol=1e-5)

@@ -1,7 +1,8 @@
 """The degradation that the second upsampler's small pictures are made by (unCLIP, section 2.1): blind super-resolution.
 
-Zhang et al. 2021 (arXiv 2103.14006): a picture is blurred twice, resized, made noisy and JPEG-compressed, in an order
-drawn anew for each, then brought to the small size and compressed once more. Without its model of a camera's sensor.
+After Zhang et al. 2021 (arXiv 2103.14006): a picture is blurred twice, resized, made noisy and JPEG-compressed, in an
+order drawn anew for each, then brought to the small size and compressed once more. The ranges are our own, with blurs
+in pixels of the small picture, and there is no model of a camera's sensor.
 On the host, in numpy and Pillow, from a generator of one's own, so that a picture is decided by (seed, position).
 """
 
@@ -32,7 +33,7 @@ class Ranges:
     scale: tuple[float, float] = (0.0, 1.0)
 
 
-# Zhang et al.'s for the whole; "light" as its small variant in latent diffusion: what a drawn picture may lack.
+# "bsr" about as strong as Zhang et al.'s; "bsr_light" for what a drawn picture may lack.
 SETTINGS = {
     "bsr": Ranges(sigma=(0.1, 2.4), noise=(1, 25), quality=(30, 95)),
     "bsr_light": Ranges(sigma=(0.1, 0.8), noise=(0, 5), quality=(75, 95), scale=(0.5, 1.0)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.guide import Denoise
-from unclip_jax.diffusion.schedule import Schedule, at, model_time, to_eps, to_x0
+from unclip_jax.diffusion.schedule import Schedule, at, bounded, model_time, to_eps, to_x0
 from unclip_jax.errors import UserError
 
 
@@ -55,8 +55,7 @@ def ddim_invert(
         def look(_, eps):
             xt = onwards(eps)
             seen = to_x0(sched, denoise(xt, model_time(sched, t)).pred, xt, t, target=target)
-            seen = seen if clip_x0 is None else jnp.clip(seen, -clip_x0, clip_x0)
-            return to_eps(sched, seen, xt, t, target="x0")
+            return to_eps(sched, bounded(seen, clip_x0), xt, t, target="x0")
 
         eps = jax.lax.fori_loop(0, iterations, look, eps)
         return (onwards(eps), eps), None

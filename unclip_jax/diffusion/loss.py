@@ -17,6 +17,7 @@ from unclip_jax.diffusion.guide import Denoise, Out
 from unclip_jax.diffusion.schedule import (
     Schedule,
     at,
+    bounded,
     check_target,
     model_log_variance,
     model_time,
@@ -53,13 +54,20 @@ def simple(
 
 
 def snr_weights(sched: Schedule, target: str, weighting: str) -> np.ndarray:
-    """w_t, f64[S]: m = SNR within bounds for x0, m / SNR for eps, m / (SNR+1) for v (arXiv 2303.09556); or ones."""
+    """w_t, f64[S]: m = SNR within bounds for x0, m / SNR for eps, m / (SNR+1) for v (arXiv 2303.09556); or ones.
+
+    Raises:
+      UserError: an unknown weighting, or one with a lower bound for eps: 1 / SNR would leave the last steps alone.
+    """
     if weighting not in WEIGHTINGS:
         raise UserError(f"unknown loss weighting '{weighting}'", suggest(weighting, WEIGHTINGS))
     check_target(target)
     bounds, snr = WEIGHTINGS[weighting], sched.snr
     if bounds is None:
         return np.ones_like(snr)
+    if target == "eps" and bounds[0] > 0:
+        what = f"weighting={weighting!r} of a network that predicts eps would weigh the noisiest steps alone"
+        raise UserError(what, "take 'min_snr', or the target x0 or v")
     return np.clip(snr, *bounds) / {"x0": 1.0, "eps": snr, "v": snr + 1}[target]
 
 
@@ -83,7 +91,7 @@ def vlb(
     """
     x0, xt = _f32(x0), _f32(xt)
     x0_pred = to_x0(sched, jax.lax.stop_gradient(out.pred), xt, t, target=target)
-    x0_pred = x0_pred if clip_x0 is None else jnp.clip(x0_pred, -clip_x0, clip_x0)
+    x0_pred = bounded(x0_pred, clip_x0)
     mean, _, true_log_var = q_posterior(sched, x0_pred, xt, t)
     log_var = model_log_variance(sched, out.var, t, x0.ndim)
     # The means differ in their x0 part only; subtracting it, not them, keeps the digits.
@@ -151,7 +159,7 @@ def x0_variance(
         t = jnp.full((x0.shape[0],), step, jnp.int32)
         xt = q_sample(sched, x0, t, jax.random.normal(jax.random.fold_in(rng, step), x0.shape))
         pred = to_x0(sched, denoise(xt, model_time(sched, t)).pred, xt, t, target=target)
-        return jnp.mean(jnp.square(x0 - (pred if clip_x0 is None else jnp.clip(pred, -clip_x0, clip_x0))))
+        return jnp.mean(jnp.square(x0 - bounded(pred, clip_x0)))
 
     return jax.lax.map(term, jnp.arange(sched.num_steps))
 

@@ -19,6 +19,7 @@ from unclip_jax.diffusion.guide import Denoise
 from unclip_jax.diffusion.schedule import (
     Schedule,
     at,
+    bounded,
     model_log_variance,
     model_time,
     q_posterior,
@@ -66,6 +67,9 @@ def viewer(
       clip_x0: bound of the predicted x0; None for none.
       threshold: 0 … 1, dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3): the bound of a sample
         is this quantile of its |x0|, clip_x0 at least, and x0 is then scaled back into clip_x0; None is plain clipping.
+
+    Raises:
+      UserError: a threshold without clip_x0.
     """
 
     def view(xt, i):
@@ -75,17 +79,6 @@ def viewer(
         return t, x0, to_eps(sched, x0, xt, t, target="x0"), out.var
 
     return view
-
-
-def bounded(x0: jax.Array, clip_x0: float | None, threshold: float | None = None) -> jax.Array:
-    """x0 f32[B, …] within -clip_x0 … clip_x0, cut there or scaled into it; see `viewer`."""
-    if clip_x0 is None:
-        return x0
-    if threshold is None:
-        return jnp.clip(x0, -clip_x0, clip_x0)
-    size = jnp.quantile(jnp.abs(x0), threshold, axis=tuple(range(1, x0.ndim)), keepdims=True)
-    size = jnp.maximum(size, clip_x0)
-    return jnp.clip(x0, -size, size) * (clip_x0 / size)
 
 
 def ddpm(

@@ -284,6 +284,19 @@ def model_log_variance(
     return frac * at(np.log(sched.betas), t, ndim) + (1 - frac) * small
 
 
+def bounded(x0: jax.Array, clip_x0: float | None, threshold: float | None = None) -> jax.Array:
+    """x0 f32[B, …] within -clip_x0 … clip_x0, cut there or, by a `threshold`, scaled into it; see `sample.viewer`."""
+    if clip_x0 is None:
+        if threshold is not None:
+            raise UserError(f"threshold={threshold} scales into clip_x0, and there is none", "leave the threshold out")
+        return x0
+    if threshold is None:
+        return jnp.clip(x0, -clip_x0, clip_x0)
+    size = jnp.quantile(jnp.abs(x0), threshold, axis=tuple(range(1, x0.ndim)), keepdims=True)
+    size = jnp.maximum(size, clip_x0)
+    return jnp.clip(x0, -size, size) * (clip_x0 / size)
+
+
 def at(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
     """table[t] in f32 (f64 in x64 mode), shaped [B, 1, …] with `ndim` dimensions to multiply a batch."""
     return jnp.asarray(table, float)[t].reshape((-1,) + (1,) * (ndim - 1))

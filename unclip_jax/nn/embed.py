@@ -1,4 +1,4 @@
-"""Embeddings of time and of position in a sequence."""
+"""Embeddings of time."""
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,7 @@ def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Ar
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid → Dense → SiLU → Dense: [B] → f32[B, width].
+    """Sinusoid → Dense → SiLU → Dense: [B] → [B, width], in f32 until it leaves as `dtype`, as GLIDE's.
 
     Attributes:
       width: of both layers and of the result.
@@ -37,6 +37,7 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, time: jax.Array) -> jax.Array:
-        h = sinusoid(time, self.frequencies or self.width).astype(self.dtype)
-        h = Dense(self.width, dtype=self.dtype, name="fc1")(h)
-        return Dense(self.width, dtype=self.dtype, name="fc2")(nn.silu(h))
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        h = sinusoid(time, self.frequencies or self.width).astype(exact)
+        h = Dense(self.width, dtype=exact, name="fc1")(h)
+        return Dense(self.width, dtype=exact, name="fc2")(nn.silu(h)).astype(self.dtype)

@@ -129,13 +129,13 @@ class DecoderTask:
 
     def loss(self, params, batch, rng, t=None):
         """`t` i32[B] asks for the error at these times, without dropout; None draws them, to train."""
-        t_rng, noise_rng, image_rng, text_rng, dropout = jax.random.split(rng, 5)
+        t_rng, noise_rng, image_rng, text_rng, dropout, hole_rng = jax.random.split(rng, 6)
         b = batch["image"].shape[0]
         keep_image = jax.random.uniform(image_rng, (b,)) >= self.clip_drop
         keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
         train = dict(train=t is None, rngs={"dropout": dropout})
         if self.inpaint:
-            holes = random_holes(jax.random.fold_in(rng, 1), b, self.image_size)
+            holes = random_holes(hole_rng, b, self.image_size)
             batch = {**batch, "known": batch["image"], "keep": 1.0 - holes[..., None]}
         x0, denoise = self.x0_and_denoise(params, batch, keep_image, keep_text, **train)
         return image_loss(self, x0, denoise, t, t_rng, noise_rng)
@@ -239,6 +239,7 @@ def image_loss(task, x0, denoise, t, t_rng, noise_rng) -> tuple[jax.Array, dict[
 def mean_loss(task, params, batch, rng) -> dict[str, tuple[jax.Array, int]]:
     """The training loss at random times and its parts, without dropout, as {metric: (sum, count)}."""
     b = batch["image"].shape[0]
-    t = jax.random.randint(jax.random.fold_in(rng, 2), (b,), 0, task.schedule.num_steps)
+    t_rng, rng = jax.random.split(rng)
+    t = jax.random.randint(t_rng, (b,), 0, task.schedule.num_steps)
     loss, metrics = task.loss(params, batch, rng, t)
     return {name: (value * b, b) for name, value in {"loss": loss, **metrics}.items()}

@@ -1,11 +1,15 @@
 """The diffusion prior's training and sampling (unCLIP, section 2.2): predict the unnoised z_img, mean squared error."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
+from unclip_jax import pca
 from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Out, is_one
 from unclip_jax.diffusion.loss import diffusion_loss
@@ -63,14 +67,12 @@ class PriorTask:
 
     def prepare(self, frozen, params, batches):
         """Mean and standard deviation of z_img per component, over the first batches of the training data."""
-        moments = jax.jit(lambda frozen, batch: _moments(self.encode(frozen, batch)["z_img"]))
-        count, total, square = 0, 0.0, 0.0
-        for _ in range(PREPARE_BATCHES):
-            n, s, q = moments(frozen, next(batches))
-            count, total, square = count + n, total + s, square + q
-        mean = total / count
-        std = jnp.sqrt(jnp.maximum(square / count - mean**2, 1e-6))
-        return {**params, "mean": mean, "std": std}
+        told, seen = jax.jit(lambda frozen, batch: pca.batch_moments(self.encode(frozen, batch)["z_img"])), None
+        for batch in itertools.islice(batches, PREPARE_BATCHES):
+            seen = pca.merge(seen, len(batch["tokens"]), *process_allgather(told(frozen, batch), tiled=True))
+        variance = np.maximum(seen.scatter.diagonal() / seen.n, pca.LEAST_VARIANCE)
+        measured = {"mean": seen.mean, "std": np.sqrt(variance)}
+        return {**params, **{name: jnp.asarray(value, jnp.float32) for name, value in measured.items()}}
 
     def encode(self, frozen, batch):
         batch = ask(self.clip, frozen["clip"], batch)
@@ -175,7 +177,3 @@ def cosines(z: jax.Array, batch, mean: jax.Array) -> dict[str, tuple[jax.Array, 
         "cosine_of_mean": (cosine(jnp.broadcast_to(mean[None], z.shape)), b),
         "cosine_of_others": (cosine(jnp.roll(batch["z_img"], 1, axis=0)), b),
     }
-
-
-def _moments(z):
-    return z.shape[0], z.sum(0), jnp.square(z).sum(0)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.data.images import gaussian_blur, resize
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import within
+from unclip_jax.diffusion.guide import is_one, within
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.diffusion.tile import check_tiles, tiled
@@ -62,6 +62,8 @@ class UpsamplerTask:
         else:
             net = UNet(**{**config.model.to_dict(), "out_channels": 6 if config.objective.vlb_weight else 3})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
+        if not is_one(sampler.get("guidance", 1)):
+            raise UserError(f"sampler.guidance={sampler['guidance']}: an upsampler is not guided", "leave it out")
         return cls(net, schedule, config.data.size, sampler, **config.objective)
 
     def init(self, rng):
