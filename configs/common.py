@@ -19,7 +19,7 @@ def base(task: str, **blocks) -> ConfigDict:
         "clip": "",  # workdir of a CLIP run, or a stack: what the prior and the decoder learn against
         "clip_identity": "",  # filled in by training
         "init": "",  # workdir of a run of this stage, or a stack: weights to start from instead of random ones
-        "init_partly": False,  # what `init` has no array for starts random, and what it has too many of is left
+        "init_partly": False,  # arrays missing in `init` start random, and further ones are left out
         "ema_decay": 0.999,
         "keep": 2,
         "data": {"source": "shapes", "split": "train", "size": 64, "seed": 0},

@@ -227,7 +227,7 @@ BAD = {
     "no list of prompts": (lambda p, i: p.generate(None), "list of texts"),
     "dims": (lambda p, i: p.reconstruct(i, 3), "dims=3"),
     "few pictures": (lambda p, i: p.components_of(None, num=8), "num=8 pictures do not tell all 8 components"),
-    "labels": (lambda p, i: p.probe(i, ["red"]), "at least two"),
+    "labels": (lambda p, i: p.probe(i, ["red"]), "two are needed"),
     "template": (lambda p, i: p.probe(i, ["red", "green"], "a picture"), "one {}"),
     "template index": (lambda p, i: p.probe(i, ["red", "green"], "{} {0.x}"), "one {}"),
     "picture": (lambda p, i: p.latents([i[0], i[0][..., :2]]), "image 1 is uint8"),

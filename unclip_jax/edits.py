@@ -114,9 +114,7 @@ class Edits(Runner):
         check_numbers(seed, 1, batch_size, frames=(frames, 2))
         if isinstance(inputs, str) or len(inputs) < 2:
             raise UserError("interpolation needs at least two pictures or prompts")
-        noise = noise or ("fixed" if all(isinstance(given, str) for given in inputs) else "slerp")
-        if noise not in NOISES:
-            raise UserError(f"noise={noise!r} is unknown", suggest(noise, NOISES))
+        noise = noise_between(inputs, noise)
         used = self.exact_settings(settings)
         ends = self._ends(inputs, seed, noise, used, batch_size, progress)
         path = Latents(*(_path(points, frames) for points in ends))
@@ -175,11 +173,7 @@ class Edits(Runner):
           template: holds one {} for the label.
         """
         check_numbers(batch_size=batch_size)
-        if isinstance(labels, str) or len(labels) < 2:
-            raise UserError("labels must be at least two texts to choose from")
-        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-            raise UserError(f"template={template!r} must hold one {{}} for the label", "write 'a picture of {}'")
-        texts = [template.replace("{}", label) for label in labels]
+        texts = label_texts(labels, template)
         z_img = self.embed_images(images, batch_size=batch_size, progress=progress)
         z_txt = self.embed_texts(texts, batch_size=batch_size, progress=progress)
         z_img, z_txt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
@@ -236,6 +230,23 @@ class Edits(Runner):
         keys = picture_keys(seed, 1, 1)[np.zeros(count, int)]
         cond = {**self._captions([""] * count), **latents._asdict()}
         return self._draw(cond, keys, used, batch_size, return_stages, progress)
+
+
+def label_texts(labels: Sequence[str], template: str) -> list[str]:
+    """What `probe` asks CLIP; UserError for fewer than two labels, or a template that does not take one."""
+    if isinstance(labels, str) or len(labels) < 2:
+        raise UserError(f"labels={labels!r}: two are needed to choose from, at least", "separate them by commas")
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise UserError(f"template {template!r} must hold one {{}} for the label", "write 'a picture of {}'")
+    return [template.replace("{}", label) for label in labels]
+
+
+def noise_between(inputs: Sequence, noise: str | None = None) -> str:
+    """Which noise `interpolate` draws from; UserError for one of another name than NOISES."""
+    noise = noise or ("fixed" if all(isinstance(given, str) for given in inputs) else "slerp")
+    if noise not in NOISES:
+        raise UserError(f"noise={noise!r} is unknown", suggest(noise, NOISES))
+    return noise
 
 
 def _path(points: Sequence[np.ndarray], frames: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def said_of(what: str, fix: str):
-    """Whatever is raised inside, as one UserError."""
+    """Turns any exception raised inside into a UserError that begins with `what`; one that is a UserError stays."""
     try:
         yield
     except UserError:

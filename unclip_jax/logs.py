@@ -114,7 +114,7 @@ class Checks:
 
     def preview(self, params, number: int) -> None:
         """Writes previews/step_N.png: the same held-out examples and noise each time."""
-        parts = self.run.mesh.shape["data"] * self.run.mesh.shape["fsdp"]
+        parts = sharding.parts_of_batch(self.run.mesh)
         size = -(-self.settings.preview // parts) * parts
         if self.batch is None:
             plain = {"crop": None, "num_workers": 0, "shuffle": False}

@@ -267,7 +267,7 @@ def plan_train(run: Abstract, chip: str, compiled: bool = True, counts: Counts |
         counts.flops, counts.model_flops, held, None, CHIPS[chip].memory, remat=", ".join(tasks.policies(run.config)),
     )  # fmt: skip
     if not compiled:
-        copies, parts = 2 if run.config.optim.get("sam_rho") else 1, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        copies, parts = 2 if run.config.optim.get("sam_rho") else 1, sharding.parts_of_batch(run.mesh)
         # of the parameters: the gradient, and with SAM the place above, where the second gradient is taken
         peak = sum(held.values()) + copies * held["parameters"] + counts.residuals / parts + _held(run.batch)
         return dataclasses.replace(base, peak=peak)

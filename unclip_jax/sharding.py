@@ -144,9 +144,14 @@ def abstract(shapes, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def parts_of_batch(mesh: Mesh) -> int:
+    """Over how many devices, data x fsdp, the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
     """Raises UserError unless `batch_size` (over all hosts) is a positive multiple of data x fsdp."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = parts_of_batch(mesh)
     if not is_whole(batch_size, 1):
         raise UserError(f"{name}={batch_size!r} must be a whole number >= 1", f"use {parts}")
     if batch_size % parts:

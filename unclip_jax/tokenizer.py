@@ -80,7 +80,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], warn: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Texts to `(tokens i32[B, L], mask bool[B, L])`; an empty text is BOS EOS, the null caption.
 
-        A text longer than L less these marks loses its end, never its EOS; `warn` says what was lost.
+        A longer text is cut so that BOS and EOS still fit; `warn` says what was lost.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")

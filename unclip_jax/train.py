@@ -171,7 +171,7 @@ def _batches(run: Run, start: int, source=None, size: int = 0, **over) -> Iterat
 def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
     """The train step, traced; evaluation and preview are tried so as well. UserError for what does not fit."""
     task, config, key = run.task, run.config, jax.random.key(0)
-    few = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    few = sharding.parts_of_batch(run.mesh)
 
     def check(params, batch):
         batch = task.encode(run.frozen, batch)

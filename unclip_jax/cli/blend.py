@@ -30,6 +30,7 @@ def add(commands) -> None:
 def run(args) -> None:
     """Draws the frames, a grid and animations into a folder."""
     from unclip_jax import gallery
+    from unclip_jax.edits import noise_between
     from unclip_jax.gallery import Picture
 
     if len(args.input) < 2:
@@ -43,7 +44,7 @@ def run(args) -> None:
         inputs, args.frames, args.seed, noise=args.noise, batch_size=args.batch_size, **settings
     )
     names = [given if isinstance(given, str) else name_of(path) for given, path in zip(inputs, args.input, strict=True)]
-    noise = args.noise or ("fixed" if all(isinstance(given, str) for given in inputs) else "slerp")
+    noise = noise_between(inputs, args.noise)
     row = []
     for i, image in enumerate(drawn):
         leg, step = divmod(i, args.frames - 1)

@@ -12,7 +12,6 @@ from unclip_jax.cli.arguments import (
     load,
 )
 from unclip_jax.cli.pictures import at_most, beside, finish, name_of, read_picture
-from unclip_jax.errors import UserError
 
 
 def add(commands) -> None:
@@ -31,13 +30,11 @@ def add(commands) -> None:
 def run(args) -> None:
     """Prints the odds, and draws the pictures' variations into a folder."""
     from unclip_jax import gallery
+    from unclip_jax.edits import label_texts
 
     at_most(len(args.image) * args.num)
     labels = [checked_text(label, "label") for label in args.labels]
-    if len(labels) < 2:
-        raise UserError(f"--labels {args.labels[0]!r} is one label, and two are needed to choose from")
-    if args.template.count("{}") != 1:
-        raise UserError(f"--template {args.template!r} must hold one {{}} for the label", "write 'a picture of {}'")
+    label_texts(labels, args.template)
     checked_text(args.template, "--template")
     out = gallery.check_folder(args.out, args.overwrite)
     images = [read_picture(path) for path in args.image]

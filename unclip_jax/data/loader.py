@@ -18,6 +18,7 @@ from unclip_jax.data.degrade import settings
 from unclip_jax.data.images import BadImage, random_crop, to_float
 from unclip_jax.errors import UserError, is_whole
 
+CAPTION, DEGRADE = 1, 2  # what is drawn for the example at a position, beside its crop
 WARN_AT_MOST = 10
 LEAST_READ = 1000
 MOST = {"num_workers": 512, "num_threads": 4096, "prefetch": 4096}
@@ -118,7 +119,7 @@ def check_settings(**numbers: int) -> None:
 
 
 def _degraded(image: np.ndarray, position: int, *, factor: int, name: str, seed: int) -> np.ndarray:
-    return degrade_picture(image, factor, np.random.default_rng([seed, position, 1]), name)
+    return degrade_picture(image, factor, np.random.default_rng([seed, position, DEGRADE]), name)
 
 
 def _position_and_record(position: int, record: int) -> tuple[int, int]:
@@ -163,7 +164,7 @@ class _Read:
         several = example.get("captions", ())
         if len(several) < 2:
             return example["caption"]
-        return several[np.random.default_rng([self.seed, position, 1]).integers(len(several))]
+        return several[np.random.default_rng([self.seed, position, CAPTION]).integers(len(several))]
 
     def _good_record(self, record: int) -> dict:
         """The record, or the next readable one after it: the same replacement in every run."""
@@ -180,7 +181,7 @@ class _Read:
 
     def _note(self, i: int, why: str):
         self.bad[i] = why
-        # Of those read by this one of many readers; of few, a few may be bad by chance.
+        # Each worker counts its own. Of few pictures a few may be bad by chance, so they count as LEAST_READ.
         seen = min(len(self.source), max(self.read, LEAST_READ))
         if len(self.bad) > self.max_bad * seen:
             raise UserError(

@@ -41,7 +41,8 @@ def draw(
       denoise: takes B rows, and with a guidance other than 1 also 2 B, the conditional ones first.
       noise, keys, target, clip_x0, threshold: as of the samplers.
       x0_variance: f32[S] at the steps of `sched`, for the sampler "analytic"; None where it was not measured.
-      name, steps: of SAMPLERS; of `respace`.
+      name: of SAMPLERS.
+      steps: of `respace`.
       guidance, rescale: of `guide_batched`.
       interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
         is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.

@@ -109,9 +109,10 @@ class Decoder(nn.Module):
         return Condition(emb, context, seen, kv)
 
     def denoise(self, xt: jax.Array, time: jax.Array, cond: Condition, train: bool = False) -> jax.Array:
-        """xt f32[B, H, W, C], time [B] → f32[B, H, W, 6]: prediction, and the variance's place in [-1, 1].
+        """xt f32[B, H, W, C], time [B] → f32[B, H, W, 3], the prediction; or 6, with the variance's place in [-1, 1].
 
-        xt has 3 channels, or 6 where a smaller picture, enlarged, stands behind the noised one (upsamplers).
+        xt has 3 channels; 6 with a smaller picture, enlarged, behind the noised one (upsamplers); 7 with the known
+        picture and where it is known (inpainting).
         """
         context = cond.context if cond.kv is None else cond.kv
         return self.net(xt, time, cond.emb, context, cond.mask, train)

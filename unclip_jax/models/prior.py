@@ -133,8 +133,8 @@ class Prior(nn.Module):
         """One denoising step: xt f32[B, D] → f32[B, D].
 
         Args:
-          prefixes: one for each of so many equal parts of the batch, as many captions in each as divide its rows: runs
-            of embeddings share a caption's.
+          prefixes: the batch is cut into as many equal parts; part i is told prefixes[i]. Where that has k captions,
+            each is told to a k-th of the part's rows, one run of rows after the other.
           place: i32[], of the step's time among the prefixes' times.
         """
         now = (jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, place, 1, 1), p.times) for p in prefixes)

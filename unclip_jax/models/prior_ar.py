@@ -132,8 +132,8 @@ class PriorAR(nn.Module):
         Args:
           token: i32[B], that of `first` at place 0, then the last code.
           place: i32[], how many codes there are.
-          prefixes: one for each of so many equal parts of the batch, as many captions in each as divide its rows: runs
-            of embeddings share a caption's.
+          prefixes: the batch is cut into as many equal parts; part i is told prefixes[i]. Where that has k captions,
+            each is told to a k-th of the part's rows, one run of rows after the other.
           own: of `room`, or of the step before.
 
         Returns:

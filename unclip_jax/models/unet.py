@@ -135,7 +135,7 @@ class Layers(NamedTuple):
 
 
 class UNet(nn.Module):
-    """x_t and time (and a conditioning vector, and context tokens) → a prediction of x_t's shape.
+    """x_t and time (and a conditioning vector, and context tokens) → a prediction of x_0, eps or v.
 
     Attributes:
       channels: of the first level; level i has channels * multipliers[i].
@@ -194,7 +194,7 @@ class UNet(nn.Module):
         """Runs the network.
 
         Args:
-          x: f32[B, H, W, C], H and W divisible by 2^(levels - 1).
+          x: f32[B, H, W, C], H and W divisible by patch 2^(levels - 1).
           time: [B], in schedule steps.
           emb: f32[B, 4 channels], added to the embedded time.
           context: f32[B, M, K], tokens that every attention layer sees; or their `context_kv`.

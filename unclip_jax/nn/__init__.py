@@ -1,1 +1,1 @@
-"""The parts every network here is made of. None knows of captions, CLIP or diffusion."""
+"""The parts every network here is made of. None knows of CLIP or diffusion."""

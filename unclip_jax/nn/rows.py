@@ -42,10 +42,10 @@ def alone() -> bool:
 
 
 def in_parts(run: Callable, sizes: Sequence[int], *given: Any) -> list:
-    """What `run` makes of so many rows of `given` and of so many after them: trees whose arrays have the rows first.
+    """`given`, trees of arrays with rows first, cut into groups of `sizes` consecutive rows → [run(group) for each].
 
-    On one device one pass over all; on several each is a pass of its own, so that the rows of one part that is split
-    over them are not moved by what is put beside them.
+    On one device it is one pass over all rows, cut afterwards. On several each group is a pass of its own: rows that
+    are split over devices would be moved by what is put beside them.
     """
     cut = lambda tree, at: jax.tree.map(lambda a: a[at], tree)  # noqa: E731
     places = [slice(*pair) for pair in itertools.pairwise(np.cumsum([0, *sizes]))]
@@ -56,7 +56,7 @@ def in_parts(run: Callable, sizes: Sequence[int], *given: Any) -> list:
 
 
 def repeated(parts: Sequence[jax.Array], rows: int) -> jax.Array:
-    """The `rows` rows of a batch in equal parts, of which fewer are given: each stands for a run of them."""
+    """Each part's rows repeated, one run after the other, until all parts, equally long, have `rows` rows together."""
     each = rows // len(parts)
     return jnp.concatenate([jnp.repeat(part, each // part.shape[0], axis=0) for part in parts])
 
