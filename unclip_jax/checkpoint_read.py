@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,8 +38,20 @@ class _Raised(logging.Filter):
         return record.levelno < logging.ERROR or "orbax" not in told
 
 
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_Raised())
+def _quiet() -> None:
+    """Keeps what Orbax and its reader print of an error that they raise as well: of damage, one for each array."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_Raised())
+    plain = sys.unraisablehook
+
+    def hook(found):  # of reads that end after the first that failed, when nobody waits for them any more
+        if str(found.exc_value) != "Event loop is closed":
+            plain(found)
+
+    sys.unraisablehook = hook
+
+
+_quiet()
 
 
 class Damaged(Exception):
