@@ -7,7 +7,7 @@ from pathlib import Path
 
 from unclip_jax import weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import glide, hf_clip, inception, karlo, open_clip
+from unclip_jax.interop import glide, hf_clip, hf_clip_write, inception, karlo, open_clip
 from unclip_jax.interop.files import Source, check_sha256, locate
 from unclip_jax.interop.stages import Converted
 from unclip_jax.storage import read_json
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[[Source, str | None], Converted]] = {
 }
 # (stack, directory to make, dtype, overwrite) → its path.
 WRITERS: dict[str, Callable[..., Path]] = {
-    "hf-clip": hf_clip.write,
+    "hf-clip": hf_clip_write.write,
     "karlo": karlo.write_stack,
 }
 # Networks that are no stage of a stack: (where the weights lie, directory to make, overwrite) → its path.
@@ -54,7 +54,7 @@ def convert_in(
         return ALONE[name](locate(source), Path(out), overwrite)
     if name not in READERS:
         raise UserError(f"format {name!r} is unknown", suggest(name, [*READERS, *ALONE]))
-    _check(out, "stack.json", overwrite)
+    _check(out, overwrite)
     found = locate(source)
     if sha256 is not None:
         check_sha256(found.path, sha256)
@@ -87,8 +87,8 @@ def _formats_of(path: Path) -> list[str]:
     return found
 
 
-def _check(out, marker: str, overwrite: bool) -> None:
+def _check(out, overwrite: bool) -> None:
     """What is known to fail at the end fails before gigabytes are read."""
     out = Path(out).expanduser()
-    if out.exists() and not (overwrite and (out / marker).is_file()):
+    if out.exists() and not (overwrite and weights.is_stack(out)):
         raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite to replace a stack")

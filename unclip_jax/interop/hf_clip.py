@@ -1,6 +1,6 @@
-"""transformers' CLIPModel, in and out, and its two halves with projections, as diffusers' pipelines carry them.
+"""transformers' CLIPModel, read, and its two halves with projections, as diffusers' pipelines carry them.
 
-The half of captions may also come alone, a CLIP of captions only.
+The half of captions may also come alone, a CLIP of captions only. `hf_clip_write` writes both.
 
 `eos_token_id` = 2 in a config makes transformers read a caption at its largest token number, which is EOS in CLIP's
 vocabulary; any other number is looked for. Here a caption is read at the last True of its mask, its EOS: the same.
@@ -8,9 +8,7 @@ Under the causal mask nothing after EOS reaches it, so the number that pads does
 """
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from unclip_jax import tasks, weights
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.interop import hf_tokenizer, stages
-from unclip_jax.interop.files import Source, joined, open_weights, spare_others
-from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed, views
-from unclip_jax.storage import new_directory, read_json
-from unclip_jax.tensors import write_arrays
+from unclip_jax.interop import stages
+from unclip_jax.interop.files import Source, joined, open_weights
+from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed
+from unclip_jax.storage import read_json
 from unclip_jax.tokenizer import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -64,7 +60,6 @@ TABLE = [*TEXT, *VISION, TEMPERATURE]
 TEXT_HALF = "clip_text_model"
 KINDS = ("clip", TEXT_HALF)  # the model types that are read
 OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
-EMBEDDING = "textual/embed/embedding"
 IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
@@ -102,7 +97,7 @@ def _read_whole(folder: Path, about: Mapping, tokenizer: str | None) -> tuple[di
 
 
 def read_halves(
-    text: Path, image: Path | None, tokenizer: Path, preprocessor: Path, variant: str | None = None
+    text: Path, image: Path | None, tokenizer: Path, preprocessor: Path
 ) -> tuple[dict, ConfigDict, Tokenizer]:
     """Our CLIP of the two halves in a pipeline of diffusers: (params, config, tokenizer), for `stages.clip_stage`.
 
@@ -112,7 +107,6 @@ def read_halves(
       text, image: directories of a CLIPTextModelWithProjection and a CLIPVisionModelWithProjection, or None: a CLIP
         of captions only.
       tokenizer, preprocessor: directories with the tokenizer and with preprocessor_config.json.
-      variant: as in `files.open_weights`.
 
     Raises:
       UserError: as `read`, or the halves are of two CLIPs.
@@ -130,7 +124,7 @@ def read_halves(
     config, words = _clip(about["text"], about.get("vision"), widths[0], pixels(preprocessor), tokenizer, None)
     table = TABLE if image else [*TEXT, TEMPERATURE]
     with contextlib.ExitStack() as stack:
-        halves = [stack.enter_context(open_weights(half, variant)) for half in (text, image) if half is not None]
+        halves = [stack.enter_context(open_weights(half)) for half in (text, image) if half is not None]
         arrays = joined(*halves, logit_scale=np.array(math.log(100), np.float32))
         return stages.read_params(config, table, arrays, IGNORED), config, words
 
@@ -208,75 +202,6 @@ def pixels(folder: Path) -> dict[str, tuple[float, ...]]:
     return {name: stages.numbers(given.get(f"image_{name}"), 3, value, f"image_{name}") for name, value in defaults}
 
 
-def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> Path:
-    """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack or of a training run.
-
-    A tokenizer of our own has its EOS moved (see `hf_tokenizer`). Pixels are to be normalised as
-    preprocessor_config.json says. transformers gives embeddings as projected; a `norm` of ours is kept in config.json
-    for the way back.
-
-    Raises:
-      UserError: no CLIP there, or `out` exists; what `write` did not make is never overwritten.
-    """
-    out = Path(out).expanduser().resolve()
-    spare_others(out, "config.json", OWN, overwrite)
-    stage = tasks.load_stage(stack, "clip")
-    if stage.config.model.vision is None:
-        raise UserError(f"the CLIP of {stack} has no image tower", "convert the whole stack: --to karlo")
-    words, order = _words(stage.config, stage.tokenizer_json)
-    files = {"config.json": _their_config(stage.config, words, dtype), **hf_tokenizer.files(words)}
-    files["preprocessor_config.json"] = _preprocessor(stage.config.model.vision)
-    with new_directory(out, "CLIP of transformers", "config.json", overwrite) as folder:
-        _write_model(folder, TABLE, stage.params, order, dtype)
-        _write_json(folder, files)
-    return out
-
-
-def write_halves(folder: Path, params: Mapping, config: ConfigDict, tokenizer_json: str, dtype: str) -> list[str]:
-    """What `read_halves` reads, into a pipeline's folder; returns the names of the parts.
-
-    Raises:
-      UserError: a CLIP whose embeddings leave with a norm of their own, which diffusers' pipelines do not give them.
-    """
-    if config.model.get("norm", 17.2) is not None:
-        what = f"the CLIP's model.norm={config.model.get('norm', 17.2)} must be None, to be written for diffusers"
-        raise UserError(what, "train with a CLIP of configs/karlo, whose embeddings leave as projected")
-    words, order = _words(config, tokenizer_json)
-    about = _their_config(config, words, dtype)
-    halves = {"text_encoder": (TEXT, "CLIPTextModelWithProjection", about["text_config"])}
-    if config.model.vision is not None:
-        halves["image_encoder"] = (VISION, "CLIPVisionModelWithProjection", about["vision_config"])
-    for name, (table, cls, numbers) in halves.items():
-        (folder / name).mkdir()
-        _write_model(folder / name, table, params, order, dtype)
-        _write_json(folder / name, {"config.json": {"architectures": [cls], "dtype": dtype, **numbers}})
-    jsons = {"tokenizer": hf_tokenizer.files(words)}
-    if config.model.vision is not None:
-        jsons["feature_extractor"] = {"preprocessor_config.json": _preprocessor(config.model.vision)}
-    for name, files in jsons.items():
-        (folder / name).mkdir()
-        _write_json(folder / name, files)
-    return [*halves, *jsons]
-
-
-def _words(config: ConfigDict, tokenizer_json: str) -> tuple[Tokenizer, np.ndarray]:
-    return hf_tokenizer.renumbered(Tokenizer.from_json(tokenizer_json), config.tokenizer.vocab_size)
-
-
-def _write_model(folder: Path, table: list[Entry], params: Mapping, order: np.ndarray, dtype: str) -> None:
-    ours = {path: np.asarray(stages.at(params, path)) for path, _, _ in table}
-    if EMBEDDING in ours:
-        ours[EMBEDDING] = ours[EMBEDDING][order]
-    arrays = views(table, ours)
-    kinds = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
-    write_arrays(folder / "model.safetensors", arrays, kinds, {"format": "pt"})
-
-
-def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _config(folder: Path) -> dict:
     config = read_json(folder / "config.json", "the config of a CLIPModel")
     kind = config.get("model_type")
@@ -287,59 +212,6 @@ def _config(folder: Path) -> dict:
 
 
 def _own(config: Mapping) -> dict:
-    """What `write` kept in a config for the way back."""
+    """What `hf_clip_write` kept in a config for the way back."""
     norm = (config.get(OWN) or {}).get("norm")
     return {"norm": float(norm)} if isinstance(norm, (int, float)) else {}
-
-
-def _their_config(config: ConfigDict, tokenizer: Tokenizer, dtype: str) -> dict:
-    model = config.model.to_dict()
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-
-    def tower(numbers: Mapping, kind: str) -> dict:
-        return {
-            "model_type": kind,
-            "hidden_size": numbers["width"],
-            "intermediate_size": 4 * numbers["width"],
-            "num_hidden_layers": numbers["layers"],
-            "num_attention_heads": numbers["heads"],
-            "hidden_act": names[numbers.get("activation", "gelu")],
-            "layer_norm_eps": 1e-5,
-            "projection_dim": model["embed_dim"],
-        }
-
-    text = tower(model["text"], "clip_text_model")
-    text |= {"vocab_size": config.tokenizer.vocab_size, "max_position_embeddings": config.tokenizer.max_len}
-    text |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    vision = {}
-    if model["vision"] is not None:
-        side, patch = model["vision"]["image_size"], model["vision"]["patch"]
-        vision = tower(model["vision"], "clip_vision_model")
-        vision |= {"image_size": side, "patch_size": patch, "num_channels": 3}
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "dtype": dtype,
-        "projection_dim": model["embed_dim"],
-        "text_config": text,
-        "vision_config": vision,
-        OWN: {"norm": model.get("norm", 17.2)},
-    }
-
-
-def _preprocessor(vision: Mapping) -> dict:
-    side = vision["image_size"]
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(vision.get("mean", (0.5,) * 3)),
-        "image_std": list(vision.get("std", (0.5,) * 3)),
-    }

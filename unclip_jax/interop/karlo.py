@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import unclip_jax
 from unclip_jax.errors import UserError
-from unclip_jax.interop import hf_clip, karlo_json
+from unclip_jax.interop import hf_clip, hf_clip_write, karlo_json
 from unclip_jax.interop.files import Source, open_weights, spare_others
 from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
 from unclip_jax.interop.layout import read, views
@@ -96,7 +96,7 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
     names = {task: name for name, task in tasks_of(stack).items()}
     with new_directory(out, "pipeline of diffusers", "model_index.json", overwrite) as folder:
         words, (params, config, _, _) = load_one(stack, names.get("clip", "clip"))
-        parts = hf_clip.write_halves(folder, params, config, words, dtype)
+        parts = hf_clip_write.write_halves(folder, params, config, words, dtype)
         del params
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
