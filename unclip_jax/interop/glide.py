@@ -11,7 +11,6 @@ captions are lower case and have no mark at either end; its last piece pads.
 import functools
 import gzip
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,11 +29,14 @@ from unclip_jax.interop.layout import (
     FLAT,
     SAME,
     Entry,
+    UNetPart,
     blocks,
     interleaved,
     layer,
     norm,
     prefixed,
+    unet_levels,
+    unet_part,
 )  # fmt: skip
 from unclip_jax.tokenizer import MAX_JSON_BYTES, Tokenizer
 
@@ -84,7 +86,6 @@ FUSED = {
     **{name: ("qkv", k, 3) for k, name in enumerate(("query", "key", "value"))},
     **{name: ("encoder_kv", k, 2) for k, name in enumerate(("context_key", "context_value"))},
 }
-_PART = re.compile(r"(down|mid|up)(\d*)_(block|attn|pool|repeat)(\d*)")
 
 
 def read_stack(source: Source, tokenizer: str | None = None) -> stages.Converted:
@@ -141,17 +142,16 @@ def table(shapes: Mapping[str, tuple[int, ...]], depth: int) -> list[Entry]:
     net = layer("stem", "input_blocks.0.0", CONV) + norm("out_norm", "out.0") + layer("out", "out.2", CONV)
     net += layer("time/fc1", "time_embed.0") + layer("time/fc2", "time_embed.2")
     layers = dict.fromkeys(path.removeprefix("net/").rpartition("/")[0] for path in shapes if path.startswith("net/"))
-    levels = 1 + max(int(match[2]) for name in layers if (match := _PART.match(name)) and match[2])
+    levels = unet_levels(layers)
     for name in layers:
-        if match := _PART.match(name):
-            net += _unet_layer(name, match, depth, levels, f"{match[1]}{match[2]}_attn0/norm" in layers)
+        if part := unet_part(name):
+            net += _unet_layer(name, part, depth, levels, f"{part.way}{part.level}_attn0/norm" in layers)
     return prefixed("caption/", "", caption) + layer("caption_to_time", "transformer_proj") + prefixed("net/", "", net)
 
 
-def _unet_layer(path: str, match: re.Match, depth: int, levels: int, attends: bool) -> list[Entry]:
+def _unet_layer(path: str, part: UNetPart, depth: int, levels: int, attends: bool) -> list[Entry]:
     """Of one layer in a part of the UNet; `attends` tells of the part's level."""
-    way, level, kind, index = match.groups()
-    level, index, inner = int(level or 0), int(index or 0), path.rpartition("/")[2]
+    (way, level, kind, index), inner = part, path.rpartition("/")[2]
     if way == "mid":
         place = f"middle_block.{1 if kind == 'attn' else 2 * index}"
     elif way == "down":  # behind the stem, and each level ends with what pools
@@ -167,8 +167,8 @@ def _unet_layer(path: str, match: re.Match, depth: int, levels: int, attends: bo
         return norm(path, f"{place}.norm")
     if inner == "out":
         return layer(path, f"{place}.proj_out", DENSE_OUT_CONV)
-    fused, part, count = FUSED[inner]
-    return layer(path, f"{place}.{fused}", interleaved(DENSE_CONV, part, count), interleaved(FLAT, part, count))
+    fused, *which = FUSED[inner]
+    return layer(path, f"{place}.{fused}", interleaved(DENSE_CONV, *which), interleaved(FLAT, *which))
 
 
 def load_tokenizer(folder: Path, max_len: int = 128) -> Tokenizer:

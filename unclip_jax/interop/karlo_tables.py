@@ -8,7 +8,6 @@
 A UNet's names are made from its paths, so depth, width and attention are those of the shapes given.
 """
 
-import re
 from collections.abc import Mapping
 
 import jax
@@ -24,10 +23,13 @@ from unclip_jax.interop.layout import (
     SAME,
     Entry,
     Turn,
+    UNetPart,
     blocks,
     layer,
     norm,
     prefixed,
+    unet_levels,
+    unet_part,
 )
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior import Prior
@@ -79,7 +81,6 @@ ATTENTION = {
     "context_value": "add_v_proj",
     "out": "to_out.0",
 }
-_PART = re.compile(r"(down|mid|up)(\d*)_(block|attn|pool|repeat)(\d*)")
 
 
 def prior_tables(shapes: Shapes) -> dict[str, list[Entry]]:
@@ -108,7 +109,7 @@ def upsampler_tables(shapes: Shapes) -> dict[str, list[Entry]]:
 
 def unet_table(shapes: Shapes) -> list[Entry]:
     """Of a `UNet`'s parameters and UNet2DModel or UNet2DConditionModel."""
-    levels = 1 + max(int(match[2]) for path in shapes if (match := _PART.match(path)) and match[2])
+    levels = unet_levels(shapes)
     return [_unet_entry(path, shape, levels) for path, shape in shapes.items()]
 
 
@@ -149,9 +150,9 @@ def _below(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def _unet_entry(path: str, shape: tuple[int, ...], levels: int) -> Entry:
     place, leaf = path.rsplit("/", 1)
-    match = _PART.match(place)
-    attends = bool(match) and match[3] == "attn"
-    name = _unet_layer(match, place.rpartition("/")[2], levels) if match else UNET_ENDS[place]
+    part = unet_part(place)
+    attends = part is not None and part.kind == "attn"
+    name = _unet_layer(part, place.rpartition("/")[2], levels) if part else UNET_ENDS[place]
     if leaf == "bias":
         return Entry(path, f"{name}.bias", FLAT)
     if leaf == "scale":
@@ -160,13 +161,13 @@ def _unet_entry(path: str, shape: tuple[int, ...], levels: int) -> Entry:
     return Entry(path, f"{name}.weight", CONV if len(shape) == 4 else dense)
 
 
-def _unet_layer(match: re.Match, inner: str, levels: int) -> str:
+def _unet_layer(part: UNetPart, inner: str, levels: int) -> str:
     """Their name of layer `inner` in one of our parts; their way up is counted from the lowest level."""
-    way, level, kind, index = match.groups()
-    place = {"down": f"down_blocks.{level}", "mid": "mid_block", "up": f"up_blocks.{levels - 1 - int(level or 0)}"}
+    way, level, kind, index = part
+    place = {"down": f"down_blocks.{level}", "mid": "mid_block", "up": f"up_blocks.{levels - 1 - level}"}
     unit = {
         "block": f"resnets.{index}",
-        "attn": f"attentions.{index or 0}",
+        "attn": f"attentions.{index}",
         "pool": "downsamplers.0",
         "repeat": "upsamplers.0",
     }

@@ -5,6 +5,7 @@ A network here is a flat dict of arrays by path ("transformer/blocks/query/kerne
 by one: their name holds "{}" in the place of the layer's number.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from unclip_jax.errors import UserError
 
 SHOWN = 10  # names in an error message
+_UNET_PART = re.compile(r"(down|mid|up)(\d*)_(block|attn|pool|repeat)(\d*)")
 
 
 class Turn(NamedTuple):
@@ -33,6 +35,18 @@ class Entry(NamedTuple):
     path: str
     name: str
     turn: Turn
+
+
+class UNetPart(NamedTuple):
+    """Where in a `UNet` a path leads: "down", "mid" or "up"; the level; "block", "attn", "pool" or "repeat"; which one.
+
+    What has no level or number in its name has 0.
+    """
+
+    way: str
+    level: int
+    kind: str
+    index: int
 
 
 # [O, I] there; here [I, O], or [I, heads, D].
@@ -156,6 +170,17 @@ def blocks(path: str, name: str, theirs: Mapping[str, str], fused: Callable | No
     for ours, turn in (("out", DENSE_OUT), ("fc1", DENSE), ("fc2", DENSE)):
         table += layer(f"{path}/{ours}", f"{name}.{theirs[ours]}", turn)
     return table
+
+
+def unet_part(path: str) -> UNetPart | None:
+    """The part of a `UNet` that a path leads into; None at its ends, such as "stem/kernel"."""
+    match = _UNET_PART.match(path)
+    return match and UNetPart(match[1], int(match[2] or 0), match[3], int(match[4] or 0))
+
+
+def unet_levels(paths: Iterable[str]) -> int:
+    """How many levels the `UNet` with these paths has."""
+    return 1 + max(part.level for path in paths if (part := unet_part(path)))
 
 
 def _names(name: str, shape: tuple[int, ...]) -> list[str]:
