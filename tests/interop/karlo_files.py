@@ -1,12 +1,20 @@
-"""Karlo's own JSON files, as published, and a reader of a folder's safetensors for tests."""
+"""Karlo's own JSON files, as published, and folders and stacks of its form for tests."""
 
-import contextlib
-from types import SimpleNamespace
+import json
 
-from safetensors.numpy import load_file
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
 
-from unclip_jax.interop.karlo import WEIGHTS_FILE
+from tests import tiny_stack
+from unclip_jax import tasks
+from unclip_jax.interop import karlo
 from unclip_jax.interop.karlo_json import ATTENTION_DOWN, ATTENTION_UP, DOWN, UP
+from unclip_jax.interop.karlo_tables import TABLES
+from unclip_jax.interop.layout import views
+from unclip_jax.interop.stages import clip_config, network_shapes
+from unclip_jax.weights import Stage, save_stack
 
 PRIOR = dict(
     _class_name="PriorTransformer",
@@ -108,8 +116,45 @@ SMALL = {
 SMALL = {**FILES, **SMALL}
 
 
-@contextlib.contextmanager
-def open_weights(folder):
-    """The safetensors file of a folder: `names`, `take`."""
-    arrays = load_file(folder / WEIGHTS_FILE)
-    yield SimpleNamespace(names=tuple(arrays), take=arrays.__getitem__)
+def lay(folder, contents, **changed):
+    """Writes JSON files; `changed` is {"decoder/config.json": {key: value}}."""
+    for path, content in contents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps({**content, **changed.get(path, {})}))
+    return folder
+
+
+def shapes_of(folder):
+    """{stage: {path: shape}} of the JSON files in a folder."""
+    parts = {name: folder / parts[0] for name, parts in karlo.PARTS.items()}
+    return {name: network_shapes(*karlo._READ[name](folder)) for name, part in parts.items() if part.is_dir()}
+
+
+def drawn(folder, fill):
+    """{stage: ours} of the JSON files in a folder, of the numbers fill(path, shape)."""
+    made = {}
+    for name, shapes in shapes_of(folder).items():
+        arrays = {path: fill(path, shape).astype(np.float32) for path, shape in shapes.items()}
+        made[name] = Stage(unflatten_dict(arrays, sep="/"), karlo._READ[name](folder)[0], 0, {})
+    return made
+
+
+def publish(folder, contents, fill):
+    """Lays a pipeline's JSON files and arrays as diffusers does; returns the `drawn` stages that it holds."""
+    stages = drawn(lay(folder, contents), fill)
+    for name, stage in stages.items():
+        arrays = flatten_dict(stage.params, sep="/")
+        for part, table in TABLES[name]({path: a.shape for path, a in arrays.items()}).items():
+            theirs = {key: np.array(a, order="C") for key, a in views(table, arrays).items()}
+            save_file(theirs, folder / part / karlo.WEIGHTS_FILE)
+    return stages
+
+
+def save(out, stages):
+    """A stack of such stages, and of a CLIP of captions only: a pipeline cannot be without its captions' half."""
+    words, width = tiny_stack.tokenizer(), 8
+    text = {"width": width, "layers": 1, "heads": 1}
+    config = clip_config({"embed_dim": width, "vision": None, "text": text}, words, words.vocab_size)
+    shapes = jax.eval_shape(tasks.make(config).init, jax.random.key(0))
+    clip = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return save_stack(out, {"clip": (clip, config, 0, {}), **stages}, words.to_json(), "float32")

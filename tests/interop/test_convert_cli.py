@@ -12,7 +12,7 @@ from tests import tiny_stack
 from tests.parity import tiny_clip
 from unclip_jax import cli, tasks, weights
 from unclip_jax.interop import hf_clip
-from unclip_jax.interop.layout import write
+from unclip_jax.interop.layout import views
 from unclip_jax.tokenizer import Tokenizer
 
 
@@ -44,7 +44,8 @@ def save(folder, dtype=np.float32, **change):
         config.model, config.tokenizer = clip, {"vocab_size": size, "max_len": tiny_clip.LENGTH}
     params = jax.tree.map(lambda array: array.astype(np.float32), tiny_stack.weights(config))
     flat = {path: hf_at(params, path).astype(dtype) for path, _, _ in hf_clip.TABLE}
-    save_file(write(hf_clip.TABLE, flat), folder / "model.safetensors")
+    turned = {name: np.array(array, order="C") for name, array in views(hf_clip.TABLE, flat).items()}
+    save_file(turned, folder / "model.safetensors")
     return params
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.interop import karlo_files as files
+from tests.interop.karlo_files import lay
 from unclip_jax import tasks
 from unclip_jax.config import load_config
 from unclip_jax.errors import UserError
-from unclip_jax.interop import karlo, karlo_json
-from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
-from unclip_jax.interop.layout import write
+from unclip_jax.interop import karlo
+from unclip_jax.interop.files import Source, open_weights
 from unclip_jax.models.clip import CLIP
 from unclip_jax.weights import Stage
 
@@ -29,29 +29,9 @@ def count(shapes, prefix=""):
     return sum(math.prod(shape) for path, shape in shapes.items() if path.startswith(prefix))
 
 
-def lay(folder, contents, **changed):
-    """Writes JSON files; `changed` is {"decoder/config.json": {key: value}}."""
-    for path, content in contents.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps({**content, **changed.get(path, {})}))
-    return folder
-
-
-def shapes_of(contents):
-    """{stage: {path: shape}} of Karlo's JSON files."""
-    parts = {path.partition("/")[0]: content for path, content in contents.items()}
-    model, size = karlo_json.decoder(parts["decoder"], parts["text_proj"])
-    upsampler, _ = karlo_json.upsampler(parts["super_res_first"], parts["super_res_last"])
-    return {
-        "prior": prior_shapes(karlo_json.prior(parts["prior"])),
-        "decoder": decoder_shapes(model, size),
-        "upsampler": upsampler_shapes(upsampler),
-    }
-
-
-def test_full_size_parameter_counts():
+def test_full_size_parameter_counts(tmp_path):
     """Of the published networks, as diffusers counts them; nothing is allocated."""
-    shapes = shapes_of(files.FILES)
+    shapes = files.shapes_of(lay(tmp_path, files.FILES))
     assert count(shapes["prior"]) == 1_022_030_080
     assert count(shapes["decoder"], "net/") == 885_439_686
     assert count(shapes["upsampler"], "net/") == count(shapes["upsampler"], "last/") == 691_579_523
@@ -60,42 +40,43 @@ def test_full_size_parameter_counts():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small Karlo in diffusers' layout, of random numbers."""
-    out = lay(tmp_path_factory.mktemp("karlo"), files.SMALL)
-    rng = np.random.default_rng(0)
-    for name, shapes in shapes_of(files.SMALL).items():
-        arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
-        for part, table in TABLES[name](shapes).items():
-            save_file(write(table, arrays), out / part / karlo.WEIGHTS_FILE)
+    out, rng = tmp_path_factory.mktemp("karlo"), np.random.default_rng(0)
+    files.publish(out, files.SMALL, lambda path, shape: rng.standard_normal(shape))
     return out
 
 
 @pytest.fixture(scope="module")
 def stages(folder):
-    return karlo.from_diffusers(folder, files.open_weights)
+    return dict(karlo.read_stages(folder))
 
 
-def test_there_and_back_bit_for_bit(folder, stages, tmp_path):
-    karlo.to_diffusers(stages, tmp_path / "out")
-    again = karlo.from_diffusers(tmp_path / "out", files.open_weights)
+@pytest.fixture(scope="module")
+def written(stages, tmp_path_factory):
+    """The same, written for diffusers."""
+    root = tmp_path_factory.mktemp("written")
+    return karlo.write_stack(files.save(root / "stack", stages), root / "out")
+
+
+def test_there_and_back_bit_for_bit(folder, stages, written):
+    again = dict(karlo.read_stages(written))
     assert set(again) == {"prior", "decoder", "upsampler"}
     for name, stage in stages.items():
         assert again[name].config.to_dict() == stage.config.to_dict()
         jax.tree.map(np.testing.assert_array_equal, again[name].params, stage.params)
     for part in ("prior", "decoder", "text_proj", "super_res_first", "super_res_last"):
-        with files.open_weights(folder / part) as a, files.open_weights(tmp_path / "out" / part) as b:
-            assert sorted(a.names) == sorted(b.names)
-            for name in a.names:
-                np.testing.assert_array_equal(a.take(name), b.take(name))
+        a, b = (load_file(root / part / karlo.WEIGHTS_FILE) for root in (folder, written))
+        assert sorted(a) == sorted(b)
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_json_says_the_same_after_there_and_back(stages, tmp_path):
-    karlo.to_diffusers(stages, tmp_path / "out")
+def test_json_says_the_same_after_there_and_back(written):
     for path, content in files.SMALL.items():
-        written = json.loads((tmp_path / "out" / path).read_text())
+        got = json.loads((written / path).read_text())
         wanted = {key: value for key, value in content.items() if key != "_diffusers_version"}
         if path.startswith("super_res_last"):
             wanted["sample_size"] = 64  # null there: of the first
-        assert {key: written[key] for key in wanted} == wanted, path
+        assert {key: got[key] for key in wanted} == wanted, path
 
 
 def test_the_stages_are_tasks(stages):
@@ -116,7 +97,7 @@ def test_a_folder_without_a_prior_gives_the_rest(folder, tmp_path):
     for path in folder.iterdir():
         if not path.name.startswith("prior"):
             (tmp_path / path.name).symlink_to(path)
-    assert set(karlo.from_diffusers(tmp_path, files.open_weights)) == {"decoder", "upsampler"}
+    assert set(dict(karlo.read_stages(tmp_path))) == {"decoder", "upsampler"}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +119,7 @@ def test_a_folder_without_a_prior_gives_the_rest(folder, tmp_path):
         ("text_proj/config.json", {"time_embed_dim": 64}, "text_proj: time_embed_dim=64 must be 32"),
         ("super_res_first/config.json", {"add_attention": True}, "add_attention=True must be False"),
         ("super_res_last/config.json", {"layers_per_block": 2}, "as in super_res_first"),
+        ("super_res_first/config.json", {"sample_size": None}, "sample_size=None must be a whole number"),
         ("super_res_first/config.json", {"resnet_time_scale_shift": "ada_group"}, "'default' or 'scale_shift'"),
         ("prior_scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "must be 'sample'"),
         ("decoder_scheduler/scheduler_config.json", {"variance_type": "fixed_small_log"}, "must be 'learned_range'"),
@@ -187,17 +169,17 @@ def test_bad_files_are_refused(tmp_path, content, said):
     scheduler = tmp_path / "prior_scheduler/scheduler_config.json"
     scheduler.unlink() if content is None else scheduler.write_text(content)
     with pytest.raises(UserError, match=said):
-        karlo.from_diffusers(tmp_path, files.open_weights)
+        list(karlo.read_stages(tmp_path))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no part of Karlo"):
-        karlo.from_diffusers(tmp_path, files.open_weights)
+    with pytest.raises(UserError, match="text_encoder/config.json is missing"):
+        karlo.read_stack(Source(tmp_path, "theirs"))
 
 
 def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
     lay(tmp_path, {path: content for path, content in files.SMALL.items() if path.startswith("prior")})
-    with files.open_weights(folder / "prior") as weights:
+    with open_weights(folder / "prior") as weights:
         arrays = {name: weights.take(name) for name in weights.names}
     cases = (
         ({k: v for k, v in arrays.items() if k != "prd_embedding"}, "prd_embedding"),
@@ -207,7 +189,7 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
     for content, said in cases:
         save_file(content, tmp_path / "prior" / karlo.WEIGHTS_FILE)
         with pytest.raises(UserError, match=said):
-            karlo.from_diffusers(tmp_path, files.open_weights)
+            list(karlo.read_stages(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +210,12 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
 def test_what_diffusers_cannot_express_is_refused_and_nothing_written(stages, tmp_path, stage, change, said):
     config = flatten_dict(stages[stage].config.to_dict())
     config = ConfigDict(unflatten_dict({**config, **flatten_dict(change)}))
+    stack = files.save(tmp_path / "stack", {**stages, stage: Stage(stages[stage].params, config, 0, {})})
     with pytest.raises(UserError, match=re.escape(said)):
-        karlo.to_diffusers({**stages, stage: Stage(stages[stage].params, config, 0, {})}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        karlo.write_stack(stack, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [stack]
 
 
-def test_a_folder_in_use_is_refused(folder):
-    with pytest.raises(UserError, match="must be an empty folder"):
-        karlo.to_diffusers({}, folder)
+def test_a_folder_in_use_is_refused(folder, stages, tmp_path):
+    with pytest.raises(UserError, match=f"{folder} exists"):
+        karlo.write_stack(files.save(tmp_path / "stack", stages), folder)

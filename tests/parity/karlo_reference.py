@@ -6,14 +6,13 @@ is Karlo's own. In f64 diffusers' sinusoids of the time are computed in f64 too,
 
 import contextlib
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
-from unclip_jax.interop import karlo_json
-from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
-from unclip_jax.interop.layout import read
+from unclip_jax.interop import karlo, karlo_json
 
 torch = pytest.importorskip("torch", reason="parity with diffusers needs the package torch")
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers needs the package diffusers")
@@ -112,28 +111,18 @@ def double(model):
     return model.double()
 
 
-def arrays(model) -> dict[str, np.ndarray]:
-    """Its weights by name."""
-    return {name: p.numpy() for name, p in model.state_dict().items()}
-
-
 def ours(name: str, *models):
-    """(keywords of our module, its parameters) of diffusers' models, all parts of one stage of that name."""
+    """(keywords of our module, its parameters) of diffusers' models, one stage's in the order of `karlo.PARTS`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for part, model in zip(karlo.PARTS[name], models, strict=True):
+            model.save_pretrained(f"{folder}/{part}")
+        UnCLIPScheduler(**SCHEDULERS[name]).save_pretrained(f"{folder}/{karlo.SCHEDULERS[name][0]}")
+        ((_, stage),) = karlo.read_stages(Path(folder))
     configs = [json.loads(model.to_json_string()) for model in models]
     if name == "prior":
-        module = karlo_json.prior(*configs)
-        shapes = prior_shapes(module)
-    elif name == "decoder":
-        module, size = karlo_json.decoder(configs[1], configs[0])
-        shapes = decoder_shapes(module, size)
-    else:
-        module, _ = karlo_json.upsampler(*configs)
-        shapes = upsampler_shapes(module)
-    out = {}
-    for (_, table), model in zip(TABLES[name](shapes).items(), models, strict=True):
-        theirs = arrays(model)
-        out |= read(table, {e.path: shapes[e.path] for e in table}, theirs, theirs.__getitem__)
-    return module, unflatten_dict(out, sep="/")
+        return karlo_json.prior(*configs), stage.params
+    module, _ = (karlo_json.decoder if name == "decoder" else karlo_json.upsampler)(*configs)
+    return module, stage.params
 
 
 def captions(dtype):

@@ -20,13 +20,11 @@ from transformers import (  # noqa: E402  # noqa: E402
 )
 
 from tests.interop import karlo_files as files  # noqa: E402
-from tests.interop.test_karlo import lay, shapes_of  # noqa: E402
 from tests.parity import tiny_clip  # noqa: E402
 from unclip_jax import cli  # noqa: E402
-from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.nn.drawing import for_loops  # noqa: E402
 from unclip_jax.pipeline import UnCLIP  # noqa: E402
-from unclip_jax.weights import Stage, load_stack  # noqa: E402
+from unclip_jax.weights import load_stack  # noqa: E402
 
 WIDTH = 8  # of the text states and of the embedding, equal in Karlo
 JSONS = {
@@ -46,16 +44,10 @@ DRAW = {"seed": 5, "prior_steps": 3, "steps": 3, "batch_size": 2, "progress": Fa
 def folders(tmp_path_factory):
     """{"t2i": as UnCLIPPipeline is published, "variation": as UnCLIPImageVariationPipeline}, of random numbers."""
     root = tmp_path_factory.mktemp("karlo")
-    blank, rng = lay(root / "blank", JSONS), np.random.default_rng(0)
-    stages = {}
-    for name, shapes in shapes_of(JSONS).items():
-        arrays = {}
-        for path, shape in shapes.items():
-            noise = 0.1 * rng.standard_normal(shape) + path.endswith(("scale", "std"))
-            arrays[path] = noise.astype(np.float32)
-        stages[name] = Stage(karlo.unflatten_dict(arrays, sep="/"), karlo._READ[name](blank)[0], 0, {})
-    karlo.to_diffusers(stages, root / "t2i")
-    karlo.to_diffusers({name: stages[name] for name in ("decoder", "upsampler")}, root / "variation")
+    rng = np.random.default_rng(0)
+    fill = lambda path, shape: 0.1 * rng.standard_normal(shape) + path.endswith(("scale", "std"))  # noqa: E731
+    stages = files.publish(root / "t2i", JSONS, fill)
+    files.publish(root / "variation", {path: JSONS[path] for path in JSONS if not path.startswith("prior")}, fill)
     torch.manual_seed(0)
     for kind in ("t2i", "variation"):
         about = tiny_clip.config(tiny_clip.save_tokenizer(root / kind / "tokenizer"), eos=2)

@@ -23,7 +23,7 @@ KEEP = np.array([True, False, True, False])
 def models(dtype):
     """(our module, its parameters, text_proj, UNet)."""
     theirs = ref.text_proj_model(), ref.decoder_model()
-    model, params = ref.ours("decoder", *theirs)
+    model, params = ref.ours("decoder", *theirs[::-1])
     if dtype == np.float64:
         theirs = [ref.double(m) for m in theirs]
         params = jax.tree.map(lambda a: a.astype(np.float64), params)

@@ -11,12 +11,10 @@ torch = ref.torch
 from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline  # noqa: E402
 
 from tests.interop import karlo_files as files  # noqa: E402
-from tests.interop.test_karlo import lay, shapes_of  # noqa: E402
 from unclip_jax import tasks  # noqa: E402
 from unclip_jax.diffusion.sample import initial_noise, step_noise  # noqa: E402
 from unclip_jax.interop import karlo  # noqa: E402
 from unclip_jax.models.clip import CLIP  # noqa: E402
-from unclip_jax.weights import Stage  # noqa: E402
 
 STEPS = {"prior": 5, "decoder": 3, "upsampler": 7}
 LENGTH, EMBED = 5, 6
@@ -32,8 +30,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     """Ours, of random numbers."""
-    folder = lay(tmp_path_factory.mktemp("json"), files.SMALL)
-    rng, made = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
 
     def fill(path, shape):
         noise, name = rng.standard_normal(shape), path.rpartition("/")[2]
@@ -41,18 +38,14 @@ def stages(tmp_path_factory):
             return noise / np.sqrt(np.prod(shape[:-1]) if len(shape) != 3 else shape[1])
         return 0.1 * noise + (name in ("scale", "std"))
 
-    for name, shapes in shapes_of(files.SMALL).items():
-        arrays = {path: fill(path, shape).astype(np.float32) for path, shape in shapes.items()}
-        config, _ = karlo._READ[name](folder)
-        made[name] = Stage(karlo.unflatten_dict(arrays, sep="/"), config, 0, {})
-    return made
+    return files.drawn(files.lay(tmp_path_factory.mktemp("json"), files.SMALL), fill)
 
 
 @pytest.fixture(scope="module")
 def loaded(stages, tmp_path_factory):
     """(models by part, scheduler configs by part) as diffusers reads what we wrote."""
-    folder = tmp_path_factory.mktemp("out")
-    karlo.to_diffusers(stages, folder)
+    root = tmp_path_factory.mktemp("written")
+    folder = karlo.write_stack(files.save(root / "stack", stages), root / "out")
     models = {}
     for part, cls in MODELS.items():
         models[part], info = cls.from_pretrained(folder / part, output_loading_info=True)

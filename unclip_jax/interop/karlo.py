@@ -7,7 +7,7 @@ as ours does.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import unclip_jax
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, hf_clip_write, karlo_json
 from unclip_jax.interop.files import Source, open_weights, spare_others
-from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
+from unclip_jax.interop.karlo_tables import TABLES
 from unclip_jax.interop.layout import read, views
-from unclip_jax.interop.stages import Converted, clip_stage, provenance, stated_licence, whole
+from unclip_jax.interop.stages import Converted, clip_stage, network_shapes, provenance, stated_licence, whole
+from unclip_jax.models.clip import CLIP
 from unclip_jax.storage import new_directory, read_json
 from unclip_jax.tensors import write_arrays
 from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
@@ -100,7 +101,7 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
         del params
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
-                _write_stage(name, *_describe(name, load_one(stack, names[task])[1]), folder, np.dtype(DTYPES[dtype]))
+                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(DTYPES[dtype]))
                 parts += [*PARTS[name], SCHEDULERS[name][0]]
         index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
         classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
@@ -110,31 +111,20 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
     return out
 
 
-def from_diffusers(folder: str | Path, open_weights: Callable = open_weights) -> dict[str, Stage]:
-    """The stages "prior", "decoder" and "upsampler" of a folder; one whose parts are absent is left out.
+def read_stages(folder: Path) -> Iterator[tuple[str, Stage]]:
+    """Pairs (name, stage) of "prior", "decoder" and "upsampler", one by one; one whose parts are absent is left out.
 
     Args:
       folder: of UnCLIPPipeline, or of UnCLIPImageVariationPipeline, which has no prior.
-      open_weights: folder → a context manager with `names` and `take(name)`.
 
     Raises:
-      UserError: nothing of Karlo there, or a network that ours cannot express.
+      UserError: a network that ours cannot express, or arrays that are not its.
     """
-    folder = Path(folder).expanduser()
-    stages = dict(read_stages(folder, open_weights))
-    if not stages:
-        parts = ", ".join(part for parts in PARTS.values() for part in parts)
-        raise UserError(f"{folder} holds no part of Karlo ({parts})", "give the folder of a diffusers UnCLIPPipeline")
-    return stages
-
-
-def read_stages(folder: Path, open_weights: Callable = open_weights) -> Iterator[tuple[str, Stage]]:
-    """Pairs (name, stage) of the parts that are in a folder, one by one; see `from_diffusers`."""
     for name, parts in PARTS.items():
         if not all((folder / part / "config.json").is_file() for part in parts):
             continue
-        config, shapes = _READ[name](folder)
-        arrays = {}
+        config, clip = _READ[name](folder)
+        shapes, arrays = network_shapes(config, clip), {}
         for part, table in TABLES[name](shapes).items():
             with open_weights(folder / part) as weights:
                 own = {entry.path: shapes[entry.path] for entry in table}
@@ -142,59 +132,48 @@ def read_stages(folder: Path, open_weights: Callable = open_weights) -> Iterator
         yield name, Stage(unflatten_dict(arrays, sep="/"), config, 0, {})
 
 
-def to_diffusers(stages: Mapping[str, Stage], folder: str | Path) -> None:
-    """Writes what `from_diffusers` reads, and diffusers' own classes by `from_pretrained`, into an empty folder.
-
-    Raises:
-      UserError: a network that diffusers' classes cannot express, or a folder in use; then nothing is written.
-    """
-    folder = Path(folder).expanduser()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} must be an empty folder or a new one", "give another folder")
-    # All are described before the first file is written, so that a refusal leaves none.
-    for name, described in [(name, _describe(name, stage)) for name, stage in stages.items()]:
-        _write_stage(name, *described, folder)
-
-
-def _describe(name: str, stage: Stage) -> tuple[dict[str, dict], dict[str, np.ndarray]]:
-    """A stage's JSON files by path, and its arrays."""
+def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype) -> None:
+    """One stage's JSON files and arrays, these in `dtype`."""
     ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
-    return _WRITE[name](stage.config, ours), ours
-
-
-def _write_stage(name: str, jsons: Mapping, ours: Mapping, folder: Path, dtype: np.dtype | None = None) -> None:
-    """One stage's JSON files and arrays, in `dtype` if one is given."""
-    for path, content in jsons.items():
+    for path, content in _WRITE[name](stage.config, ours).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for part, table in TABLES[name]({path: a.shape for path, a in ours.items()}).items():
         arrays = views(table, ours)
-        kinds = {key: dtype for key in arrays} if dtype is not None else {}
-        write_arrays(folder / part / WEIGHTS_FILE, arrays, kinds, {"format": "pt"})
+        write_arrays(folder / part / WEIGHTS_FILE, arrays, dict.fromkeys(arrays, dtype), {"format": "pt"})
 
 
-def _read_prior(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+# Each reader gives a stage's config and what its network takes of the CLIP, as `network_shapes` wants them.
+
+
+def _read_prior(folder: Path) -> tuple[ConfigDict, CLIP]:
     model = karlo_json.prior(read_json(folder / "prior/config.json"))
     block = {"caption": "states", **{k: model[k] for k in ("width", "layers", "heads")}}
     diffusion, clip_x0 = _scheduler(folder, "prior")
-    return _config("prior", "prior_diffusion", block, diffusion, clip_x0=clip_x0), prior_shapes(model)
+    clip = _clip(model["embed_dim"], model["max_len"])
+    return _config("prior", "prior_diffusion", block, diffusion, clip_x0=clip_x0), clip
 
 
-def _read_decoder(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+def _read_decoder(folder: Path) -> tuple[ConfigDict, CLIP]:
     model, size = karlo_json.decoder(*(read_json(folder / part / "config.json") for part in PARTS["decoder"]))
     block = {**_without(model, "embed_dim"), "unet": _without(model["unet"], "out_channels")}
     diffusion = _scheduler_of_images(folder, "decoder")
-    return _config("decoder", "decoder", block, diffusion, size, image_size=size), decoder_shapes(model, size)
+    return _config("decoder", "decoder", block, diffusion, size, image_size=size), _clip(model["embed_dim"])
 
 
-def _read_upsampler(folder: Path) -> tuple[ConfigDict, dict[str, tuple[int, ...]]]:
+def _read_upsampler(folder: Path) -> tuple[ConfigDict, None]:
     first, last = (read_json(folder / part / "config.json") for part in PARTS["upsampler"])
     model, size = karlo_json.upsampler(first, last)
     factor = 4
     if (folder / "decoder/config.json").is_file():
         factor = size // whole(read_json(folder / "decoder/config.json"), "sample_size", "decoder")
     diffusion, block = _scheduler_of_images(folder, "upsampler"), _without(model, "out_channels")
-    return _config("upsampler", "upsampler", block, diffusion, size, factor=factor), upsampler_shapes(model)
+    return _config("upsampler", "upsampler", block, diffusion, size, factor=factor), None
+
+
+def _clip(width: int, max_len: int = 1) -> CLIP:
+    """A CLIP whose embeddings and text states are of that width, as Karlo's; the decoder asks for no caption length."""
+    return CLIP(width, None, {"vocab_size": 0, "max_len": max_len, "width": width})
 
 
 def _config(name: str, task: str, model: Mapping, diffusion: Mapping, size: int = 64, **objective) -> ConfigDict:

@@ -13,7 +13,7 @@ diffusers 0.42.1 gives it.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 
 PRIOR_EXTRA = 4  # tokens beside the caption's: text embedding, time, noised embedding, query
 DOWN, UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
@@ -214,7 +214,10 @@ def upsampler(first: Mapping, last: Mapping) -> tuple[dict[str, Any], int]:
     for key, value in models[0].items():
         if models[1][key] != value:
             raise _refusal("super_res_last", key, models[1][key], f"{value}, as in super_res_first")
-    return models[0], first.get("sample_size") or last.get("sample_size")
+    size = first.get("sample_size") or last.get("sample_size")
+    if not is_whole(size, 1):
+        raise _refusal("super_res_first", "sample_size", size, "a whole number of at least 1")
+    return models[0], size
 
 
 def upsampler_json(model: Mapping, size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One table per network says where each array lies here and there; `read` and `write` go along it both ways.
+"""One table per network says where each array lies here and there; `read` and `views` go along it both ways.
 
 A network here is a flat dict of arrays by path ("transformer/blocks/query/kernel"), there a flat dict by name
 ("encoder.layers.3.self_attn.q_proj.weight"). Layers that are scanned here lie in one array [layers, …] and there one
@@ -121,13 +121,8 @@ def expected(table: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> d
     return out
 
 
-def write(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Their arrays by name, turned from ours; `read` gives `arrays` back, bit for bit."""
-    return {name: np.array(array, order="C") for name, array in views(table, arrays).items()}
-
-
 def views(table: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `write` gives, as views of `arrays` in any order of memory: nothing is copied."""
+    """Their arrays by name, turned from ours: views, in any order of memory. `read` gives `arrays` back bit for bit."""
     out = {}
     for path, name, turn in table:
         if turn.parts > 1:

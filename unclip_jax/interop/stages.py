@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unclip_jax import tasks
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_number, is_whole
 from unclip_jax.interop import layout
 from unclip_jax.interop.files import Weights
+from unclip_jax.models.clip import CLIP
 from unclip_jax.tokenizer import Tokenizer
 
 # What pixels in [0, 1] are normalised with for the CLIPs of OpenAI, OpenCLIP and Karlo, where nothing else is said.
@@ -62,10 +64,8 @@ def read_params(
     table: Iterable[layout.Entry] | Callable[[Mapping], Iterable[layout.Entry]],
     weights: Weights,
     ignored: Iterable[str] = (),
-    dtype=np.float32,
-    clip=None,
 ) -> dict:
-    """The parameters of the stage that `config` describes, in `dtype`, read along `table`; a nested dict.
+    """The parameters of the stage without a CLIP that `config` describes, f32, read along `table`; a nested dict.
 
     Args:
       table: of the network, or a function that makes it of {path: shape}.
@@ -73,20 +73,24 @@ def read_params(
     Raises:
       UserError: missing, unknown, misshapen or non-finite arrays, or keywords that make no network.
     """
-    shapes = network_shapes(config, clip)
+    shapes = network_shapes(config)
     table = table(shapes) if callable(table) else table
     with tqdm(total=len(weights.names), desc=f"reading {config.task}", disable=None, leave=False) as bar:
 
         def take(name: str) -> np.ndarray:
             bar.update()
-            return weights.take(name).astype(dtype, copy=False)
+            return weights.take(name).astype(np.float32, copy=False)
 
         flat = layout.read(table, shapes, weights.names, take, ignored)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def network_shapes(config: ConfigDict, clip=None) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the parameters of the stage that `config` describes; nothing is computed."""
+def network_shapes(config: ConfigDict, clip: CLIP | None = None) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters of the stage that `config` describes; nothing is computed.
+
+    Args:
+      clip: that the stage learns against, where there is one.
+    """
     try:
         shapes = jax.eval_shape(tasks.make(config, clip=clip).init, jax.random.key(0))
     except ValueError as error:
@@ -142,7 +146,7 @@ def numbers(value, count: int, default: tuple, what: str) -> tuple[float, ...]:
     if value is None:
         return default
     sound = isinstance(value, (list, tuple)) and len(value) == count
-    if not sound or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in value):
+    if not sound or not all(is_number(v, -sys.float_info.max) for v in value):
         raise UserError(f"{what}={value!r} must be {count} numbers")
     return tuple(map(float, value))
 
@@ -150,7 +154,7 @@ def numbers(value, count: int, default: tuple, what: str) -> tuple[float, ...]:
 def whole(block: Mapping, key: str, where: str) -> int:
     """block[key], a whole number of at least 1."""
     value = block.get(key)
-    if type(value) is not int or value < 1:
+    if not is_whole(value, 1):
         raise UserError(f"{where}: {key}={value!r} must be a whole number of at least 1")
     return value
 
