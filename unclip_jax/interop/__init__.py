@@ -1,1 +1,1 @@
-"""Weights of the PyTorch world in and out: CLIP (transformers, OpenCLIP), Karlo (diffusers), GLIDE."""
+"""Weights of the PyTorch world: CLIP (transformers) and Karlo (diffusers) in and out; OpenCLIP, GLIDE, Inception in."""

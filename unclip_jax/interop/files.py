@@ -64,7 +64,7 @@ def joined(*parts: Weights, **arrays: np.ndarray) -> Weights:
     """The arrays of several as one, and `arrays` that are in none of them; closing the parts is left to the caller."""
     readers = {name: (array.shape, lambda array=array: array) for name, array in arrays.items()}
     for part in parts:
-        readers |= {name: (part.shapes[name], lambda name=name, part=part: part.take(name)) for name in part.names}
+        readers |= {name: (part.shapes[name], functools.partial(part.take, name)) for name in part.names}
     return Weights(readers)
 
 

@@ -34,8 +34,6 @@ VISION_DEFAULTS = {
     **{**TOWER, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
     **{"image_size": 224, "patch_size": 32, "num_channels": 3},
 }
-
-
 BLOCK = dict(
     {name: f"self_attn.{name[0]}_proj" for name in ("query", "key", "value")},
     **dict(norm1="layer_norm1", norm2="layer_norm2", out="self_attn.out_proj", fc1="mlp.fc1", fc2="mlp.fc2"),

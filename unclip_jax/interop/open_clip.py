@@ -22,8 +22,6 @@ VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head
 NO_MATTER = {"patch_dropout", "proj_bias", "hf_model_pretrained", "timm_model_pretrained", "output_tokens", "pad_id"}
 _ONLY = "only CLIPs with a Vision Transformer and CLIP's own text tower can be read"
 DEFAULTS = {"pool_type": ("tok", "argmax"), "final_ln_after_pool": (False,), "proj_type": ("linear",)}
-
-
 BLOCK = dict(
     dict.fromkeys(("query", "key", "value"), "attn.in_proj_"),
     **dict(norm1="ln_1", norm2="ln_2", out="attn.out_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"),
