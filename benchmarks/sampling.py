@@ -86,7 +86,7 @@ def decoder_step(s: dict, device: Device, batch: int, suffix: str = "") -> Row:
         from unclip_jax.diffusion.guide import guide_batched
 
         task = our_task(s, "decoder", device)
-        params = our_params(s, "decoder", models, task, device)
+        params = our_params("decoder", models, task, device)
         keep = np.arange(2 * batch) < batch
         shared = jax.jit(lambda params, cond: task.condition(params, cond, keep, keep))
         known = shared(params, jax.tree.map(lambda a: np.concatenate([a, a]), cond))
@@ -168,7 +168,7 @@ def whole_prompt(s: dict, device: Device) -> Row:
 
         given = dict(zip(stages, models or [None] * 3, strict=True))
         tasks = {stage: our_task(s, stage, device, steps[stage]) for stage in stages}
-        params = {stage: our_params(s, stage, given[stage], tasks[stage], device) for stage in stages}
+        params = {stage: our_params(stage, given[stage], tasks[stage], device) for stage in stages}
         program = {stage: Program(tasks[stage].sample) for stage in stages}
         keys, known = jax.random.split(jax.random.key(0), 1), jax.device_put(cond)
 

@@ -59,22 +59,19 @@ def halves(device: Device, cond: dict, *names: str) -> list:
 # Both sides' networks.
 
 
-def tensors(models: tuple) -> Callable[[str], tuple]:
-    """Parameters of ours from diffusers' networks, by the stage's name."""
-    from flax.traverse_util import unflatten_dict
+def converted(task, stage: str, models: tuple) -> dict:
+    """Parameters of ours from diffusers' networks of one stage."""
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
-    from unclip_jax.interop.karlo_tables import TABLES, decoder_shapes, prior_shapes, upsampler_shapes
+    from unclip_jax.interop.karlo_tables import TABLES
     from unclip_jax.interop.layout import read
 
-    def convert(stage, *of):
-        shapes = {"prior": prior_shapes, "decoder": decoder_shapes, "upsampler": upsampler_shapes}[stage](*of)
-        out = {}
-        for (_, table), model in zip(TABLES[stage](shapes).items(), models, strict=True):
-            arrays = {name: p.detach().numpy() for name, p in model.state_dict().items()}
-            out |= read(table, {e.path: shapes[e.path] for e in table}, arrays, arrays.__getitem__)
-        return unflatten_dict(out, sep="/")
-
-    return convert
+    own = {path: leaf.shape for path, leaf in flatten_dict(shapes(task, np.float32), sep="/").items()}
+    out = {}
+    for (_, table), model in zip(TABLES[stage](own).items(), models, strict=True):
+        arrays = {name: p.detach().numpy() for name, p in model.state_dict().items()}
+        out |= read(table, {e.path: own[e.path] for e in table}, arrays, arrays.__getitem__)
+    return unflatten_dict(out, sep="/")
 
 
 def shapes(task, dtype) -> dict:
@@ -167,15 +164,14 @@ def our_shapes(task, device: Device):
     return foreseen(shapes(task, device.dtype), jax.local_devices()[0])
 
 
-def our_params(s: dict, stage: str, models: tuple | None, task, device: Device):
+def our_params(stage: str, models: tuple | None, task, device: Device):
     """Our parameters of one stage, to draw with: those of diffusers' networks if given, zeros, or random ones."""
     import jax
 
     from unclip_jax.nn.drawing import placed
 
     if models is not None:
-        sizes = {"prior": (s["prior"],), "decoder": (s["decoder"], s["side"]), "upsampler": (s["upsampler"],)}
-        params = tensors(models)(stage, *sizes[stage])
+        params = converted(task, stage, models)
     elif device.half:
         params = random_params(shapes(task, device.dtype))
     else:
@@ -191,7 +187,7 @@ def our_sampling(s: dict, stage: str, models: tuple | None, steps: int, cond: di
     keys = jax.random.split(jax.random.key(0), batch)
     program, cond = Program(task.sample), jax.device_put(cond)
     program.compile(our_shapes(task, device), cond, keys)
-    params = our_params(s, stage, models, task, device)
+    params = our_params(stage, models, task, device)
     return Work(lambda: program(params, cond, keys), program)
 
 

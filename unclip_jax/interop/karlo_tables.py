@@ -10,10 +10,6 @@ A UNet's names are made from its paths, so depth, width and attention are those 
 
 from collections.abc import Mapping
 
-import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
-
 from unclip_jax.interop.layout import (
     CONV,
     DENSE,
@@ -31,9 +27,6 @@ from unclip_jax.interop.layout import (
     unet_levels,
     unet_part,
 )
-from unclip_jax.models.decoder import Decoder
-from unclip_jax.models.prior import Prior
-from unclip_jax.models.unet import UNet
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -114,34 +107,6 @@ def unet_table(shapes: Shapes) -> list[Entry]:
 
 
 TABLES = {"prior": prior_tables, "decoder": decoder_tables, "upsampler": upsampler_tables}
-
-
-def prior_shapes(model: Mapping) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of the prior's parameters, from keywords of `Prior`; nothing is computed."""
-    d, length = model["embed_dim"], model["max_len"]
-    z, states, mask = np.zeros((1, d)), np.zeros((1, length, d)), np.ones((1, length), bool)
-    net = _shapes(Prior(**model), z, np.zeros(1, np.int32), states, mask, z, None)
-    return {**{f"net/{path}": shape for path, shape in net.items()}, "mean": (d,), "std": (d,)}
-
-
-def decoder_shapes(model: Mapping, size: int) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of `Decoder`'s parameters, from its keywords and the side of its images."""
-    z, states = np.zeros((1, model["embed_dim"])), np.zeros((1, 2, model["embed_dim"]))
-    tokens, yes = np.zeros((1, 2), np.int32), np.ones(1, bool)
-    image, time = np.zeros((1, size, size, 3)), np.zeros(1, np.int32)
-    return _shapes(Decoder(**model), image, time, z, yes, tokens, tokens == 0, None, z, states)
-
-
-def upsampler_shapes(model: Mapping) -> dict[str, tuple[int, ...]]:
-    """{path: shape} of both networks' parameters, from keywords of `UNet`."""
-    side = 2 ** (len(model["multipliers"]) - 1)
-    net = _shapes(UNet(**model), np.zeros((1, side, side, 6)), np.zeros(1, np.int32))
-    return {f"{name}/{path}": shape for name in ("net", "last") for path, shape in net.items()}
-
-
-def _shapes(module, *args) -> dict[str, tuple[int, ...]]:
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
 def _below(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
