@@ -3,6 +3,7 @@
 import html.parser
 import json
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.test_cli import HOSTILE, files, run, stack  # noqa: F401 (fixtures)
 from unclip_jax import __version__, gallery
+from unclip_jax.cli import sample
 from unclip_jax.cli.pictures import read_picture
 from unclip_jax.edits import LEAST
 from unclip_jax.errors import UserError
@@ -114,6 +116,39 @@ def test_overwriting_takes_away_an_earlier_page_and_animation(tmp_path):
     assert set(files(tmp_path / "made")) == {
         "mine.html", "grid.png", "pictures.json", *(gallery.file_name("way", 0, i) for i in (0, 1))
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt(), UserError("stage 'decoder' gave NaN")])
+@pytest.mark.parametrize("finished", [0, 2])
+def test_what_was_finished_before_a_stop_is_kept(tmp_path, error, finished):
+    def rows():
+        for k in range(finished):
+            yield f"row {k}", [Picture(np.full((20, 20, 3), k, np.uint8), "a")] * 2
+        raise error
+
+    with warnings.catch_warnings(record=True) as told, pytest.raises(type(error)):
+        warnings.simplefilter("always")
+        gallery.write(tmp_path / "made", rows(), {"seed": 1}, page=True)
+    if not finished:
+        assert not list(tmp_path.iterdir()) and not told
+        return
+    index = json.loads((tmp_path / "made" / "pictures.json").read_text())
+    names = [gallery.file_name(f"row {k}", k, i) for k in range(2) for i in range(2)]
+    assert [picture["file"] for picture in index["pictures"]] == names and "finished before" in str(told[0].message)
+    assert set(files(tmp_path / "made")) == {*names, "grid.png", "index.html", "pictures.json"}
+    assert (tmp_path / "made" / "index.html").read_text().endswith(gallery.PAGE_END)
+
+
+def test_many_prompts_are_drawn_some_at_a_time_to_the_same_pictures(run, stack, tmp_path, monkeypatch):  # noqa: F811
+    argv = ["sample", "a red circle", "a blue ring", "two stars", "--num", 2, "--model", stack, "--steps", 3, "--html"]
+    run(*argv, "--out", "once")
+    monkeypatch.setattr(sample, "HELD", 4 * 32**2)
+    run(*argv, "--out", "parts")
+    once, parts = (json.loads((tmp_path / name / "pictures.json").read_text()) for name in ("once", "parts"))
+    assert once == parts and len(once["pictures"]) == 6 and len(files(tmp_path / "parts")) == 9
+    for picture in once["pictures"]:
+        a, b = (np.asarray(Image.open(tmp_path / name / picture["file"]), int) for name in ("once", "parts"))
+        assert np.abs(a - b).max() <= 1
 
 
 class Page(html.parser.HTMLParser):

@@ -11,6 +11,7 @@ the prompt itself is in pictures.json and in each PNG's metadata. The same pictu
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -20,7 +21,8 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,7 @@ figcaption { overflow-wrap: anywhere } dl { color: #666; font-size: 11px; margin
 dt { float: left; margin-right: .4em } dt::after { content: ":" } dd { margin: 0 }
 </style></head><body>
 """
+PAGE_END = "</body></html>\n"
 
 
 class Picture(NamedTuple):
@@ -107,7 +110,7 @@ def write_image(path: Path, image: np.ndarray, metadata: Mapping | None = None) 
 
 def write(
     out: Path,
-    rows: Sequence[tuple[str, Sequence[Picture]]],
+    rows: Iterable[tuple[str, Sequence[Picture]]],
     facts: Mapping,
     *,
     page: bool = False,
@@ -116,36 +119,33 @@ def write(
     """Writes a folder of pictures and returns the new files.
 
     In a folder that is there, what an earlier call wrote (by its pictures.json) is replaced, and other files are
-    left alone.
+    left alone. Where `rows` breaks off, by an error or a stop signal, the folder holds the rows before, a warning says
+    so, and what broke it off is raised; without a row before it, nothing is written.
 
     Args:
-      rows: (words for the files' names, pictures side by side); all rows as long, all pictures of one size.
+      rows: (words for the files' names, pictures side by side), of which one is held at a time, beside those that the
+        grid shows; all rows as long, all pictures of one size.
       facts: JSON values that hold for every picture: seed, model, settings.
       page: with index.html.
       animated: with the pictures as frames of a WebP and a GIF.
     """
-    try:
+    with _told(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
+    filled = _Filled(fresh, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated)
     try:
-        names = _fill(fresh, rows, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated)
-        fresh.chmod(0o755)
-        if not out.exists():
-            fresh.rename(out)
-        else:
-            for name in set(_earlier(out)) - set(names):
-                (out / name).unlink(missing_ok=True)
-            for name in names:  # the index last: it names only what is there
-                os.replace(fresh / name, out / name)
-    except OSError as error:
-        raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
-    except UserError as error:
-        raise UserError(str(error).replace(str(fresh), str(out))) from error
+        try:
+            for words, row in rows:
+                with _told(out, fresh):
+                    filled.add(words, row)
+        except BaseException:
+            if filled.pictures:
+                filled.publish(out)
+                warnings.warn(f"broken off; the pictures that were finished before are in {out}", stacklevel=2)
+            raise
+        return filled.publish(out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return [out / name for name in names]
 
 
 def labelled_grid(rows: Sequence[Sequence[Picture]]) -> np.ndarray:
@@ -163,39 +163,83 @@ def labelled_grid(rows: Sequence[Sequence[Picture]]) -> np.ndarray:
 
 def web_page(rows: Sequence[Sequence[Picture]], facts: Mapping) -> str:
     """One HTML page that needs no other file and runs nothing: pictures as data, every text escaped."""
-    parts = [PAGE_HEAD]
-    for row in rows:
-        parts.append("<section>\n")
-        for picture in row:
-            data = base64.b64encode(_png(picture.image)).decode()
-            told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
-            parts.append(
-                f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
-                f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
-            )
-        parts.append("</section>\n")
-    return "".join([*parts, "</body></html>\n"])
+    return "".join([PAGE_HEAD, *(_section(row, facts) for row in rows), PAGE_END])
 
 
-def _fill(folder: Path, named_rows, facts: Mapping, page: bool, animated: bool) -> list[str]:
-    """Writes everything into an empty folder; the names, the index last."""
-    rows = [list(row) for _, row in named_rows]
-    pictures = []
-    for r, (words, row) in enumerate(named_rows):
-        for i, picture in enumerate(row):
-            name = file_name(words, r, i)
-            write_image(folder / name, picture.image, {**picture.about, **facts})
-            pictures.append({"file": name, **picture.about})
-    about = [{"label": picture.label, **picture.about} for row in rows for picture in row]
-    write_image(folder / GRID, labelled_grid(rows), {**facts, "pictures": about})
-    extra = [PAGE] * page + list(ANIMATIONS) * animated
-    if page:
-        write_text(folder / PAGE, web_page(rows, facts))
-    if animated:
-        _animate(folder, [picture.image for row in rows for picture in row])
-    index = {**facts, "pictures": pictures, "also": extra}
-    write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-    return [GRID, *(picture["file"] for picture in pictures), *extra, INDEX]
+def _section(row: Sequence[Picture], facts: Mapping) -> str:
+    """One row of the page."""
+    parts = ["<section>\n"]
+    for picture in row:
+        data = base64.b64encode(_png(picture.image)).decode()
+        told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
+        parts.append(
+            f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
+            f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
+        )
+    return "".join([*parts, "</section>\n"])
+
+
+class _Filled:
+    """An empty folder that is filled row by row, and then becomes another's content."""
+
+    def __init__(self, folder: Path, facts: Mapping, page: bool, animated: bool):
+        self.folder, self.facts, self.page, self.animated = folder, facts, page, animated
+        self.pictures, self.labels, self.shown, self.frames = [], [], [], []
+        self.room = GRID_PIXELS
+
+    def add(self, words: str, row: Sequence[Picture]) -> None:
+        """Writes the pictures of one row more."""
+        number = len(self.labels)
+        own = [{"file": file_name(words, number, i), **picture.about} for i, picture in enumerate(row)]
+        for told, picture in zip(own, row, strict=True):
+            write_image(self.folder / told["file"], picture.image, {**picture.about, **self.facts})
+        if self.page:
+            with (self.folder / PAGE).open("a", encoding="utf-8") as stream:
+                stream.write(("" if number else PAGE_HEAD) + _section(row, self.facts))
+        if self.room > 0:
+            self.shown.append(row)
+            self.room -= sum(picture.image[..., 0].size for picture in row)
+        self.frames += [picture.image for picture in row] if self.animated else []
+        self.labels.append([{"label": picture.label, **picture.about} for picture in row])
+        self.pictures += own
+
+    def publish(self, out: Path) -> list[Path]:
+        """Writes what shows all rows, the index last, and moves everything to `out`."""
+        with _told(out, self.folder):
+            extra = [PAGE] * self.page + list(ANIMATIONS) * self.animated
+            names = [GRID, *(picture["file"] for picture in self.pictures), *extra, INDEX]
+            for file in self.folder.iterdir():
+                if file.name not in names:  # of a row that was broken off
+                    file.unlink()
+            about = {**self.facts, "pictures": [label for row in self.labels for label in row]}
+            write_image(self.folder / GRID, labelled_grid(self.shown), about)
+            if self.page:
+                with (self.folder / PAGE).open("a", encoding="utf-8") as stream:
+                    stream.write(PAGE_END)
+            if self.animated:
+                _animate(self.folder, self.frames)
+            index = {**self.facts, "pictures": self.pictures, "also": extra}
+            write_text(self.folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+            self.folder.chmod(0o755)
+            if not out.exists():
+                self.folder.rename(out)
+            else:
+                for name in set(_earlier(out)) - set(names):
+                    (out / name).unlink(missing_ok=True)
+                for name in names:  # the index last: it names only what is there
+                    os.replace(self.folder / name, out / name)
+        return [out / name for name in names]
+
+
+@contextlib.contextmanager
+def _told(out: Path, fresh: Path | None = None):
+    """What cannot be written, as a UserError that names `out`, and no folder beside it that will soon be gone."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={str(out)!r} cannot be written ({error.strerror or error})") from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(fresh), str(out))) from error
 
 
 def _animate(folder: Path, images: Sequence[np.ndarray]) -> None:

@@ -74,7 +74,13 @@ def finish(args, out: Path, rows, used, animated: bool = False, **more) -> None:
     from unclip_jax import gallery
 
     facts = {"seed": args.seed, "model": Path(args.model).name, "settings": used, **more}
-    gallery.write(out, rows, facts, page=args.html, animated=animated)
-    images = [picture.image for _, row in rows for picture in row]
-    height, width = images[0].shape[:2]
-    print(f"{len(images)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}")
+    sizes = []
+
+    def counted():
+        for words, row in rows:
+            sizes.extend(picture.image.shape[:2] for picture in row)
+            yield words, row
+
+    gallery.write(out, counted(), facts, page=args.html, animated=animated)
+    height, width = sizes[0]
+    print(f"{len(sizes)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}")

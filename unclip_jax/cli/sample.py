@@ -7,6 +7,7 @@ from unclip_jax.cli.pictures import at_most, finish
 from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError
 
+HELD = 2**26  # pixels that are drawn before the first is written: 64 pictures of 1024 px, 1,024 of 256 px
 DEMO = (
     "a red circle",
     "a large green star on a black background",
@@ -58,13 +59,21 @@ def sample(args) -> None:
         raise UserError("the following arguments are required: --out", "see unclip sample --help")
     out = gallery.check_folder(args.out, args.overwrite)
     pipe, settings = load(args)
-    images = pipe.generate(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
-    rows = []
-    for p, prompt in enumerate(prompts):
-        own = images[p * args.num : (p + 1) * args.num]
-        about = [{"prompt": prompt, "prompt_index": p, "index": i} for i in range(args.num)]
-        rows.append((prompt, [gallery.Picture(image, prompt, a) for image, a in zip(own, about, strict=True)]))
-    finish(args, out, rows, pipe.settings(**settings))
+    finish(args, out, _drawn(pipe, prompts, args, settings), pipe.settings(**settings))
+
+
+def _drawn(pipe, prompts, args, settings):
+    """The rows of `gallery.write`, drawn some prompts at a time, so that few pictures are in memory."""
+    from unclip_jax.gallery import Picture
+
+    at_once = max(1, HELD // (pipe.size**2 * args.num))
+    for first in range(0, len(prompts), at_once):
+        some, how = prompts[first : first + at_once], dict(num=args.num, first=first, batch_size=args.batch_size)
+        images = pipe.generate(some, args.seed, **how, **settings)
+        for p, prompt in enumerate(some):
+            own = images[p * args.num : (p + 1) * args.num]
+            about = [{"prompt": prompt, "prompt_index": first + p, "index": i} for i in range(args.num)]
+            yield prompt, [Picture(image, prompt, facts) for image, facts in zip(own, about, strict=True)]
 
 
 def compile_only(args, prompts) -> None:
