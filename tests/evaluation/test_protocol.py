@@ -414,7 +414,8 @@ BAD = {
     "sweep range": (["--metrics", "fid", "--data", "shapes", "--sweep", "guidance=-1"], "guidance=-1"),
     "sweep sampler": (["--metrics", "fid", "--data", "shapes", "--sweep", "sampler=dimm"], "did you mean 'ddim'"),
     "sweep beyond training": (["--metrics", "fid", "--data", "shapes", "--sweep", "steps=21"], "21 steps"),
-    "sweep of images": (["--images", "good", "--sweep", "steps=2"], "--sweep draws"),
+    "sweep over a flag": (["--metrics", "fid", "--data", "shapes", "--sweep", "steps=2", "--steps", 3], "set the same"),
+    "sweep of images": (["--images", "good", "--sweep", "steps=2"], "--sweep is for pictures drawn for --data"),
     "bootstrap": (["--metrics", "fid", "--data", "shapes", "--bootstrap", "-1"], "--bootstrap"),
     "num 0": (["--metrics", "fid", "--data", "shapes", "--num", 0], "--num"),
     "batch 0": (["--metrics", "fid", "--data", "shapes", "--batch-size", 0], "--batch-size"),
@@ -456,7 +457,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(case, run, things, monkeypatch
     argv, words = BAD[case]
     monkeypatch.chdir(things)
     before = sorted(things.rglob("*"))
-    code, out, err = run("--model", tiny_stack.path(), *argv)
+    model = [] if "--compare" in argv else ["--model", tiny_stack.path()]
+    code, out, err = run(*model, *argv)
     assert code == 2 and out == "" and len(err) == 1, err
     assert err[0].startswith("error: ") and words in err[0] and err[0].isprintable()
     assert sorted(things.rglob("*")) == before

@@ -1,5 +1,6 @@
 """`unclip evaluate`."""
 
+import argparse
 from pathlib import Path
 
 import unclip_jax
@@ -7,6 +8,22 @@ from unclip_jax.cli.arguments import add_model, add_settings, command, count, do
 from unclip_jax.errors import UserError, suggest
 
 NUM = 200
+OUT = "out overwrite debug"
+REAL = "metrics data path reference inception clip work bootstrap"
+DRAW = "model seed batch_size low_memory base sampling"  # the last stands for the flags of `settings.Settings`
+STAGE = "num seed data path sweep classes templates"
+# {task: the flags that it reads}. But for the first two, a task is asked for by the flag of its name.
+READS = {
+    "prompts": f"metrics num num_objects sheet {DRAW} {OUT}",
+    "drawn": f"num sweep {REAL} {DRAW} {OUT}",
+    "images": f"images num model seed {REAL} {OUT}",
+    "checkpoint": f"checkpoint step {STAGE} {OUT}",
+    "stage": f"stage model {STAGE} {OUT}",
+    "compare": f"compare {OUT}",
+    "pairs": f"pairs num seed {OUT}",
+    "votes": f"votes key {OUT}",
+}
+CALLED = {"prompts": "the shapes world's own prompts", "drawn": "pictures drawn for --data"}
 
 
 def add(commands) -> None:
@@ -43,45 +60,46 @@ def add(commands) -> None:
     group.add_argument("--votes", nargs="+", metavar="VOTES.json", help="what the votes on such a page say")
     group.add_argument("--key", metavar="KEY.json", help="of the page that the votes are on")
     add_model(sub)
+    others = len(sub._actions)
     add_settings(sub)
+    sub.set_defaults(sampling=[action.dest for action in sub._actions[others:]])
     done(sub)
+    # None until given, so that `task_of` knows what was; it fills in the rest.
+    usual = {a.dest: a.default for a in sub._actions if a.default not in (None, argparse.SUPPRESS)}
+    sub.set_defaults(**dict.fromkeys(usual), usual=usual)
 
 
 def run(args) -> None:
     """Does the one of its tasks that the flags ask for."""
-    modes = {name: getattr(args, name) for name in ("checkpoint", "stage", "images", "compare", "pairs", "votes")}
-    given = [name for name, value in modes.items() if value is not None]
-    if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} are different tasks", "give one of them")
-    from unclip_jax.evaluation.protocol import METRICS
-
-    for name in args.metrics:
-        if name not in METRICS:
-            raise UserError(f"metrics={name!r} is unknown", suggest(name, METRICS))
-    _refuse_stray(args, given)
-    mode = given[0] if given else None
-    args.num = NUM if args.num is None and mode != "images" else args.num
-    if mode in ("checkpoint", "stage"):
-        return _stage(args)
-    if mode == "compare":
-        return _compare(args)
-    if mode in ("pairs", "votes"):
-        return _people(args, mode)
-    if mode is None and args.metrics == ["shapes_oracle"] and args.data is None and args.sweep is None:
-        return _alignment(args)
-    from unclip_jax.cli.evaluate_pictures import run as pictures
-
-    return pictures(args)
+    task = task_of(args)
+    RUN[task](args)
 
 
-def _refuse_stray(args, given: list[str]) -> None:
-    """Flags that would be silently ignored are mistakes."""
-    stage = ("checkpoint", "stage")
-    only = {"sheet": (), "step": stage[:1], "classes": stage, "templates": stage, "key": ("votes",)}
-    for flag, modes in only.items():
-        if getattr(args, flag) is not None and not (set(given) & set(modes) or given == list(modes)):
-            task = " or ".join(f"--{mode}" for mode in modes) or "a stack's pictures"
-            raise UserError(f"--{flag} is for {task}", "leave it out")
+def task_of(args) -> str:
+    """The one of `READS` that the flags ask for; flags that were not given get their defaults.
+
+    Raises:
+      UserError: two tasks are asked for, or a flag is given that the task would ignore.
+    """
+    flags = [flag.strip("-").replace("-", "_") for flag in args.flags]
+    given = [name for name in flags if getattr(args, name, None) is not None]
+    asked = [name for name in READS if name in given]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are different tasks", "give one of them")
+    for name, value in args.usual.items():
+        if name not in given:
+            setattr(args, name, value)
+    of_data = "data" in given or "sweep" in given or args.metrics != args.usual["metrics"]
+    task = asked[0] if asked else "drawn" if of_data else "prompts"
+    for name in given:
+        kind = "sampling" if name in args.sampling else name
+        readers = [CALLED.get(other, f"--{other}") for other, reads in READS.items() if kind in reads.split()]
+        if (this := CALLED.get(task, f"--{task}")) not in readers:
+            known = " or ".join(filter(None, [", ".join(readers[:-1]), readers[-1]]))
+            raise UserError(f"--{name.replace('_', '-')} is for {known}, and not for {this}", "leave it out")
+    if args.num is None and task != "images":
+        args.num = NUM
+    return task
 
 
 def _alignment(args) -> None:
@@ -92,7 +110,7 @@ def _alignment(args) -> None:
     for name in args.num_objects:
         if name not in alignment.OBJECTS:
             raise UserError(f"num-objects={name!r} is unknown", suggest(name, alignment.OBJECTS))
-    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
+    out = out_of(args)
     sheet = gallery.check_file(args.sheet, ".png", args.overwrite) if args.sheet is not None else None
     pipe, settings = load(args)
     pipe = pipe.without_upsamplers() if args.base else pipe
@@ -111,13 +129,20 @@ def _alignment(args) -> None:
         report.write(out, alignment.as_report(facts, seen))
 
 
-def _stage(args) -> None:
-    from unclip_jax.evaluation import report, stages
+def _pictures(args) -> None:
+    from unclip_jax.cli.evaluate_pictures import run as pictures
 
-    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
+    pictures(args)
+
+
+def _stage(args) -> None:
+    from unclip_jax.evaluation import stages
+
+    out = out_of(args)
     made = stages.measure(
-        args.checkpoint or args.model, args.num, args.seed, stage=args.stage, step=args.step, source=args.data,
-        path=args.path, sweep=args.sweep, classes=args.classes, templates=args.templates,
+        args.model if args.stage is not None else args.checkpoint, args.num, args.seed, stage=args.stage,
+        step=args.step, source=args.data, path=args.path, sweep=args.sweep, classes=args.classes,
+        templates=args.templates,
     )  # fmt: skip
     show(made, out)
 
@@ -125,23 +150,39 @@ def _stage(args) -> None:
 def _compare(args) -> None:
     from unclip_jax.evaluation import report
 
-    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
+    out = out_of(args)
     show(report.compare(*args.compare), out)
 
 
-def _people(args, mode: str) -> None:
-    from unclip_jax.evaluation import pairs, report
+def _pairs(args) -> None:
+    from unclip_jax.evaluation import pairs
 
-    if mode == "pairs":
-        if args.out is None:
-            raise UserError("--pairs needs --out", "give --out PAGE.html")
-        page, key, shown = pairs.make(*args.pairs, args.out, args.num, args.seed, args.overwrite)
-        print(f"{shown} questions in {page}; which side is which is in {key}, which judges must not see")
-        return
+    if args.out is None:
+        raise UserError("--pairs needs --out", "give --out PAGE.html")
+    page, key, shown = pairs.make(*args.pairs, args.out, args.num, args.seed, args.overwrite)
+    print(f"{shown} questions in {page}; which side is which is in {key}, which judges must not see")
+
+
+def _votes(args) -> None:
+    from unclip_jax.evaluation import pairs
+
     if args.key is None:
         raise UserError("--votes needs --key", "give the .key.json that was written beside the page")
-    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
+    out = out_of(args)
     show(pairs.analyse(args.votes, args.key), out)
+
+
+RUN = {
+    "prompts": _alignment, "drawn": _pictures, "images": _pictures, "checkpoint": _stage, "stage": _stage,
+    "compare": _compare, "pairs": _pairs, "votes": _votes,
+}  # fmt: skip
+
+
+def out_of(args) -> Path | None:
+    """Where the report goes, if anywhere; UserError where it cannot."""
+    from unclip_jax.evaluation import report
+
+    return report.check_files(args.out, args.overwrite) if args.out is not None else None
 
 
 def show(made, out: Path | None) -> None:

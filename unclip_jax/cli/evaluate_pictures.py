@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 
 from unclip_jax.cli.arguments import given_settings
-from unclip_jax.cli.evaluate import show
-from unclip_jax.errors import UserError
+from unclip_jax.cli.evaluate import out_of, show
+from unclip_jax.errors import UserError, suggest
 
 # What a sweep may vary, and how its values are read.
 TYPES = {
@@ -20,19 +20,23 @@ TYPES = {
 def run(args) -> None:
     """Prints, and on request writes, the metrics of drawn pictures."""
     from unclip_jax import distributed, gallery
-    from unclip_jax.evaluation import protocol, report, sweep
+    from unclip_jax.evaluation import protocol, sweep
 
     distributed.initialize()
-    if args.sheet is not None:
-        raise UserError("--sheet is for the shapes world's own prompts", "leave it out, and give --out")
-    out = report.check_files(args.out, args.overwrite) if args.out is not None else None
+    for name in args.metrics:
+        if name not in protocol.METRICS:
+            raise UserError(f"metrics={name!r} is unknown", suggest(name, protocol.METRICS))
+    out = out_of(args)
     combinations = sweep.parse(args.sweep or [], TYPES)
-    if args.images is not None and args.sweep:
-        raise UserError("--sweep draws pictures, and --images measures those of a folder", "leave out one of them")
+    if doubled := sorted(set(combinations[0]) & set(given_settings(args))):
+        flag = doubled[0].replace("_", "-")
+        raise UserError(f"--{flag} and --sweep {doubled[0]}=… set the same", "leave out one of them")
     wanted = set(args.metrics)
     if wanted & protocol.WITH_REAL and args.data is None and args.reference is None:
         named = sorted(wanted & protocol.WITH_REAL)[0]
         raise UserError(f"metric {named!r} compares with real pictures", "give --data SOURCE or --reference FILE.npz")
+    if args.path is not None and args.data is None:
+        raise UserError(f"path={args.path!r} is of a source, and none is given", "give --data SOURCE as well")
     if args.images is None and args.data is None:
         raise UserError("pictures are drawn from the captions of --data", "give --data SOURCE, or --images DIR")
     if args.reference is not None and args.data is None and not Path(args.reference).is_file():
