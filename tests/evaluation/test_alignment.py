@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from unclip_jax.data import shapes
 from unclip_jax.data.shapes_world import COLOURS
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import alignment
+from unclip_jax.evaluation import alignment, report
 
 N = 24
 
@@ -78,12 +79,23 @@ def test_held_out_prompts_hold_held_out_pairs(truth):
 
 def test_the_table_and_the_sheet_tell_the_rows(truth):
     rows, seen = alignment.alignment(perfect(truth), num=4, objects=["one"])
-    lines = alignment.table(rows).splitlines()
-    assert len(lines) == 1 + len(rows) and len({len(line.split("  ")[0]) for line in lines})
+    lines = report.plain(alignment.table(rows)).splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert len({re.match(r"\S+ +\S+ +\S+", line).end() for line in lines}) == 1
     assert lines[1].split()[:3] == ["one", "seen", "4"]
     sheet = alignment.sheet(seen)
     assert sheet.dtype == np.uint8 and sheet.shape[1] > 8 * 160
+    made = alignment.as_report({"model": "m", "num": 4, "results": rows}, seen)
+    assert made.samples[0].captions == [f"[right] {prompt}" for prompt in seen["one seen"][0]]
     json.dumps(rows)
+
+
+def test_a_label_names_what_is_wrong(truth):
+    _, seen = alignment.alignment(lambda prompts: 0 * perfect(truth)(prompts), num=1, objects=["one"])
+    ((prompt,), _, (verdict,)) = seen["one seen"]
+    wrong = [key for key in alignment.KEYS if verdict.get(key) is False]
+    made = alignment.as_report({"model": "m", "num": 1, "results": []}, seen)
+    assert "count" in wrong and made.samples[0].captions == [f"[wrong {', '.join(wrong)}] {prompt}"]
 
 
 @pytest.mark.parametrize(("bad", "words"), [({"num": 0}, "num=0"), ({"objects": ["four"]}, "'four'")])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import unclip_jax
 from unclip_jax.cli.arguments import add_model, add_settings, command, count, done, listed, load, number_from
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError
 
 NUM = 200
 OUT = "out overwrite debug"
@@ -107,9 +107,7 @@ def _alignment(args) -> None:
     from unclip_jax import gallery
     from unclip_jax.evaluation import alignment, report
 
-    for name in args.num_objects:
-        if name not in alignment.OBJECTS:
-            raise UserError(f"num-objects={name!r} is unknown", suggest(name, alignment.OBJECTS))
+    alignment.check_objects(args.num_objects)
     out = out_of(args)
     sheet = gallery.check_file(args.sheet, ".png", args.overwrite) if args.sheet is not None else None
     pipe, settings = load(args)
@@ -119,14 +117,15 @@ def _alignment(args) -> None:
         return pipe.generate(prompts, args.seed, batch_size=args.batch_size, **settings)
 
     rows, seen = alignment.alignment(draw, args.num, args.seed, args.num_objects)
-    print(alignment.table(rows))
+    facts = {"unclip_jax": unclip_jax.__version__, "kind": "alignment", "metric": "shapes_oracle"}
+    facts |= {"model": Path(args.model).name, "seed": args.seed, "num": args.num, "pixels": pipe.size}
+    facts |= {"settings": pipe.settings(**settings), "versions": report.versions(), "results": rows}
+    made = alignment.as_report(facts, seen)
+    print(report.plain(made.tables[0]))
     if sheet:
         gallery.write_image(sheet, alignment.sheet(seen))
     if out:
-        facts = {"unclip_jax": unclip_jax.__version__, "kind": "alignment", "metric": "shapes_oracle"}
-        facts |= {"model": Path(args.model).name, "seed": args.seed, "num": args.num, "pixels": pipe.size}
-        facts |= {"settings": pipe.settings(**settings), "versions": report.versions(), "results": rows}
-        report.write(out, alignment.as_report(facts, seen))
+        report.write(out, made)
 
 
 def _pictures(args) -> None:

@@ -41,9 +41,7 @@ def alignment(
 
     if num < 1:
         raise UserError(f"num={num} must be at least 1")
-    for kind in objects:
-        if kind not in OBJECTS:
-            raise UserError(f"num-objects={kind!r} is unknown", suggest(kind, OBJECTS))
+    check_objects(objects)
     kinds = list(itertools.product(objects, PAIRS))
     texts = {kind: prompts(kind[0], PAIRS[kind[1]], num, seed) for kind in kinds}
     images = draw(list(itertools.chain.from_iterable(texts.values())))
@@ -56,6 +54,13 @@ def alignment(
         seen[" ".join(kind)] = (texts[kind], own, verdicts)
     rows.append({"objects": "all", "pairs": "all", **tally(everything)})
     return rows, seen
+
+
+def check_objects(objects: Iterable[str]) -> None:
+    """Raises UserError unless all are of `OBJECTS`."""
+    for name in objects:
+        if name not in OBJECTS:
+            raise UserError(f"num-objects={name!r} is unknown", suggest(name, OBJECTS))
 
 
 def judge(images: np.ndarray, prompts: Sequence[str]) -> list[dict[str, bool]]:
@@ -82,22 +87,15 @@ def tally(verdicts: Sequence[dict[str, bool]]) -> dict:
     return {"n": n, **shares, "attributes": attributes}
 
 
-def table(rows: Iterable[dict]) -> str:
-    """The rows of `alignment` for reading, in percent."""
-    lines = [["objects", "pairs", "n", "right %", "95% interval", *(f"{key} %" for key in KEYS)]]
+def table(rows: Iterable[dict]) -> Table:
+    """The rows of `alignment`, in percent to one decimal."""
+    columns = ["objects", "pairs", "n", "right %", "95% from", "to", *(f"{key} %" for key in KEYS)]
+    lines = []
     for row in rows:
-        shares = [row["attributes"].get(key) for key in KEYS]
-        lines.append([
-            row["objects"], row["pairs"], str(row["n"]), f"{100 * row['right']:.1f}",
-            f"{100 * row['low']:.1f} - {100 * row['high']:.1f}",
-            *(f"{100 * share['right']:.1f}" if share else "-" for share in shares),
-        ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [
-        [c.ljust(w) if j < 2 else c.rjust(w) for j, (c, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+        shares = [row["attributes"].get(key, {}).get("right") for key in KEYS]
+        percent = [s if s is None else round(100 * s, 1) for s in (row["right"], row["low"], row["high"], *shares)]
+        lines.append([row["objects"], row["pairs"], row["n"], *percent])
+    return Table("Share of pictures", columns, lines)
 
 
 def sheet(seen: dict[str, tuple], each: int = 16) -> np.ndarray:
@@ -106,26 +104,23 @@ def sheet(seen: dict[str, tuple], each: int = 16) -> np.ndarray:
 
     images, labels = [], []
     for prompts, pictures, verdicts in seen.values():
-        for prompt, picture, verdict in list(zip(prompts, pictures, verdicts, strict=True))[:each]:
-            wrong = [key for key in KEYS if not verdict.get(key, True)]
-            labels.append(f"[{'wrong ' + ', '.join(wrong) if wrong else 'right'}] {prompt}")
-            images.append(picture)
-    images = np.stack(images)
+        images.append(pictures[:each])
+        labels += _labels(prompts[:each], verdicts[:each])
+    images = np.concatenate(images)
     return grid(images, 8, labels=labels, scale=max(1, -(-160 // images.shape[2])), pad=4)
 
 
 def as_report(facts: dict, seen: dict[str, tuple], each: int = 8) -> Report:
     """What `alignment` gave, for `report.write`. facts: with its rows as "results"."""
-    columns = ["objects", "pairs", "n", "right %", "95% from", "to", *(f"{key} %" for key in KEYS)]
-    rows = []
-    for row in facts["results"]:
-        shares = [row["attributes"].get(key) for key in KEYS]
-        percent = [100 * row["right"], 100 * row["low"], 100 * row["high"]]
-        rows.append([row["objects"], row["pairs"], row["n"], *percent, *(s and 100 * s["right"] for s in shares)])
-    samples = []
-    for kind, (prompts, pictures, verdicts) in seen.items():
-        wrong = [", ".join(key for key in KEYS if not v.get(key, True)) for v in verdicts[:each]]
-        labels = [f"[{'wrong ' + w if w else 'right'}] {p}" for w, p in zip(wrong, prompts, strict=False)]
-        samples.append(Samples(kind, pictures[:each], labels))
+    samples = [
+        Samples(kind, pictures[:each], _labels(prompts[:each], verdicts[:each]))
+        for kind, (prompts, pictures, verdicts) in seen.items()
+    ]
     title = f"Alignment of {facts['model']}: {facts['num']} prompts of each kind"
-    return Report(title, facts, [Table("Share of pictures", columns, rows)], samples=samples)
+    return Report(title, facts, [table(facts["results"])], samples=samples)
+
+
+def _labels(prompts: Sequence[str], verdicts: Sequence[dict[str, bool]]) -> list[str]:
+    """Each prompt behind its verdict, as "[wrong shape, colour] a red circle"."""
+    wrong = [", ".join(key for key in KEYS if not verdict.get(key, True)) for verdict in verdicts]
+    return [f"[{'wrong ' + keys if keys else 'right'}] {prompt}" for keys, prompt in zip(wrong, prompts, strict=True)]

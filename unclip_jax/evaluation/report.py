@@ -115,8 +115,8 @@ def plain(table: Table) -> str:
     """For the terminal."""
     cells = [list(table.columns), *([_cell(c) for c in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    number = [isinstance(c, (int, float)) for c in table.rows[0]] if table.rows else [False] * len(widths)
-    sides = ["rjust" if n else "ljust" for n in number]
+    columns = zip(table.columns, *table.rows, strict=True)
+    sides = ["rjust" if any(isinstance(c, (int, float)) for c in column) else "ljust" for column in columns]
     lines = [
         "  ".join(getattr(c, side)(w) for c, side, w in zip(line, sides, widths, strict=True)).rstrip()
         for line in cells
