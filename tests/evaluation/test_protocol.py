@@ -56,7 +56,7 @@ def texts(captions):
     return np.stack([np.random.default_rng(len(c)).standard_normal(6) for c in captions]).astype(np.float32)
 
 
-class World(pictures.Drawn):
+class World(pictures.DrawnPictures):
     """Pictures of the shapes world as if drawn; counts how many are asked for."""
 
     def __init__(self, num, seed):
@@ -74,7 +74,8 @@ def plan(metrics=CLIP_METRICS, **more):
 
 def measured(tmp, own=None, num=40):
     own = own or plan()
-    drawn, real = World(num, 1), pictures.Real(shapes.Shapes("test", 32, 2), num, {"data": "shapes", "size": 32})
+    drawn = World(num, 1)
+    real = pictures.RealPictures(shapes.Shapes("test", 32, 2), num, {"data": "shapes", "size": 32})
     folder = work.Work(tmp)
     known = reference.of_series(own.look("real", real, folder), own.networks, "clip")
     return own.measure(own.look("drawn", drawn, folder), known), drawn, known
@@ -191,10 +192,10 @@ def test_other_pictures_of_the_same_names_and_sizes_are_not_taken_for_them(tmp_p
         return data.make(kind, "all", size=8, path=str(path), **more)
 
     first, same, other = write(1, 2), write(1, 3), write(4, 2)
-    about = lambda source, num: pictures.Real(source, num, {}).about  # noqa: E731
+    about = lambda source, num: pictures.RealPictures(source, num, {}).about  # noqa: E731
     assert about(first, 3) == about(same, 3) and about(first, 4) != about(same, 4)
     assert about(first, 3) != about(other, 3)
-    assert pictures.Real(first, 4, {}).captions() == [f"number {k}" for k in range(4)]
+    assert pictures.RealPictures(first, 4, {}).captions() == [f"number {k}" for k in range(4)]
 
 
 def test_embeddings_are_not_measured_as_pictures(monkeypatch):
@@ -480,7 +481,7 @@ if found:
 def two(folder):
     """The report of 40 pictures; None in other processes than the main one."""
     own, shared = plan("kid,cmmd,clip_score"), work.Work(folder)
-    real = pictures.Real(shapes.Shapes("test", 32, 2), 40, {"data": "shapes", "size": 32})
+    real = pictures.RealPictures(shapes.Shapes("test", 32, 2), 40, {"data": "shapes", "size": 32})
     known = reference.of_series(own.look("real", real, shared), own.networks, "clip")
     return sweep.run(own, [sweep.Point("", {}, World(40, 1))], known, shared, {})
 

@@ -34,7 +34,7 @@ class Tags(HTMLParser):
 
 def made():
     images = RNG.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    svg = plot.curves([(HOSTILE, [plot.Point(1, 2, (0.5, 1.5), None, HOSTILE), plot.Point(2, 3)])], HOSTILE, "y")
+    svg = plot.curves([(HOSTILE, [plot.Mark(1, 2, (0.5, 1.5), None, HOSTILE), plot.Mark(2, 3)])], HOSTILE, "y")
     table = report.Table(HOSTILE, ["a", HOSTILE], [[1, HOSTILE], [0.123456789, None]])
     return report.Report(
         HOSTILE, {"x": HOSTILE}, [table], [(HOSTILE, svg)], [report.Samples(HOSTILE, images, [HOSTILE, "b"])], [HOSTILE]
@@ -67,7 +67,7 @@ def test_a_report_comes_back(tmp_path):
 
 
 def test_a_plot_puts_points_where_the_axes_say():
-    points = [plot.Point(x, y) for x, y in ((1.0, 10.0), (2.0, 40.0), (4.0, 20.0))]
+    points = [plot.Mark(x, y) for x, y in ((1.0, 10.0), (2.0, 40.0), (4.0, 20.0))]
     root = ET.fromstring(plot.curves([("c", points)], "x", "y"))
     ns = "{http://www.w3.org/2000/svg}"
     circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{ns}circle")]

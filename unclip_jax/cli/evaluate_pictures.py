@@ -101,7 +101,7 @@ def _measure(args, combinations, folder: Path):
 
     networks, embed = _networks(args)
     plan = protocol.Protocol(args.metrics, networks, embed, args.bootstrap, args.seed)
-    drawn = pictures.Folder(args.images, args.num) if args.images is not None else None
+    drawn = pictures.PictureFolder(args.images, args.num) if args.images is not None else None
     args.num = len(drawn) if drawn else args.num
     stacks = {} if drawn else _stacks(args, combinations)
     sizes = {drawn.size} if drawn else {pipe.size for pipe, _ in stacks.values()}
@@ -113,7 +113,7 @@ def _measure(args, combinations, folder: Path):
     if args.data is not None:
         source, about = pictures.source(args.data, size, args.seed, args.path)
         facts["data"] = about
-        real = pictures.Real(source, args.num, about)
+        real = pictures.RealPictures(source, args.num, about)
         captions = None if drawn else real.captions()
     work = Work(folder)
     statistics = _real(args, plan, real, work, size, facts) if plan.needs_real else None
@@ -163,7 +163,7 @@ def _stacks(args, combinations) -> dict:
 
 def _points(args, combinations, stacks, captions, size):
     """What to draw and measure, one for each combination of settings."""
-    from unclip_jax.evaluation.pictures import Drawn
+    from unclip_jax.evaluation.pictures import DrawnPictures
     from unclip_jax.evaluation.sweep import Point
 
     points = []
@@ -182,7 +182,7 @@ def _points(args, combinations, stacks, captions, size):
         about = {"model": Path(name).name, "identity": identity, "seed": args.seed, "base": args.base, "size": size}
         about["settings"] = pipe.settings(**settings)
         label = ", ".join(f"{k}={Path(v).name if k == 'model' else v}" for k, v in combination.items())
-        points.append(Point(label or Path(name).name, combination, Drawn(draw, captions, size, about)))
+        points.append(Point(label or Path(name).name, combination, DrawnPictures(draw, captions, size, about)))
     return points
 
 

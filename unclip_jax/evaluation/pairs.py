@@ -20,7 +20,7 @@ from PIL import Image
 from unclip_jax import gallery
 from unclip_jax.data.images import open_image
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation.pictures import Folder
+from unclip_jax.evaluation.pictures import PictureFolder
 from unclip_jax.evaluation.report import Report, Table, data_uri, html, read
 from unclip_jax.metrics.intervals import wilson
 from unclip_jax.storage import write_text
@@ -48,7 +48,7 @@ def make(a: str, b: str, out: str, num: int = 50, seed: int = 0, overwrite: bool
     key = gallery.check_file(str(page.with_suffix(".key.json")), ".json", overwrite)
     if Path(a).resolve() == Path(b).resolve():
         raise UserError(f"both folders are {a!r}", "give two")
-    folders = [Folder(a), Folder(b)]
+    folders = [PictureFolder(a), PictureFolder(b)]
     groups = [_by_caption(folder, name) for folder, name in zip(folders, (a, b), strict=True)]
     captions = [text for text in groups[0] if text in groups[1]]
     if not captions:
@@ -112,7 +112,7 @@ def sign_test(k: int, n: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, j) for j in range(extreme, n + 1)) / 2**n)
 
 
-def _by_caption(folder: Folder, name: str) -> dict[str, list[str]]:
+def _by_caption(folder: PictureFolder, name: str) -> dict[str, list[str]]:
     if folder.captions is None:
         raise UserError(f"the pictures in {name} have no captions", "put captions.jsonl beside them")
     groups: dict[str, list[str]] = {}
@@ -134,7 +134,7 @@ def _trials(caption: str, folders, groups, rng: Random):
         yield {"caption": caption, "question": question, "left": left, "sides": sides if left == "a" else sides[::-1]}
 
 
-def _shown(folder: Folder, file: str) -> str:
+def _shown(folder: PictureFolder, file: str) -> str:
     image = open_image(folder.path / file)
     image.thumbnail((SIDE, SIDE))
     pixels = np.asarray(image)

@@ -24,7 +24,7 @@ MAX_BAD = 0.01  # share of pictures that may be unreadable
 MAX_INDEX_BYTES = 256 << 20
 
 
-class Block(NamedTuple):
+class PictureBlock(NamedTuple):
     """Pictures u8[n, S, S, 3], their captions (None where there are none), and how many were unreadable."""
 
     images: np.ndarray
@@ -40,11 +40,11 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def block(self, start: int, stop: int) -> Block:
+    def block(self, start: int, stop: int) -> PictureBlock:
         """Pictures start … stop - 1."""
 
 
-class Drawn:
+class DrawnPictures:
     """Pictures that a stack draws, picture i decided by caption i, its index, the seed and the settings alone.
 
     Args:
@@ -61,12 +61,12 @@ class Drawn:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def block(self, start: int, stop: int) -> Block:
+    def block(self, start: int, stop: int) -> PictureBlock:
         texts = self.captions[start:stop]
-        return Block(self.draw(texts, start), texts)
+        return PictureBlock(self.draw(texts, start), texts)
 
 
-class Real:
+class RealPictures:
     """The first `num` pictures of a data source; `about`: what decides which source it is."""
 
     def __init__(self, source, num: int, about: dict):
@@ -79,7 +79,7 @@ class Real:
     def __len__(self) -> int:
         return self.num
 
-    def block(self, start: int, stop: int) -> Block:
+    def block(self, start: int, stop: int) -> PictureBlock:
         return _readable(lambda i: (self.source[i]["image"], self.source[i]["caption"]), start, stop, self.num)
 
     def captions(self) -> list[str]:
@@ -87,7 +87,7 @@ class Real:
         return list(self.source.captions(self.num))
 
 
-class Folder:
+class PictureFolder:
     """Pictures in a folder, all of one size: as `unclip sample` wrote them, or any, with captions or without.
 
     Args:
@@ -132,7 +132,7 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def block(self, start: int, stop: int) -> Block:
+    def block(self, start: int, stop: int) -> PictureBlock:
         def read(i):
             image = center_crop_resize(open_image(self.path / self.files[i]), self.size)
             return image, self.captions[i] if self.captions else None
@@ -186,7 +186,7 @@ def _from_index(path: Path) -> tuple[list[str], list[str]]:
     return files, captions
 
 
-def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -> Block:
+def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -> PictureBlock:
     """The pictures that can be read; UserError when too many cannot."""
     images, captions, bad = [], [], []
     for i in range(start, stop):
@@ -203,4 +203,4 @@ def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -
                 "remove them or mend them",
             )
         warnings.warn(f"{len(bad)} pictures left out; one: {bad[0]}", stacklevel=2)
-    return Block(np.stack(images), captions, len(bad))
+    return PictureBlock(np.stack(images), captions, len(bad))

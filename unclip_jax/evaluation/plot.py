@@ -9,7 +9,7 @@ COLOURS = ("#1b6ca8", "#c1440e", "#2e7d32", "#7b3fa0", "#8a6d00", "#00796b", "#a
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 640, 420, 70, 16, 16, 52
 
 
-class Point(NamedTuple):
+class Mark(NamedTuple):
     """A place with intervals (low, high) along both axes, and a label."""
 
     x: float
@@ -19,7 +19,7 @@ class Point(NamedTuple):
     label: str = ""
 
 
-def curves(series: Sequence[tuple[str, Sequence[Point]]], x_name: str, y_name: str) -> str:
+def curves(series: Sequence[tuple[str, Sequence[Mark]]], x_name: str, y_name: str) -> str:
     """Named curves through their points, in order, with intervals as thin bars."""
     points = [p for _, own in series for p in own]
     xs = [v for p in points for v in (p.x, *(p.x_range or ()))]

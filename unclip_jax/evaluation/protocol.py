@@ -21,7 +21,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.alignment import KEYS
 from unclip_jax.evaluation.features import Network, viewer
 from unclip_jax.evaluation.pictures import MAX_BAD, Pictures
-from unclip_jax.evaluation.reference import Real
+from unclip_jax.evaluation.reference import Reference
 from unclip_jax.evaluation.work import Series, Work
 from unclip_jax.metrics import distances, intervals, manifold, scores
 
@@ -136,7 +136,7 @@ class Protocol:
             self._viewers[key] = viewer(self.networks[key], self.devices)
         return self._viewers[key]
 
-    def measure(self, drawn: Series, real: Real | None) -> Measured:
+    def measure(self, drawn: Series, real: Reference | None) -> Measured:
         """The metrics over features that are there. real: None where no metric needs it."""
         rows, said = [], []
         bad = int(drawn.whole("bad").sum())

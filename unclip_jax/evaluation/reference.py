@@ -20,7 +20,7 @@ from unclip_jax.metrics import distances
 from unclip_jax.storage import new_file
 
 
-class Real(NamedTuple):
+class Reference(NamedTuple):
     """Real pictures: features by network where they are known, and the main network's moments."""
 
     by_network: dict[str, np.ndarray]
@@ -42,14 +42,14 @@ class Real(NamedTuple):
         return self.by_network[network]
 
 
-def of_series(series: Series, networks: Iterable[str], main: str) -> Real:
+def of_series(series: Series, networks: Iterable[str], main: str) -> Reference:
     """Of features that `Protocol.look` computed."""
     found = {key: series.whole(f"{key}_features").astype(np.float64) for key in networks}
     moments = distances.Moments.of(found[main])
-    return Real(found, main, moments, moments.n)
+    return Reference(found, main, moments, moments.n)
 
 
-def save(file: Path, real: Real, about: Mapping, networks: Mapping[str, Network]) -> None:
+def save(file: Path, real: Reference, about: Mapping, networks: Mapping[str, Network]) -> None:
     """Writes the statistics, whole or not at all. about: what decides the pictures."""
     facts = {"pictures": dict(about), "networks": {key: network.identity for key, network in networks.items()}}
     arrays = {f"{key}_features": features.astype(np.float32) for key, features in real.by_network.items()}
@@ -62,7 +62,9 @@ def save(file: Path, real: Real, about: Mapping, networks: Mapping[str, Network]
         raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
 
 
-def load(file: Path, main: Network, networks: Mapping[str, Network], size: int, about: Mapping | None = None) -> Real:
+def load(
+    file: Path, main: Network, networks: Mapping[str, Network], size: int, about: Mapping | None = None
+) -> Reference:
     """Reads statistics, and refuses those of other weights, another resolution or other data.
 
     Args:
@@ -83,7 +85,7 @@ def load(file: Path, main: Network, networks: Mapping[str, Network], size: int, 
     else:
         warnings.warn(f"{file} does not say of what pictures, resizing and weights it is", stacklevel=2)
     found = {k: arrays[f"{k}_features"].astype(np.float64) for k in networks if f"{k}_features" in arrays}
-    return Real(found, main.name, distances.Moments(max(n, 2), mean, covariance * (max(n, 2) - 1)), n)
+    return Reference(found, main.name, distances.Moments(max(n, 2), mean, covariance * (max(n, 2) - 1)), n)
 
 
 def _check(file: Path, arrays: Mapping, main: Network, networks: Mapping, size: int, about: Mapping | None) -> None:

@@ -13,7 +13,7 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.evaluation import plot
 from unclip_jax.evaluation.pictures import Pictures
 from unclip_jax.evaluation.protocol import Measured, Protocol
-from unclip_jax.evaluation.reference import Real
+from unclip_jax.evaluation.reference import Reference
 from unclip_jax.evaluation.report import Report, Samples, Table, versions
 from unclip_jax.evaluation.work import Work, fingerprint
 
@@ -67,7 +67,9 @@ def _value(name: str, text: str, kind: type):
         raise UserError(f"sweep: {name}={text!r} must be {wanted}") from None
 
 
-def run(protocol: Protocol, points: Sequence[Point], real: Real | None, work: Work, facts: Mapping) -> Report | None:
+def run(
+    protocol: Protocol, points: Sequence[Point], real: Reference | None, work: Work, facts: Mapping
+) -> Report | None:
     """Measures every point, and reports all; None but in the main process, where there are several.
 
     facts: JSON values that decide the rest: data, numbers, seed.
@@ -129,12 +131,12 @@ def _frontier(points: Sequence[Point], measured: Sequence[Measured]) -> str | No
         return None
     swept = list(points[0].settings)
     along = next((name for name in swept if name.endswith("guidance")), swept[0])
-    curves: dict[str, list[plot.Point]] = {}
+    curves: dict[str, list[plot.Mark]] = {}
     for point, rows in zip(points, tables, strict=True):
         rest = ", ".join(f"{k}={v}" for k, v in point.settings.items() if k != along) or f"by {along}"
         x, y = rows[x_name], rows[y_name]
-        place = plot.Point(x.value, y.value, _range(x), _range(y), f"{point.settings[along]}")
-        curves.setdefault(rest, []).append(place)
+        mark = plot.Mark(x.value, y.value, _range(x), _range(y), f"{point.settings[along]}")
+        curves.setdefault(rest, []).append(mark)
     return plot.curves(list(curves.items()), f"{x_name}, more is better", f"{y_name}, less is better")
 
 
