@@ -10,9 +10,9 @@ import pytest
 from tests import tiny_stack
 from tests.evaluation.test_protocol import folder
 from unclip_jax import cli
-from unclip_jax.cli import evaluate
+from unclip_jax.cli import evaluate, evaluate_pictures
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import pairs, protocol, report, stages
+from unclip_jax.evaluation import pairs, protocol, report, stages, sweep
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import Settings
 
@@ -153,6 +153,32 @@ def test_what_a_task_takes_it_reads(task, tmp_path, monkeypatch):
     read = watched.read & names
     assert taken - read == set(), "ignored"
     assert all(getattr(args, name) is None for name in read - taken), read - taken
+
+
+SWEPT = {
+    str: ["ar,diffusion", ("ar", "diffusion")], int: ["2,3", (2, 3)], float: ["0.5,1", (0.5, 1.0)],
+    tuple[float, float]: ["0.2:0.8,0:1", ((0.2, 0.8), (0.0, 1.0))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_every_setting_can_be_swept(field):
+    text, values = SWEPT[evaluate_pictures.SWEPT[field.name]]
+    if field.name.endswith("sampler"):
+        text, values = "ddim,dpm", ("ddim", "dpm")
+    args = args_of("--data", "shapes", "--sweep", f"{field.name}={text}", "model=a,b")
+    evaluate.task_of(args)
+    draws = evaluate_pictures.draws_of(args)
+    assert [draw.model for draw in draws] == ["a", "b", "a", "b"]
+    assert [draw.settings for draw in draws[::2]] == [{field.name: value} for value in values]
+    again = f"{field.name}={','.join(map(sweep.text_of, values))}"
+    assert sweep.parse([again], evaluate_pictures.SWEPT) == [{field.name: value} for value in values]
+
+
+def test_an_interval_that_is_none_is_told(capsys):
+    for text, words in (("0.5", "two numbers with a colon"), ("0.9:0.1", "interval=(0.9, 0.1)")):
+        assert cli.main(["evaluate", "--data", "shapes", "--sweep", f"interval={text}"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_the_help_names_every_metric(capsys):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, suggest
 from unclip_jax.evaluation.alignment import KEYS
 from unclip_jax.evaluation.features import Network, viewer
 from unclip_jax.evaluation.pictures import MAX_BAD, Pictures
@@ -25,9 +25,6 @@ from unclip_jax.evaluation.reference import Reference
 from unclip_jax.evaluation.work import Series, Work
 from unclip_jax.metrics import distances, intervals, manifold, scores
 
-METRICS = ("fid", "kid", "precision_recall", "cmmd", "clip_score", "is", "shapes_oracle")
-WITH_REAL = {"fid", "kid", "precision_recall", "cmmd"}
-WITH_CAPTIONS = {"clip_score", "shapes_oracle"}
 SAMPLES = 32  # pictures kept for the report
 SAMPLE_SIDE = 128
 NEIGHBOURS = 3
@@ -53,6 +50,21 @@ class Measured(NamedTuple):
     captions: list[str]
 
 
+class Metric(NamedTuple):
+    """What computes a metric, and what it needs.
+
+    Attributes:
+      rows: (protocol, features of the drawn pictures, the real ones, list of warnings) → rows.
+      network: "inception", "clip", "main" (`Protocol.main`) or None.
+      real, captions: whether it compares with real pictures; whether it asks what a picture should show.
+    """
+
+    rows: Callable[..., list[Row]]
+    network: str | None = None
+    real: bool = False
+    captions: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """What to measure, and with what.
@@ -75,10 +87,16 @@ class Protocol:
     _viewers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        if "is" in self.metrics and "inception" not in self.networks:
+        needs = {metric.network for metric in self.wanted.values()}
+        if "inception" in needs and "inception" not in self.networks:
             raise UserError("metric 'is' needs the Inception weights", "give --inception FILE, or leave it out")
-        if self.metrics and not self.networks and set(self.metrics) != {"shapes_oracle"}:
+        if needs - {None} and not self.networks:
             raise UserError(f"metrics {', '.join(self.metrics)} need a network to look with")
+
+    @property
+    def wanted(self) -> dict[str, Metric]:
+        """The metrics by name."""
+        return wanted(self.metrics)
 
     @property
     def main(self) -> Network:
@@ -88,12 +106,12 @@ class Protocol:
     @property
     def needs_real(self) -> bool:
         """Whether any metric compares with real pictures."""
-        return bool(WITH_REAL & set(self.metrics))
+        return any(metric.real for metric in self.wanted.values())
 
     @property
     def needs_captions(self) -> bool:
         """Whether any metric asks what a picture should show."""
-        return bool(WITH_CAPTIONS & set(self.metrics))
+        return any(metric.captions for metric in self.wanted.values())
 
     def look(self, name: str, pictures: Pictures, work: Work) -> Series:
         """Features of all pictures, and for drawn ones what the captions ask; computed where not yet there."""
@@ -120,8 +138,8 @@ class Protocol:
         if not drawn:
             return arrays
         if self.needs_captions and captions is None:
-            wanted = ", ".join(sorted(WITH_CAPTIONS & set(self.metrics)))
-            raise UserError(f"{wanted} needs captions, and these pictures have none", "put captions.jsonl beside them")
+            asking = ", ".join(sorted(name for name, metric in self.wanted.items() if metric.captions))
+            raise UserError(f"{asking} needs captions, and these pictures have none", "put captions.jsonl beside them")
         if "clip_score" in self.metrics:
             arrays["texts"] = self.embed(captions)
         if "shapes_oracle" in self.metrics:
@@ -144,8 +162,8 @@ class Protocol:
             raise UserError(f"{bad} of {drawn.total} pictures cannot be read, more than {MAX_BAD:.0%}", "mend them")
         if bad:
             said.append(f"{bad} of {drawn.total} drawn pictures could not be read and were left out")
-        for metric in self.metrics:
-            rows += getattr(self, f"_{metric}")(drawn, real, said)
+        for metric in self.wanted.values():
+            rows += metric.rows(self, drawn, real, said)
         first = next(drawn.blocks())
         for text in said:
             warnings.warn(text, stacklevel=2)
@@ -228,6 +246,25 @@ class Protocol:
                 name = "oracle: right" if key == "right" else f"oracle: {key}"
                 rows.append(Row(name, right / n, *intervals.wilson(right, n), n))
         return rows
+
+
+METRICS = {
+    "fid": Metric(Protocol._fid, "main", real=True),
+    "kid": Metric(Protocol._kid, "main", real=True),
+    "precision_recall": Metric(Protocol._precision_recall, "main", real=True),
+    "cmmd": Metric(Protocol._cmmd, "clip", real=True),
+    "clip_score": Metric(Protocol._clip_score, "clip", captions=True),
+    "is": Metric(Protocol._is, "inception"),
+    "shapes_oracle": Metric(Protocol._shapes_oracle, captions=True),
+}
+
+
+def wanted(names: Sequence[str]) -> dict[str, Metric]:
+    """Those of `METRICS`; UserError for an unknown name."""
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"metrics={name!r} is unknown", suggest(name, METRICS))
+    return {name: METRICS[name] for name in names}
 
 
 def verdicts(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:

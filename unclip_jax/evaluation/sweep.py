@@ -30,11 +30,11 @@ class Point(NamedTuple):
     pictures: Pictures
 
 
-def parse(texts: Sequence[str], known: Mapping[str, type]) -> list[dict[str, Any]]:
+def parse(texts: Sequence[str], known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """["guidance=1,2", "steps=10,30"] → every combination, the last name turning fastest.
 
     Args:
-      known: {setting: int, float or str}.
+      known: {setting: one of `KINDS`}.
 
     Raises:
       UserError: an unknown name, one given twice, a value of another kind or given twice, or too many combinations.
@@ -57,14 +57,31 @@ def parse(texts: Sequence[str], known: Mapping[str, type]) -> list[dict[str, Any
     return combinations
 
 
-def _value(name: str, text: str, kind: type):
+def _pair(text: str) -> tuple[float, float]:
+    low, high = text.split(":")
+    return float(low), float(high)
+
+
+# {kind of values: (how one is read, what it must be)}
+KINDS = {
+    int: (int, "a whole number"), float: (float, "a number"), str: (str, "a name"),
+    tuple[float, float]: (_pair, "two numbers with a colon between them, such as 0.2:0.8"),
+}  # fmt: skip
+
+
+def _value(name: str, text: str, kind: Any):
+    read, wanted = KINDS[kind]
     try:
         if not text:
             raise ValueError
-        return kind(text)
+        return read(text)
     except ValueError:
-        wanted = {int: "a whole number", float: "a number", str: "a name"}[kind]
         raise UserError(f"sweep: {name}={text!r} must be {wanted}") from None
+
+
+def text_of(value: Any) -> str:
+    """A value as `parse` reads it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def run(
@@ -133,9 +150,10 @@ def _frontier(points: Sequence[Point], measured: Sequence[Measured]) -> str | No
     along = next((name for name in swept if name.endswith("guidance")), swept[0])
     curves: dict[str, list[plot.Mark]] = {}
     for point, rows in zip(points, tables, strict=True):
-        rest = ", ".join(f"{k}={v}" for k, v in point.settings.items() if k != along) or f"by {along}"
+        others = [f"{k}={text_of(v)}" for k, v in point.settings.items() if k != along]
+        rest = ", ".join(others) or f"by {along}"
         x, y = rows[x_name], rows[y_name]
-        mark = plot.Mark(x.value, y.value, _range(x), _range(y), f"{point.settings[along]}")
+        mark = plot.Mark(x.value, y.value, _range(x), _range(y), text_of(point.settings[along]))
         curves.setdefault(rest, []).append(mark)
     return plot.curves(list(curves.items()), f"{x_name}, more is better", f"{y_name}, less is better")
 
