@@ -1,5 +1,6 @@
 """evaluation.stages: CLIP, prior, decoder and upsampler of tiny runs, against numbers computed another way."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ from unclip_jax import cli, tasks
 from unclip_jax.data import shapes
 from unclip_jax.diffusion.loss import bpd
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import stages
+from unclip_jax.evaluation import clip, stages, trained
 from unclip_jax.interop.stages import clip_config, clip_stage
 from unclip_jax.metrics import probes
 from unclip_jax.weights import save_stack
@@ -40,7 +41,7 @@ def tables(report):
 @pytest.mark.slow
 def test_clip_is_measured_by_what_its_embeddings_say(runs):
     report = stages.measure(runs["clip"], num=16, seed=3)
-    own = stages.load(runs["clip"])
+    own = trained.load(runs["clip"])
     order = np.random.default_rng(3).permutation(len(own.source))[:16]
     records = [own.source[int(i)] for i in order]
     tokens, mask = own.tokenizer.encode([r["caption"] for r in records], warn=False)
@@ -75,13 +76,13 @@ def test_a_converted_clip_is_measured_on_a_given_source(tmp_path):
 
 def test_classes_are_of_scenes_captions_or_folders():
     source = shapes.Shapes("train", 32)
-    names, label = stages.labeller(source, None)
+    names, label = clip.labeller(source, None)
     lone = next(i for i in range(50) if len(source.scene(i).objects) == 1)
     crowd = next(i for i in range(50) if len(source.scene(i).objects) == 2)
     thing = source.scene(lone).objects[0]
     assert names[label(source, lone, None)] == f"{thing.colour} {thing.shape}" and len(names) == 42
     assert label(source, crowd, None) is None
-    names, label = stages.labeller(source, ["Cat", "cattle", "red dog"])
+    names, label = clip.labeller(source, ["Cat", "cattle", "red dog"])
     of = lambda text: label(source, 0, {"caption": text})  # noqa: E731
     assert [of("A cat."), of("the CATTLE!"), of("a red dog")] == [0, 1, 2]
     assert of("a dog") is None and of("a cat, a red dog") is None
@@ -89,7 +90,7 @@ def test_classes_are_of_scenes_captions_or_folders():
     class Files:
         records = [("b/1.png", ""), ("a/x/2.png", "")]
 
-    names, label = stages.labeller(Files, None)
+    names, label = clip.labeller(Files, None)
     assert names == ["a", "b"] and label(None, 0, {"file": "b/9.png"}) == 1
 
 
@@ -99,8 +100,8 @@ def test_the_prior_is_measured_by_guidance_and_steps(runs):
     rows = tables(report)["Cosine with the true z_img"].rows
     assert [row[:3] for row in rows] == [[1.0, 4, 2], [3.0, 4, 2]]
     assert rows[0][3] != rows[1][3] and rows[0][4:] == rows[1][4:]
-    own = stages.load(runs["prior_diffusion"])
-    task = stages.dataclasses.replace(own.task, sampler={**own.task.sampler, "guidance": 3.0, "steps": 4})
+    own = trained.load(runs["prior_diffusion"])
+    task = dataclasses.replace(own.task, sampler={**own.task.sampler, "guidance": 3.0, "steps": 4})
     found = tasks.measure(task, own.frozen, own.params, own.batches(0), 1, 0)
     assert rows[1][3] == pytest.approx(found["cosine"], rel=1e-5)
 
@@ -110,7 +111,7 @@ def test_the_decoders_bits_are_those_of_the_whole_bound(runs):
     """Ten tenths of two steps each, against a pass over all twenty steps."""
     report = stages.measure(runs["decoder"], num=64)
     found = tables(report)["Bits/dim"].rows[0]
-    own = stages.load(runs["decoder"])
+    own = trained.load(runs["decoder"])
 
     @jax.jit
     def exact(batch):
@@ -136,8 +137,8 @@ def test_the_decoders_bits_are_those_of_the_whole_bound(runs):
 
 
 def test_the_error_by_time_is_that_of_the_loss_at_these_times(runs):
-    own = stages.load(runs["decoder"])
-    task = stages.dataclasses.replace(own.task, clip_drop=0.0, text_drop=0.0)
+    own = trained.load(runs["decoder"])
+    task = dataclasses.replace(own.task, clip_drop=0.0, text_drop=0.0)
     batch = task.encode(own.frozen, next(own.batches(0)))
     loss = jax.jit(lambda t, key: task.loss(own.params, batch, key, t)[1]["mse"])
     at = [float(loss(jnp.full(8, t), jax.random.key(0))) for t in (0, 19)]

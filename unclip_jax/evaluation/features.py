@@ -59,8 +59,8 @@ def clip(model: CLIP, params: Any, identity: str) -> Network:
     return Network("clip", f"clip {identity}, {side} px, {NAME}", model.embed_dim, see, params)
 
 
-def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH) -> Callable[[np.ndarray], dict]:
-    """A function u8[N, S, S, 3] → {"features": f32[N, dim], …}, compiled once for every size of picture.
+def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH) -> Callable[..., dict]:
+    """A function of N pictures u8[S, S, 3] → {"features": f32[N, dim], …}, compiled once for every size of picture.
 
     Args:
       devices: that share each batch; None: all of this host.
@@ -71,8 +71,9 @@ def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH
     see = jax.jit(network.see)
     batch = -(-batch // mesh.size) * mesh.size
 
-    def view(images: np.ndarray) -> dict[str, np.ndarray]:
-        given = (jax.device_put(images[chunk], sharding.batch_sharding(mesh)) for chunk in chunks(len(images), batch))
+    def view(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        stacks = (np.stack([images[i] for i in chunk]) for chunk in chunks(len(images), batch))
+        given = (jax.device_put(stack, sharding.batch_sharding(mesh)) for stack in stacks)
         parts = list(fetched(see(params, some) for some in given))
         return {name: np.concatenate([p[name] for p in parts])[: len(images)].astype(np.float32) for name in parts[0]}
 
