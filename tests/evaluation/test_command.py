@@ -1,6 +1,7 @@
 """`unclip evaluate`: each of its tasks reads the flags that it takes, and takes no others."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 
@@ -12,7 +13,7 @@ from tests.evaluation.test_protocol import folder
 from unclip_jax import cli
 from unclip_jax.cli import evaluate, evaluate_pictures
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import pairs, protocol, report, stages, sweep
+from unclip_jax.evaluation import pairs, protocol, report, stages, sweep, work
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import Settings
 
@@ -75,6 +76,7 @@ def test_every_flag_is_looked_at():
     sampling = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
     assert flags - sampling - set(VALUES) == {"--help", "--debug", "--data", *(f"--{t}" for t in list(ASKED)[2:])}
     assert {f"--{name.replace('_', '-')}" for name in args_of().sampling} == sampling
+    assert set(evaluate.RUN) == set(evaluate.READS) == set(ASKED)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,20 @@ def test_an_interval_that_is_none_is_told(capsys):
     for text, words in (("0.5", "two numbers with a colon"), ("0.9:0.1", "interval=(0.9, 0.1)")):
         assert cli.main(["evaluate", "--data", "shapes", "--sweep", f"interval={text}"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_features_are_kept_where_they_were_asked_for_or_nothing_was_measured_yet(tmp_path):
+    def left(stop=False, **more):
+        args = argparse.Namespace(**{"work": None, "out": None} | more)
+        with contextlib.suppress(KeyboardInterrupt), evaluate_pictures._work_folder(args) as folder:
+            work.Work(folder).series("drawn", {}, 1)
+            if stop:
+                raise KeyboardInterrupt
+        return folder.exists()
+
+    out = str(tmp_path / "r.json")
+    assert left(work=str(tmp_path / "w")) and not left(out=out) and left(out=out, stop=True)
+    assert not left() and not left(stop=True)
 
 
 def test_the_help_names_every_metric(capsys):

@@ -143,7 +143,7 @@ class Protocol:
         if "clip_score" in self.metrics:
             arrays["texts"] = self.embed(captions)
         if "shapes_oracle" in self.metrics:
-            arrays["verdicts"] = verdicts(images, captions)
+            arrays["verdicts"] = _verdicts(images, captions)
         if start == 0:
             arrays["samples"] = _small(images[:SAMPLES])
             arrays["sample_captions"] = np.array(captions[:SAMPLES] if captions else [], dtype=np.str_)
@@ -267,7 +267,7 @@ def wanted(names: Sequence[str]) -> dict[str, Metric]:
     return {name: METRICS[name] for name in names}
 
 
-def verdicts(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+def _verdicts(images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """The oracle's of each picture, i8[N, 1 + len(KEYS)]: right, then each key; -1 not asked, 0 wrong, 1 right."""
     from unclip_jax.metrics.shapes_oracle import score
 

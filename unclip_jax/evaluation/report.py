@@ -131,8 +131,7 @@ def markdown(report: Report) -> str:
         lines = [f"## {_md(title)}", "", "| " + " | ".join(map(_md, columns)) + " |", "|" + "---|" * len(columns)]
         lines += ["| " + " | ".join(_md(_cell(cell)) for cell in row) + " |" for row in rows]
         parts.append("\n".join(lines))
-    settings = {k: v for k, v in report.facts.items() if k not in ("points", "results")}
-    parts.append("## Settings\n\n```json\n" + json.dumps(settings, indent=2).replace("`", "'") + "\n```")
+    parts.append("## Settings\n\n```json\n" + json.dumps(_settings(report), indent=2).replace("`", "'") + "\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,9 +148,13 @@ def page(report: Report) -> str:
             for image, text in zip(images, captions, strict=False)
         ]
         parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(cells)}</div>')
-    settings = {k: v for k, v in report.facts.items() if k not in ("points", "results")}
-    parts.append(f"<h2>Settings</h2><pre>{escape(json.dumps(settings, indent=2, ensure_ascii=False))}</pre>")
+    parts.append(f"<h2>Settings</h2><pre>{escape(json.dumps(_settings(report), indent=2, ensure_ascii=False))}</pre>")
     return html(report.title, "\n".join(parts), POLICY)
+
+
+def _settings(report: Report) -> dict:
+    """What was measured and how, without the numbers."""
+    return {k: v for k, v in report.facts.items() if k not in ("points", "results")}
 
 
 def html(title: str, body: str, policy: str, style: str = STYLE) -> str:
@@ -196,7 +199,7 @@ def _md(text) -> str:
     return escape(text, quote=False)
 
 
-def rows_of(facts: Mapping, file: str) -> dict[tuple[str, str], dict]:
+def _rows_of(facts: Mapping, file: str) -> dict[tuple[str, str], dict]:
     """{(point, metric): row} of a report of pictures."""
     try:
         found = {(p["label"], row["name"]): row for p in facts["points"] for row in p["rows"]}
@@ -215,7 +218,7 @@ def compare(first: str, second: str) -> Report:
     if Path(first).resolve() == Path(second).resolve():
         raise UserError(f"both reports are {first!r}", "give two")
     sides = [read(file) for file in (first, second)]
-    found = [rows_of(facts, file) for facts, file in zip(sides, (first, second), strict=True)]
+    found = [_rows_of(facts, file) for facts, file in zip(sides, (first, second), strict=True)]
     single = all(len({label for label, _ in rows}) == 1 for rows in found)
     if single:  # two runs of one setting each compare whatever the settings are
         found = [{("", name): row for (_, name), row in rows.items()} for rows in found]

@@ -54,21 +54,7 @@ def measure(
       sweep: for the prior, "guidance=1,2" and "steps=5,25".
       classes, templates: files for CLIP's zero-shot classification, one a line.
     """
-    lines = {}
-    if templates is not None:
-        lines["templates"] = _lines(templates, "templates")
-        probes.class_prompts(["x"], lines["templates"])
-    if classes is not None:
-        lines["classes"] = _lines(classes, "classes")
-        probes.class_prompts(lines["classes"], clip.TEMPLATES)
-    points = sweeps.parse(sweep or [], SWEPT)
-    task = _task_of(where, stage)
-    for flag, value, wanted in (
-        ("sweep", sweep, "prior_diffusion"), ("classes", classes, "clip"), ("templates", templates, "clip")
-    ):  # fmt: skip
-        if value and task not in (None, wanted):
-            what = where if stage is None else f"the stage {stage}"
-            raise UserError(f"--{flag} is for a run of '{wanted}', and {what} is one of '{task}'", "leave it out")
+    task, points, lines = _asked(where, stage, sweep, {"classes": classes, "templates": templates})
     own = load(where, step, stage, source, path)
     count = -(-num // own.batch_size)
     n, split = count * own.batch_size, own.source.split
@@ -87,11 +73,27 @@ def measure(
     return Report(f"{task} at step {own.step}, {n} examples of '{split}'", facts, [first, *more])
 
 
-def _task_of(where: str, stage: str | None) -> str | None:
-    """What a run, or a stage of a stack, says that it is; None where there is no such stage, which `load` tells."""
+def _asked(where: str, stage: str | None, sweep, files: dict) -> tuple[str | None, list[dict], dict[str, list[str]]]:
+    """(the stage's task, points of the sweep, {"classes", "templates": lines}), checked before weights are read.
+
+    The task is None where there is no such stage, which `load` tells.
+    """
+    lines = {name: _lines(file, name) for name, file in files.items() if file is not None}
+    if "templates" in lines:
+        probes.class_prompts(["x"], lines["templates"])
+    if "classes" in lines:
+        probes.class_prompts(lines["classes"], clip.TEMPLATES)
+    points = sweeps.parse(sweep or [], SWEPT)
     if stage is None:
-        return checkpoint_read.peek(where)[0].get("task")
-    return weights.tasks_of(located(where)).get(stage)
+        task = checkpoint_read.peek(where)[0].get("task")
+    else:
+        task = weights.tasks_of(located(where)).get(stage)
+    given = {"sweep": "prior_diffusion"} if sweep else {}
+    for flag, wanted in (given | dict.fromkeys(lines, "clip")).items():
+        if task not in (None, wanted):
+            what = where if stage is None else f"the stage {stage}"
+            raise UserError(f"--{flag} is for a run of '{wanted}', and {what} is one of '{task}'", "leave it out")
+    return task, points, lines
 
 
 def prior(own: TrainedStage, count: int, seed: int, points: Sequence[dict]) -> list[Table]:
