@@ -427,7 +427,7 @@ BAD = {
     "two sorts of stage": (["--stage", "clip", "--checkpoint", "w"], "different tasks"),
     "classes of no stage": (["--classes", "c"], "--classes is for --checkpoint or --stage"),
     "compare the same": (["--compare", "old.json", "./old.json"], "both reports"),
-    "compare with none": (["--compare", "old.json", "no.json"], "cannot be read"),
+    "compare with none": (["--compare", "old.json", "no.json"], "no.json is missing"),
     "compare others": (["--compare", "old.json", "list.json"], "no report of pictures"),
     "compare text": (["--compare", "old.json", "x.txt"], "not JSON"),
 }

@@ -153,7 +153,7 @@ BAD = {
     "sweep beyond": (["--sweep", "steps=21"], "21"),
     "template": (["--templates", "bad.txt"], "must hold {} once"),
     "classes empty": (["--classes", "empty.txt"], "is empty"),
-    "classes missing": (["--classes", "no.txt"], "cannot be read"),
+    "classes missing": (["--classes", "no.txt"], "no.txt is missing"),
     "classes twice": (["--classes", "twice.txt"], "more than once"),
     "path of no source": (["--path", "pictures"], "give --data SOURCE as well"),
     "classes latin": (["--classes", "latin.txt"], "not UTF-8"),

@@ -3,7 +3,6 @@
 Each is a sequence that is read block by block, so that no more than a block of pictures is ever in memory.
 """
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -19,8 +18,9 @@ from unclip_jax.data import folder as data_folder
 from unclip_jax.data.images import FORMATS, SUFFIXES, BadImage, center_crop_resize, open_image
 from unclip_jax.data.source import digest
 from unclip_jax.errors import UserError
+from unclip_jax.storage import read_json
 
-MAX_BAD = 0.01  # share of pictures that may be unreadable
+MAX_BAD = 0.01  # share of the pictures to be measured that may be unreadable; of real ones their source says it
 MAX_INDEX_BYTES = 256 << 20
 
 
@@ -80,7 +80,8 @@ class RealPictures:
         return self.num
 
     def block(self, start: int, stop: int) -> PictureBlock:
-        return _readable(lambda i: (self.source[i]["image"], self.source[i]["caption"]), start, stop, self.num)
+        read = lambda i: (self.source[i]["image"], self.source[i]["caption"])  # noqa: E731
+        return _readable(read, start, stop, self.num, max(MAX_BAD, self.source.max_bad))
 
     def captions(self) -> list[str]:
         """Of all but those that cannot be read."""
@@ -137,7 +138,7 @@ class PictureFolder:
             image = center_crop_resize(open_image(self.path / self.files[i]), self.size)
             return image, self.captions[i] if self.captions else None
 
-        block = _readable(read, start, stop, len(self))
+        block = _readable(read, start, stop, len(self), MAX_BAD)
         return block if self.captions else block._replace(captions=None)
 
 
@@ -169,12 +170,11 @@ def _listed(path: Path) -> tuple[list[str], list[str] | None]:
 
 def _from_index(path: Path) -> tuple[list[str], list[str]]:
     index = path / gallery.INDEX
+    told = read_json(index, "the index of drawn pictures", MAX_INDEX_BYTES)
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise UserError(f"{index} is longer than {MAX_INDEX_BYTES} bytes")
-        entries = json.loads(index.read_text(encoding="utf-8"))["pictures"]
+        entries = told["pictures"]
         files, captions = [str(e["file"]) for e in entries], [str(e["prompt"]) for e in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{index} is not as `unclip sample` writes it ({type(error).__name__})") from None
     if unsafe := [file for file in files if Path(file).name != file]:
         raise UserError(f"{index} names {unsafe[0]!r}, which is outside the folder", "do not trust it")
@@ -186,8 +186,8 @@ def _from_index(path: Path) -> tuple[list[str], list[str]]:
     return files, captions
 
 
-def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -> PictureBlock:
-    """The pictures that can be read; UserError when too many cannot."""
+def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int, max_bad: float) -> PictureBlock:
+    """The pictures that can be read; UserError where more than the share `max_bad` of all `total` cannot."""
     images, captions, bad = [], [], []
     for i in range(start, stop):
         try:
@@ -197,9 +197,9 @@ def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int) -
         except BadImage as error:
             bad.append(str(error))
     if bad:
-        if len(bad) > MAX_BAD * total or not images:
+        if len(bad) > max_bad * total or not images:
             raise UserError(
-                f"{len(bad)} of {stop - start} pictures cannot be read, more than {MAX_BAD:.0%} of all; one: {bad[0]}",
+                f"{len(bad)} of {stop - start} pictures cannot be read, more than {max_bad:.0%} of all; one: {bad[0]}",
                 "remove them or mend them",
             )
         warnings.warn(f"{len(bad)} pictures left out; one: {bad[0]}", stacklevel=2)

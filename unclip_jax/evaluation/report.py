@@ -19,7 +19,7 @@ from PIL import Image
 import unclip_jax
 from unclip_jax import gallery
 from unclip_jax.errors import UserError
-from unclip_jax.storage import write_text
+from unclip_jax.storage import read_json, write_text
 
 MAX_REPORT_BYTES = 64 << 20
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -97,18 +97,7 @@ def write(file: Path, report: Report) -> None:
 
 def read(file: str) -> dict:
     """The facts of a report; UserError where that file is none."""
-    path = Path(file)
-    try:
-        if path.stat().st_size > MAX_REPORT_BYTES:
-            raise UserError(f"{file} is larger than {MAX_REPORT_BYTES} bytes")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"report {file!r} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"report {file!r} is not JSON ({error})") from None
-    if not isinstance(facts, dict):
-        raise UserError(f"report {file!r} must hold a JSON object")
-    return facts
+    return read_json(Path(file), "a report", MAX_REPORT_BYTES)
 
 
 def plain(table: Table) -> str:

@@ -23,6 +23,7 @@ from unclip_jax.evaluation.report import Report, Table, versions
 from unclip_jax.evaluation.trained import TrainedStage, load
 from unclip_jax.metrics import probes
 from unclip_jax.stack import located
+from unclip_jax.storage import read_text
 
 BUCKETS = 10
 MAX_LINES = 100_000
@@ -70,7 +71,8 @@ def measure(
     facts |= {"data": own.source.name, "split": split, "n": n, "seed": seed, "versions": versions(), "metrics": metrics}
     facts["results"] = [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]} for t in more]
     first = Table("Metrics", ["metric", "value"], [[name, float(v)] for name, v in metrics.items()])
-    return Report(f"{task} at step {own.step}, {n} examples of '{split}'", facts, [first, *more])
+    few = f", which has {len(own.source)} pictures: they come several times" if n > len(own.source) else ""
+    return Report(f"{task} at step {own.step}, {n} examples of '{split}'{few}", facts, [first, *more])
 
 
 def _asked(where: str, stage: str | None, sweep, files: dict) -> tuple[str | None, list[dict], dict[str, list[str]]]:
@@ -120,9 +122,9 @@ def by_time(own: TrainedStage, count: int, seed: int) -> list[Table]:
 
     @jax.jit
     def errors(frozen, params, batch, index, low, high):
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), low)
+        t_rng, rng = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), low))
         batch = task.encode(frozen, batch)
-        u = jax.random.uniform(jax.random.fold_in(rng, 1), (batch["image"].shape[0],))
+        u = jax.random.uniform(t_rng, (batch["image"].shape[0],))
         t = jnp.minimum((low + u * (high - low)).astype(jnp.int32), high - 1)
         return task.loss(params, batch, rng, t)[1] | {"end": prior_bpd(schedule, batch["image"]).mean()}
 
@@ -154,12 +156,7 @@ def _check_finite(metrics: dict, what: str) -> None:
 
 
 def _lines(file: str, what: str) -> list[str]:
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{what} file {file!r} is not UTF-8 text", "save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} file {file!r} cannot be read ({getattr(error, 'strerror', error)})") from None
+    text = read_text(Path(file), f"a file of {what}")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"the list of {what} in {file!r} is empty", "write one a line")
