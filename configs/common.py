@@ -22,6 +22,7 @@ def base(task: str, **blocks) -> ConfigDict:
         "init_partly": False,  # arrays missing in `init` start random, and further ones are left out
         "ema_decay": 0.999,
         "keep": 2,
+        "track": "",  # project of Weights & Biases that metrics and previews are sent to as well
         "data": {"source": "shapes", "split": "train", "size": 64, "seed": 0},
         "loader": {"num_workers": 0, "num_threads": 2, "crop": None},
         "tokenizer": None,

@@ -90,7 +90,7 @@ def _without_paths(config):
     config = config.copy_and_resolve_references()
     blank = lambda block: {key: "" if key in DATA_PATHS else value for key, value in block.items()}  # noqa: E731
     with config.unlocked():
-        for block, key in ((config, "clip"), (config, "init"), (config.tokenizer or {}, "path")):
+        for block, key in ((config, "clip"), (config, "init"), (config, "track"), (config.tokenizer or {}, "path")):
             if key in block:
                 block[key] = ""
         config.data.update(blank(config.data))

@@ -1,4 +1,4 @@
-"""What a training run tells on the way: the progress bar, metrics.jsonl, TensorBoard, previews, held-out metrics."""
+"""What a training run tells on the way: a progress bar, metrics.jsonl, TensorBoard, W&B, previews, held-out metrics."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from unclip_jax import distributed, optim, sharding, tasks
+from unclip_jax import distributed, optim, sharding, tasks, track
 from unclip_jax.data import images
 from unclip_jax.meter import Meter
 from unclip_jax.storage import new_file
 
 
 class Logs:
-    """Progress bar, metrics.jsonl and TensorBoard; written by the main process.
+    """Progress bar, metrics.jsonl, TensorBoard, and W&B where `config.track` says so; written by the main process.
 
     Metrics stay on the device until they are written, so that no step waits for the host.
 
@@ -34,7 +34,7 @@ class Logs:
         self.batch_size = config.batch_size
         self.rate = optim.learning_rate(config.num_steps, **config.optim)
         self.meter, self.number = meter, start
-        self.main = distributed.is_main()
+        self.main, self.mirror = distributed.is_main(), None
         settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1, "file": _Unheard()}
         self.bar = tqdm(total=config.num_steps, initial=start, **settings)
         if self.main:
@@ -44,6 +44,8 @@ class Logs:
             _keep_until(path, start)
             self.file = path.open("a", encoding="utf-8")
             self.board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+            if project := config.get("track"):
+                self.mirror = track.Mirror(project, workdir, config.to_dict())
 
     def add(self, metrics: dict) -> None:
         """Takes one step's metrics, still on the device."""
@@ -67,13 +69,20 @@ class Logs:
         return bool(np.isfinite([m["loss"] for m in fetched]).all())
 
     def record(self, number: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl (null: not finite), and the same scalars for TensorBoard."""
+        """One line of metrics.jsonl (null: not finite), and the same scalars for TensorBoard and W&B."""
         if self.main:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self.file.write(json.dumps({"step": number, **finite}) + "\n")
             self.file.flush()
             for name, value in values.items():
                 self.board.add_scalar(name, value, number)
+        if self.mirror:
+            self.mirror.scalars(number, values)
+
+    def picture(self, number: int, path: Path) -> None:
+        """Sends the preview after step `number` to W&B."""
+        if self.mirror:
+            self.mirror.preview(number, path)
 
     def close(self) -> None:
         """Ends the bar and the files."""
@@ -81,6 +90,8 @@ class Logs:
         if self.main:
             self.file.close()
             self.board.close()
+        if self.mirror:
+            self.mirror.close(failed=sys.exc_info()[0] is not None)
 
 
 class Checks:
@@ -107,23 +118,24 @@ class Checks:
         every = self.run.config.every
         preview, evaluate = (n and (number % n == 0 or last) for n in (every.preview, every.eval))
         if preview:
-            self.preview(params, number)
+            logs.picture(number, self.preview(params, number))
         if evaluate:
             logs.record(number, self.evaluate(params))
         return bool(preview or evaluate)
 
-    def preview(self, params, number: int) -> None:
-        """Writes previews/step_N.png: the same held-out examples and noise each time."""
+    def preview(self, params, number: int) -> Path:
+        """Writes previews/step_N.png: the same held-out examples and noise each time. Gives its path."""
         parts = sharding.parts_of_batch(self.run.mesh)
         size = -(-self.settings.preview // parts) * parts
         if self.batch is None:
             plain = {"crop": None, "num_workers": 0, "shuffle": False}
             self.batch = next(self.batches(0, self.run.held_out, size, **plain))
         pictures = np.asarray(self.draw(params, self.run.frozen, self.batch))
+        path = self.run.workdir / "previews" / f"step_{number:07d}.png"
         if distributed.is_main():
-            path = self.run.workdir / "previews" / f"step_{number:07d}.png"
             path.parent.mkdir(exist_ok=True)
             images.save_png(path, images.grid(pictures, min(len(pictures), size)), {"step": str(number)})
+        return path
 
     def evaluate(self, params) -> dict[str, float]:
         """{"eval/metric": value} over `eval.batches` batches of the evaluation split.

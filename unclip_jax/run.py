@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
-from unclip_jax import data, optim, sharding, tasks
+from unclip_jax import data, distributed, optim, sharding, tasks, track
 from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_whole, said_of, suggest
@@ -23,7 +23,7 @@ from unclip_jax.train_step import TrainState, init_state
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
 MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "init_partly:", "sampler.")
 MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
-MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:")
+MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", "track:")
 TOKENIZER_CAPTIONS = 20_000
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
 
@@ -133,6 +133,8 @@ def _check_values(config: ConfigDict) -> None:
         for key in config[block]:
             if key not in known:
                 raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
+    if distributed.is_main():
+        track.check(config.get("track"))
     flat = configs.flatten(config)
     loader.check_settings(**{name: config.loader[name] for name in loader.MOST if name in config.loader})
     for name, value in flat.items():
