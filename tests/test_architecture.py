@@ -23,8 +23,8 @@ RANKS = {
     5: "runner run",
     6: "edits painting reconstruction train",
     7: "pipeline",
-    8: "evaluation interop export embed warm plan",
-    9: "plan_search plan_table",
+    8: "evaluation interop export embed warm plan forms",
+    9: "plan_search plan_table ui",
     10: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests import toy
-from unclip_jax import run, track, train
 from unclip_jax import config as configs
+from unclip_jax import run, track, train
 from unclip_jax.errors import UserError
 
 

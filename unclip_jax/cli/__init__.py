@@ -26,6 +26,7 @@ from unclip_jax.cli import (
     reconstruct,
     sample,
     train,
+    ui,
     vary,
     weights,
 )
@@ -45,6 +46,7 @@ COMMANDS = (
     inpaint.add,
     reconstruct.add,
     probe.add,
+    ui.add,
     evaluate.add,
     weights.add_export,
     weights.add_convert,
