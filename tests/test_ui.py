@@ -230,9 +230,6 @@ class Blocks:
     def launch(self, **how):
         self.how = how
 
-    def close(self, verbose):
-        pass
-
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
 def test_the_page_is_private_unless_a_host_is_given(host, warned, monkeypatch, capsys):

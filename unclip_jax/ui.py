@@ -60,10 +60,7 @@ def serve(
             warnings.warn(f"anyone who can reach port {port} of this machine can use the page", stacklevel=2)
         blocks.launch(server_name=host, server_port=port, **more)
         print(f"{name} is at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            blocks.close(verbose=False)
+        threading.Event().wait()
 
 
 def page(pipe: UnCLIP, model: str):
@@ -93,7 +90,7 @@ def page(pipe: UnCLIP, model: str):
 def _drawer(gr, pipe: UnCLIP, model: str, tab: str, names: Sequence[str]) -> Callable:
     """What a tab's button does with its fields' values, in the order of `names`; mistakes and warnings are shown."""
 
-    def run(*values, progress=gr.Progress(track_tqdm=True)):  # noqa: B008 (gradio looks for it there)
+    def run(progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008 (where gradio finds it)
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", UserWarning)
