@@ -429,7 +429,7 @@ BAD = {
     "compare the same": (["--compare", "old.json", "./old.json"], "both reports"),
     "compare with none": (["--compare", "old.json", "no.json"], "no.json is missing"),
     "compare others": (["--compare", "old.json", "list.json"], "no report of pictures"),
-    "compare text": (["--compare", "old.json", "x.txt"], "not JSON"),
+    "compare text": (["--compare", "old.json", "x.txt"], "not readable JSON"),
 }
 
 
