@@ -25,7 +25,7 @@ from unclip_jax.data.shapes import describe, render, sample_scene
 from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import PRIORS
-from unclip_jax.tasks.clip import unit
+from unclip_jax.tasks.embeddings import unit
 
 BATCH = 100
 TIME = 0.99  # of the schedule's last

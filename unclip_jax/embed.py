@@ -20,7 +20,7 @@ from unclip_jax.data.embeddings import META, VERSION, pack
 from unclip_jax.errors import UserError
 from unclip_jax.fetch import fetched
 from unclip_jax.storage import read_json, write_text
-from unclip_jax.tasks.clip import ask
+from unclip_jax.tasks.teacher import ask
 from unclip_jax.tokenizer import Tokenizer
 
 SHARD_BATCHES = 64

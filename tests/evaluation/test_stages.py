@@ -119,7 +119,7 @@ def test_the_decoders_bits_are_those_of_the_whole_bound(runs):
         keep = jnp.ones(batch["image"].shape[0], bool)
         cond = own.task.condition(own.params, batch, keep, keep)
         net = own.task.model
-        from unclip_jax.tasks.decoder import split_variance
+        from unclip_jax.tasks.pictures import split_variance
 
         denoise = lambda xt, time: split_variance(  # noqa: E731
             net.apply({"params": own.params}, xt, time, cond, method="denoise")

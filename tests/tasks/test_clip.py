@@ -11,7 +11,9 @@ from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import _capped
-from unclip_jax.tasks.clip import ClipTask, ask, matrix_picture, unit
+from unclip_jax.tasks.clip import ClipTask
+from unclip_jax.tasks.embeddings import matrix_picture, unit
+from unclip_jax.tasks.teacher import ask
 
 B, D = 12, 7
 

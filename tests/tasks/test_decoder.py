@@ -11,7 +11,8 @@ from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax import tasks
 from unclip_jax.diffusion.schedule import make_schedule
-from unclip_jax.tasks.decoder import DecoderTask, mean_loss, split_variance
+from unclip_jax.tasks.decoder import DecoderTask
+from unclip_jax.tasks.pictures import mean_loss, split_variance
 
 SAMPLER = {"name": "ddpm", "steps": 3, "guidance": 2.0}
 SIDE = 4

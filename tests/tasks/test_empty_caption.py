@@ -10,9 +10,9 @@ from tests.tasks import stubs
 from unclip_jax import tasks
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.pipeline import UnCLIP
-from unclip_jax.tasks.clip import ask_empty, drop_captions
 from unclip_jax.tasks.decoder import DecoderTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
+from unclip_jax.tasks.teacher import ask_empty, drop_captions
 
 BOS, EOS = 1, 2
 TOKENS = np.array([[BOS, 5, 6, EOS, 0], [BOS, 7, EOS, 0, 0]], np.int32)

@@ -17,8 +17,8 @@ from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.models.prior import Prefix
 from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.tasks import prior_diffusion
-from unclip_jax.tasks.clip import caption_of
 from unclip_jax.tasks.prior_diffusion import PriorTask
+from unclip_jax.tasks.teacher import caption_of
 
 SAMPLER = {"name": "ddpm", "steps": 3, "guidance": 1.0, "candidates": 1}
 D = 6

@@ -14,7 +14,7 @@ from unclip_jax import tasks
 from unclip_jax.data.images import gaussian_blur, resize
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
-from unclip_jax.tasks.decoder import mean_loss
+from unclip_jax.tasks.pictures import mean_loss
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 SAMPLER = {"name": "ddim", "steps": 3}

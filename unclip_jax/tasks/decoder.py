@@ -13,16 +13,15 @@ import numpy as np
 from unclip_jax.data.images import resize
 from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import Out, guide_batched, is_one
+from unclip_jax.diffusion.guide import guide_batched, is_one
 from unclip_jax.diffusion.invert import ddim_invert
-from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
-from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import widen
-from unclip_jax.tasks.clip import ask, ask_empty, drop_captions
+from unclip_jax.tasks.pictures import image_loss, make_network, mean_loss, split_variance
+from unclip_jax.tasks.teacher import ask, ask_empty, drop_captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,38 +207,3 @@ class DecoderTask:
         image = batch["image"]
         drawn = self.sample(params, batch, jax.random.split(rng, image.shape[0]))
         return jnp.concatenate([image, drawn])
-
-
-def make_network(config, clip: CLIP | None) -> Decoder:
-    """The `Decoder` of a config's model; without a CLIP its captions are those of `config.tokenizer`."""
-    model = {**config.model.to_dict(), "embed_dim": clip.embed_dim if clip else 0}
-    if model["text"] is not None:
-        captions = clip.text if clip else config.tokenizer
-        model["text"] = {**model["text"], **{name: captions[name] for name in ("vocab_size", "max_len")}}
-    elif clip is None:
-        raise UserError("model.text=None takes a CLIP's text states, and there is no CLIP", "give model.text")
-    extra = 4 if config.objective.get("inpaint") else 0
-    model["unet"] = {**model["unet"], "out_channels": 6 if config.objective.vlb_weight else 3, "extra": extra}
-    return Decoder(**model)
-
-
-def split_variance(out: jax.Array) -> Out:
-    """A network's 3 or 6 channels as prediction and, where there are 6, the variance's place in [-1, 1]."""
-    return Out(*jnp.split(out, 2, axis=-1)) if out.shape[-1] == 6 else Out(out)
-
-
-def image_loss(task, x0, denoise, t, t_rng, noise_rng) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(scalar, metrics) of a stage that draws pictures, as its objective says; `t` None: at times by chance."""
-    t = jax.random.randint(t_rng, x0.shape[:1], 0, task.schedule.num_steps) if t is None else t
-    noise, weights = jax.random.normal(noise_rng, x0.shape), (task.vlb_weight, task.weighting)
-    loss, metrics = diffusion_loss(task.schedule, denoise, x0, t, noise, task.target, *weights)
-    return loss.mean(), metrics
-
-
-def mean_loss(task, params, batch, rng) -> dict[str, tuple[jax.Array, int]]:
-    """The training loss at random times and its parts, without dropout, as {metric: (sum, count)}."""
-    b = batch["image"].shape[0]
-    t_rng, rng = jax.random.split(rng)
-    t = jax.random.randint(t_rng, (b,), 0, task.schedule.num_steps)
-    loss, metrics = task.loss(params, batch, rng, t)
-    return {name: (value * b, b) for name, value in {"loss": loss, **metrics}.items()}

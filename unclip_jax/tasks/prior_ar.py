@@ -16,8 +16,8 @@ from unclip_jax.errors import UserError, is_whole
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
 from unclip_jax.nn.drawing import for_loops
-from unclip_jax.tasks.clip import ask, caption_of, matrix_picture, unit
-from unclip_jax.tasks.prior_diffusion import best, candidate_keys, cosines
+from unclip_jax.tasks.embeddings import best, candidate_keys, cosines, matrix_picture, unit
+from unclip_jax.tasks.teacher import ask, caption_of
 
 PREPARE_BATCHES = 64
 

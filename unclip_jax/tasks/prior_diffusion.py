@@ -18,7 +18,8 @@ from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
 from unclip_jax.nn.drawing import for_loops
-from unclip_jax.tasks.clip import ask, ask_empty, caption_of, drop_captions, matrix_picture, unit
+from unclip_jax.tasks.embeddings import best, candidate_keys, cosines, matrix_picture, unit
+from unclip_jax.tasks.teacher import ask, ask_empty, caption_of, drop_captions
 
 PREPARE_BATCHES = 32
 
@@ -152,28 +153,3 @@ class PriorTask:
         z = self.sample(params, batch, jax.random.split(rng, batch["z_img"].shape[0]))
         drawn, true = ((a - params["mean"][None]) / params["std"][None] for a in (z, batch["z_img"]))
         return matrix_picture(unit(drawn) @ unit(true).T)
-
-
-def candidate_keys(keys: jax.Array, candidates: int) -> jax.Array:
-    """key[B] → key[B * candidates], caption by caption; a candidate's key does not depend on how many there are."""
-    own = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(candidates)))(keys)
-    return own.reshape(-1)
-
-
-def best(z: jax.Array, near: jax.Array) -> jax.Array:
-    """Of each caption's candidates f32[B * C, D] the one whose dot product with `near` f32[B, D] is largest."""
-    z = z.reshape(near.shape[0], -1, near.shape[1])
-    first = jnp.einsum("bcd,bd->bc", z, near).argmax(1)
-    return jnp.take_along_axis(z, first[:, None, None], axis=1)[:, 0]
-
-
-def cosines(z: jax.Array, batch, mean: jax.Array) -> dict[str, tuple[jax.Array, int]]:
-    """{metric: (sum, count)}: cosine of drawn z and true embeddings, beside those of what costs nothing."""
-    b = z.shape[0]
-    cosine = lambda a: jnp.sum(unit(a) * unit(batch["z_img"]))  # noqa: E731
-    return {
-        "cosine": (cosine(z), b),
-        "cosine_of_text_embedding": (cosine(batch["z_txt"]), b),
-        "cosine_of_mean": (cosine(jnp.broadcast_to(mean[None], z.shape)), b),
-        "cosine_of_others": (cosine(jnp.roll(batch["z_img"], 1, axis=0)), b),
-    }

@@ -21,7 +21,7 @@ from unclip_jax.diffusion.tile import check_tiles, tiled
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.tasks.decoder import image_loss, make_network, mean_loss, split_variance
+from unclip_jax.tasks.pictures import image_loss, make_network, mean_loss, split_variance
 
 
 @dataclasses.dataclass(frozen=True)
