@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from unclip_jax import optim, sharding, tasks
-from unclip_jax.nn.rows import platform
+from unclip_jax.nn.device import platform
 
 
 class TrainState(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.random_params import draw, run
 from unclip_jax.models.decoder import Decoder
-from unclip_jax.nn.conv import CONTEXT
+from unclip_jax.nn.unet_blocks import CONTEXT
 
 B, D, L, W, STATES = 2, 5, 4, 8, 6
 UNET = dict(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=8, groups=4)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run
-from unclip_jax.nn import attention, layers, transformer
-from unclip_jax.nn import rows as nn_rows
+from unclip_jax.nn import attention, device, layers, transformer
 from unclip_jax.nn.attention import causal_mask
 from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.nn.remat import POLICIES
@@ -225,7 +224,7 @@ def test_one_token_read_has_the_same_gradient_whatever_is_kept(policy, monkeypat
 
 
 def on_a_gpu(monkeypatch):
-    for module in (transformer, nn_rows, layers, attention):
+    for module in (transformer, device, layers, attention):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
 
 

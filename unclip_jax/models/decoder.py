@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.nn.conv import KV, context_kv
 from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.transformer import LayerNorm
+from unclip_jax.nn.unet_blocks import KV, context_kv
 
 
 class Condition(NamedTuple):

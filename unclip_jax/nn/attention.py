@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from unclip_jax.nn.rows import BATCH, alone, in_order, platform
+from unclip_jax.nn.device import alone, in_order, platform
+from unclip_jax.nn.rows import BATCH
 
 HEADS = "tensor"
 EIGHT = 8  # what kernels like head dimensions, and cuDNN lengths, to be multiples of

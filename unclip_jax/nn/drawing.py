@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from unclip_jax.nn.rows import platform
+from unclip_jax.nn.device import platform
 from unclip_jax.nn.transformer import APART, JOINED, PROJECTIONS
 
 

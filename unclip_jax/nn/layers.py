@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.nn.rows import platform
+from unclip_jax.nn.device import platform
 
 WIDE = 64**2  # channels in times channels out from which on a convolution's gradient is worth so many products
 FEW, NOT_MANY = 512, 2048  # pixels of a batch up to which a convolution, and its input's gradient, is one product

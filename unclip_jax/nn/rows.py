@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
+
+from unclip_jax.nn.device import alone
 
 BATCH = ("data", "fsdp")
 
@@ -25,20 +26,6 @@ def rows(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)))
-
-
-def in_order(x: jax.Array) -> jax.Array:
-    """x as it is, on a GPU with its axes in memory in their order.
-
-    XLA would lay tokens out as what reads the last of them likes it, and turn them in every layer.
-    """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform() == "gpu" else x
-
-
-def alone() -> bool:
-    """Whether that which is being traced runs on one device, as far as is known."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 if mesh.empty else mesh.size == 1
 
 
 def in_parts(run: Callable, sizes: Sequence[int], *given: Any) -> list:
@@ -59,12 +46,3 @@ def repeated(parts: Sequence[jax.Array], rows: int) -> jax.Array:
     """Each part's rows repeated, one run after the other, until all parts, equally long, have `rows` rows together."""
     each = rows // len(parts)
     return jnp.concatenate([jnp.repeat(part, each // part.shape[0], axis=0) for part in parts])
-
-
-def platform() -> str:
-    """Where that which is being traced will run: on the mesh's devices, which need not be here, or by default."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.abstract_device is not None:
-        return mesh.abstract_device.platform
-    default = jax.config.jax_default_device
-    return getattr(default, "platform", default) or jax.default_backend()

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.nn.attention import Part, attention, attention_in_parts
+from unclip_jax.nn.device import in_order, platform
 from unclip_jax.nn.layers import Dense, DenseGeneral
 from unclip_jax.nn.remat import named, remat
-from unclip_jax.nn.rows import in_order, platform, rows
+from unclip_jax.nn.rows import rows
 
 
 def pointwise(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run, with_initial
-from unclip_jax.nn.conv import GroupNorm, PixelAttention, ResBlock, downsample, upsample
+from unclip_jax.nn.unet_blocks import GroupNorm, PixelAttention, ResBlock, downsample, upsample
 
 
 def picture(*shape, seed=0, offset=0.0):
