@@ -148,7 +148,7 @@ class UNet(nn.Module):
       remat: what the backward pass recomputes of each residual and each attention block; see `nn.remat`. With "full",
         which asks for the least memory, training runs neighbours of a level that are equal in a loop over their
         weights, so that no two of them are recomputed at a time; the weights and their names are the same. Not on
-        GPUs, where it held more as compiled (docs/architecture.md): the weights are stacked, beside their own.
+        GPUs, where it held more as compiled (docs/scaling.md): the weights are stacked, beside their own.
       patch: side of the pixel blocks folded into channels before the stem and unfolded after the last layer; 1 in the
         paper, 2 makes a laptop-sized network four times cheaper ("simple diffusion", Hoogeboom et al. 2023, 3.3).
         Levels and `attention` count folded pixels.
