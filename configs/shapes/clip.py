@@ -3,7 +3,7 @@
     unclip train --config configs/shapes/clip.py --workdir runs/shapes/clip
     unclip train --config configs/shapes/clip.py:tiny --workdir /tmp/clip     # a minute on a laptop
 
-Variants: laptop (an hour of two cores), gpu (the bundled stack's, two minutes of one large GPU), tiny (for tests).
+Variants: laptop (20 minutes of two cores), gpu (the bundled stack's, two minutes of one large GPU), tiny (for tests).
 """
 
 from configs import common, small

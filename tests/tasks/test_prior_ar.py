@@ -15,7 +15,7 @@ from unclip_jax import tasks
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.tasks import prior_ar
-from unclip_jax.tasks.prior_ar import PriorARTask, draw
+from unclip_jax.tasks.prior_ar import PriorARTask, draw_code
 
 D, K, BUCKETS, DOTS = 6, 4, 32, 4
 SAMPLER = {"temperature": 1.0, "top_p": 1.0, "guidance": 1.0, "candidates": 1}
@@ -167,7 +167,7 @@ def test_codes_are_drawn_as_often_as_their_probabilities_say():
 
     @functools.cache
     def shares(**settings):
-        return np.bincount(np.asarray(jax.jit(lambda x, k: draw(x, k, **settings))(logits, keys)), minlength=4) / n
+        return np.bincount(np.asarray(jax.jit(lambda x, k: draw_code(x, k, **settings))(logits, keys)), minlength=4) / n
 
     def near(expected):
         return pytest.approx(np.asarray(expected), abs=4 * 0.5 / np.sqrt(n))

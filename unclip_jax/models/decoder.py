@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
+from unclip_jax.nn.attention import KV
 from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.transformer import LayerNorm
-from unclip_jax.nn.unet_blocks import KV, context_kv
+from unclip_jax.nn.unet_blocks import context_kv
 
 
 class Condition(NamedTuple):

@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import caption_mask
+from unclip_jax.nn.attention import KV, caption_mask
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.rows import in_parts, repeated
-from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
+from unclip_jax.nn.transformer import LayerNorm, Transformer
 
 SUFFIX = 3  # timestep, noised embedding, query
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.text import TextEncoder
-from unclip_jax.nn.attention import caption_mask
+from unclip_jax.nn.attention import KV, caption_mask
 from unclip_jax.nn.layers import Dense
 from unclip_jax.nn.rows import in_parts, repeated
-from unclip_jax.nn.transformer import KV, LayerNorm, Transformer
+from unclip_jax.nn.transformer import LayerNorm, Transformer
 
 
 class Prefix(NamedTuple):

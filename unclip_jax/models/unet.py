@@ -13,11 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.nn.attention import KV
 from unclip_jax.nn.device import platform
 from unclip_jax.nn.embed import TimeEmbedding
 from unclip_jax.nn.layers import Conv
 from unclip_jax.nn.remat import named, remat
-from unclip_jax.nn.unet_blocks import KV, GroupNorm, PixelAttention, ResBlock
+from unclip_jax.nn.unet_blocks import GroupNorm, PixelAttention, ResBlock
 
 
 def fold(x: jax.Array, patch: int) -> jax.Array:

@@ -26,8 +26,8 @@ LONG = 1024  # a sequence from which on the TPU's kernel computes it
 # From here on, cuDNN's gradient leaves out that of a mask, which is as large as the scores and which nobody asks for.
 CONSTANT_MASKS = jax.__version_info__ >= (0, 11, 2)
 
-
-Part = Sequence[tuple[jax.Array, jax.Array]]
+KV = tuple[jax.Array, jax.Array]  # of a layer: keys and values [B, S, H, D]
+Part = Sequence[KV]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

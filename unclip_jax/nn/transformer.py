@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import Part, attention, attention_in_parts
+from unclip_jax.nn.attention import KV, Part, attention, attention_in_parts
 from unclip_jax.nn.device import in_order, platform
 from unclip_jax.nn.layers import Dense, DenseGeneral
 from unclip_jax.nn.remat import named, remat
@@ -46,7 +46,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 APART = "block{}"  # parameters of a layer that is no part of a stack; see `nn.drawing`
 PROJECTIONS, JOINED = ("query", "key", "value"), "query_key_value"  # of a block's tokens, each by itself or all as one
-KV = tuple[jax.Array, jax.Array]
 Read = int | jax.Array  # a token of each row: the place of all, or i32[B]
 COPY = 64  # tokens through one layer that take as long as copying a layer's weights and their gradient
 

@@ -7,11 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.nn.attention import attention
+from unclip_jax.nn.attention import KV, attention
 from unclip_jax.nn.layers import Conv, Dense, DenseGeneral
 from unclip_jax.nn.rows import rows
-
-KV = tuple[jax.Array, jax.Array]
 
 
 class GroupNorm(nn.Module):

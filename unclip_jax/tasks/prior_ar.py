@@ -142,7 +142,7 @@ class PriorARTask:
                 given, dropped = jnp.split(logits, 2)
                 logits = dropped + guidance * (given - dropped)
             chance = jax.vmap(lambda key: jax.random.fold_in(key, 1 + place))(keys)
-            code = draw(logits, chance, settings["temperature"], settings["top_p"])
+            code = draw_code(logits, chance, settings["temperature"], settings["top_p"])
             return (jnp.concatenate([code] * halves), own), code
 
         start = jnp.concatenate(first), self.model.room(halves * len(keys))
@@ -169,7 +169,7 @@ class PriorARTask:
         return matrix_picture(unit(drawn) @ unit(true).T)
 
 
-def draw(logits: jax.Array, keys: jax.Array, temperature: float = 1.0, top_p: float = 1.0) -> jax.Array:
+def draw_code(logits: jax.Array, keys: jax.Array, temperature: float = 1.0, top_p: float = 1.0) -> jax.Array:
     """A code for each row of logits f32[B, V], by its own key → i32[B].
 
     Args:
