@@ -137,4 +137,4 @@ def test_a_run_goes_on_after_a_row_that_fails_and_starts_none_too_late(monkeypat
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
 def test_every_script_still_finds_what_it_imports(name):
-    assert importlib.import_module(f"benchmarks.{name}").__doc__
+    importlib.import_module(f"benchmarks.{name}")
