@@ -30,10 +30,9 @@ def make(kind="tokens", dtype="float64"):
     return net, caption, draw(net, CODES, DOT, caption, MASK, Z_TXT, KEEP, dtype=np.float64)
 
 
-@pytest.mark.parametrize("sizes", [(B,), (1, 1)])
-@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize(("sizes", "join"), [((B,), False), ((1, 1), True)], ids=["of_rows", "of_each_row_joined"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_give_what_the_whole_sequence_gives(kind, join, sizes):
+def test_steps_give_what_the_whole_sequence_gives(kind, sizes, join):
     """Each code's logits, decoded token by token into the cache in one scan; one caption is dropped; two embeddings
     share each.
     """

@@ -94,8 +94,12 @@ def test_convolutions_of_many_pixels_and_of_few(name, few, not_many, convolution
         assert str(jax.make_jaxpr(gradient(loss(own)))(*args)).count("conv_general_dilated[") == convolutions
 
 
-@each
-@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+SHARED = [(*case, axes) for case in (LAYERS["features"], CONVOLUTIONS["oblong"]) for axes in ((None, 0), (0, None))]
+
+
+@pytest.mark.parametrize(
+    ("own", "flax", "shape", "axes"), [(*case, (0, 0)) for case in (LAYERS | CONVOLUTIONS).values()] + SHARED
+)
 def test_also_of_each_sample(own, flax, shape, axes):
     """By vmap over weights and inputs, over inputs, over weights."""
     with jax.enable_x64():

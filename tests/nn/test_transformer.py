@@ -101,7 +101,6 @@ def test_the_backward_pass_of_an_activation_keeps_its_input_alone(name, dtype):
 
 
 WAYS = {"apart": layers_apart, "joined": functools.partial(layers_apart, join=True)}
-each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def parts(kv, *more):
@@ -115,8 +114,7 @@ def whole_of(module, p, x):
     return run(module, p, x, seen), run(module, layers_apart(p), x, seen, return_kv=True)[1]
 
 
-@each_way
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize(("cut", "way"), [(1, "apart"), (4, "apart"), (4, "joined")])
 def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, way):
     with jax.enable_x64():
         x = tokens(7, dtype=np.float64)
@@ -130,8 +128,7 @@ def test_a_kept_prefix_gives_what_the_whole_sequence_gives(cut, way):
         np.testing.assert_allclose(kv, np.asarray(all_kv)[:, :, :, :cut], rtol=0, atol=1e-12)
 
 
-@each_way
-@pytest.mark.parametrize("cut", [0, 1, 4])
+@pytest.mark.parametrize(("cut", "way"), [(0, "joined"), (1, "apart"), (4, "apart"), (4, "joined")])
 def test_tokens_written_into_a_buffer_one_by_one_give_what_the_whole_sequence_gives(cut, way):
     """After a prefix that lies elsewhere, if there is one; the buffer starts with numbers that nothing may see."""
     with jax.enable_x64():
@@ -167,10 +164,17 @@ def read_of(outputs, read):
     return outputs[:, read] if isinstance(read, int) else outputs[np.arange(len(read)), read]
 
 
-@pytest.mark.parametrize("layers", [1, LAYERS])
-@pytest.mark.parametrize("read", [0, -1, np.array([3, 1])], ids=["first", "last", "each_its_own"])
-@pytest.mark.parametrize("way", ["cut", "whole", "unrolled", "apart", "joined"])
+EACH_ITS_OWN = np.array([3, 1])
+
+
+@pytest.mark.parametrize(
+    ("way", "read", "layers"),
+    [("cut", 0, LAYERS), ("cut", -1, LAYERS), ("cut", EACH_ITS_OWN, LAYERS), ("cut", EACH_ITS_OWN, 1),
+     ("whole", EACH_ITS_OWN, LAYERS), ("unrolled", -1, LAYERS), ("apart", 0, LAYERS), ("joined", EACH_ITS_OWN, LAYERS)],
+    ids=str,
+)  # fmt: skip
 def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, monkeypatch):
+    """The gradient but of layers apart, which are not for training."""
     if way == "unrolled":
         on_a_gpu(monkeypatch)
     monkeypatch.setattr(transformer, "COPY", {"cut": 0}.get(way, 1000))
@@ -182,10 +186,8 @@ def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, mon
         of_all = lambda p, x: jnp.sin(read_of(outputs(p, x), read))  # noqa: E731
         of_one = lambda p, x: jnp.sin(outputs(p, x, read=read))  # noqa: E731
         assert jax.eval_shape(of_one, p, x).shape == (2, WIDTH)
-        found = [
-            jax.jit(lambda p, x, f=f: (f(p, x), jax.grad(lambda *a: f(*a).sum(), argnums=(0, 1))(p, x)))(p, x)
-            for f in (of_all, of_one)
-        ]
+        slopes = lambda f, *args: () if way in WAYS else jax.grad(lambda *a: f(*a).sum(), (0, 1))(*args)  # noqa: E731
+        found = [jax.jit(lambda p, x, f=f: (f(p, x), slopes(f, p, x)))(p, x) for f in (of_all, of_one)]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *found)
         spared = count_flops(of_all, p, x) - count_flops(of_one, p, x)
     product = 2 * 2 * WIDTH * WIDTH  # of a token in both rows
@@ -195,7 +197,7 @@ def test_one_token_read_is_that_of_all_as_is_its_gradient(way, read, layers, mon
     assert spared == (0 if way == "whole" else unread)
 
 
-@each_way
+@pytest.mark.parametrize("way", WAYS)
 def test_one_token_is_read_after_a_prefix(way):
     with jax.enable_x64():
         x, module = tokens(7, dtype=np.float64), Transformer(WIDTH, LAYERS, HEADS, dtype=jnp.float64)
@@ -209,18 +211,19 @@ def test_one_token_is_read_after_a_prefix(way):
         np.testing.assert_allclose(again, tail, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_one_token_read_has_the_same_gradient_whatever_is_kept(policy, monkeypatch):
+def test_one_token_read_has_the_same_gradient_whatever_is_kept(monkeypatch):
     monkeypatch.setattr(transformer, "COPY", 0)
     with jax.enable_x64():
         x, found = tokens(dtype=np.float64), []
-        for kept in ("none", policy):
-            module = Transformer(WIDTH, LAYERS, HEADS, remat=kept, dtype=jnp.float64)
+        for policy in POLICIES:
+            module = Transformer(WIDTH, LAYERS, HEADS, remat=policy, dtype=jnp.float64)
             p = draw(module, x, dtype=np.float64)
             square = lambda p, m=module: jnp.square(m.apply({"params": p}, x, read=-1)).sum()  # noqa: E731
             found.append((jax.jit(jax.grad(square))(p), count_gradient(square, p)[1]))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *(g for g, _ in found))
-        assert policy == "none" or found[1][1] < found[0][1]
+    (plain, all_kept), *others = found
+    for gradient, kept in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), plain, gradient)
+        assert kept < all_kept
 
 
 def on_a_gpu(monkeypatch):
