@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError
 from unclip_jax.nn import drawing
 from unclip_jax.pipeline import UnCLIP
-from unclip_jax.settings import Settings
+from unclip_jax.settings import SETTINGS, Settings
 from unclip_jax.stack import OnDemand
 from unclip_jax.weights import load_stack, save_stack
 
@@ -69,16 +70,75 @@ def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
     assert close(pipe.generate(PROMPTS[:2], seed=7, num=2), drawn.images[:4])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"seed": 8}, {"guidance": 5.0}, {"steps": 3}, {"sampler": "ddim"}, {"prior_guidance": 1.0},
-     {"prior_steps": 2}, {"candidates": 4}, {"prior_sampler": "dpm"}, {"rescale": 0.7}, {"interval": (0.0, 0.5)},
-     {"threshold": 0.99}],
-    ids=str,
-)  # fmt: skip
-def test_the_seed_and_each_setting_count(pipe, drawn, change):
+@pytest.mark.parametrize("change", [{"seed": 8}, {"guidance": 5.0}, {"rescale": 0.7}], ids=str)
+def test_the_seed_and_settings_count(pipe, drawn, change):
     base = pipe.without_upsamplers()
     assert not close(base.generate(PROMPTS, num=2, **{"seed": 7, **change}), drawn.base)
+
+
+# {stage: {keyword of its Task.sample: (the setting, a value of it)}}, each value of one stage alone, and no config's
+EVERY_SETTING = {
+    "prior": {
+        "steps": ("prior_steps", 2),
+        "name": ("prior_sampler", "dpm"),
+        "guidance": ("prior_guidance", 3.0),
+        "rescale": ("prior_rescale", 0.25),
+        "interval": ("prior_interval", (0.125, 0.5)),
+        "threshold": ("prior_threshold", 0.75),
+        "candidates": ("candidates", 4),
+    },
+    "prior_ar": {
+        "guidance": ("prior_guidance", 4.0),
+        "temperature": ("prior_temperature", 0.5),
+        "top_p": ("prior_top_p", 0.25),
+        "candidates": ("candidates", 3),
+    },
+    "decoder": {
+        "steps": ("steps", 6),
+        "name": ("sampler", "heun"),
+        "guidance": ("guidance", 5.0),
+        "rescale": ("rescale", 0.5),
+        "interval": ("interval", (0.0, 0.75)),
+        "threshold": ("threshold", 0.875),
+    },
+    "upsampler": {
+        "steps": ("upsample_steps", 5),
+        "name": ("upsample_sampler", "ddpm"),
+        "threshold": ("upsample_threshold", 0.5),
+        "tile": ("tile", 16),
+        "overlap": ("overlap", 8),
+    },
+}
+
+
+@pytest.mark.parametrize("prior", ["prior", "prior_ar"])
+def test_every_setting_reaches_the_sampling_of_its_stage_and_no_other(pipe, drawn, prior, monkeypatch):
+    """As it is given, and without any what the configs say; the sampling itself is replaced, and only notes it."""
+    kept, told = {key: program for key, program in pipe._programs.items() if key[0] == "clip"}, {}
+    noting, stages = dataclasses.replace(pipe, _programs=kept), (prior, "decoder", "upsampler")
+
+    def noted(stage, shape):
+        def sample(task, params, cond, keys, **how):
+            scale = {"guidance": how.pop("guidance")} if "guidance" in how else {}  # an argument of the program
+            jax.debug.callback(lambda **given: told.update({stage: how | jax.tree.map(float, given)}), **scale)
+            return jnp.zeros((len(keys), *shape))
+
+        return sample
+
+    for stage, shape in zip(stages, (drawn.z_img.shape[1:], drawn.base.shape[1:], drawn.images.shape[1:]), strict=True):
+        monkeypatch.setattr(type(pipe.tasks[stage]), "sample", noted(stage, shape))
+    configs = {stage: pipe.configs[stage].sampler.to_dict() for stage in stages}
+    changes = {stage: {key: value for key, (_, value) in EVERY_SETTING[stage].items()} for stage in stages}
+    given = dict(setting for stage in stages for setting in EVERY_SETTING[stage].values())
+    for settings, wanted in (({}, configs), (given, {stage: configs[stage] | changes[stage] for stage in stages})):
+        noting.generate(PROMPTS, seed=7, num=2, prior={"prior": "diffusion", "prior_ar": "ar"}[prior], **settings)
+        jax.effects_barrier()
+        assert told == wanted
+        told.clear()
+
+
+def test_no_setting_is_left_out_above():
+    assert {stage: {key: name for key, (name, _) in own.items()} for stage, own in EVERY_SETTING.items()} == SETTINGS
 
 
 def test_upsample_steps_change_the_last_stage_only(pipe, drawn):
