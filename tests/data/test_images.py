@@ -167,6 +167,12 @@ def test_hostile_files_are_errors_that_name_the_file(tmp_path):
             images.open_image(path)
 
 
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(BadImage, match="empty.png is empty$"):
+        images.open_image(tmp_path / "empty.png")
+
+
 def test_a_file_of_too_many_bytes_is_not_read(tmp_path):
     path = tmp_path / "sparse.png"
     with open(path, "wb") as f:

@@ -103,6 +103,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """`open_image` for the bytes of a file; `name` is for what is told of it."""
+    if not data:
+        raise BadImage(f"{name} is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
