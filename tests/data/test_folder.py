@@ -72,6 +72,50 @@ def test_csv_with_quotes_and_unknown_files(root):
         assert captions(Folder(str(root), "all", 4)) == {"b.png": 'red, "flat" box'}
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_tables_of_hugging_face_are_read(root, name):
+    line = '{"file_name": "b.png", "text": "a box", "label": 3}\n'
+    (root / name).write_text(line if name.endswith("l") else 'label,file_name,text\n3,b.png,"a box"\n')
+    assert captions(Folder(str(root), "all", 4)) == {"b.png": "a box"}
+    (root / "sub/a.txt").write_text("beside")
+    with pytest.warns(UserWarning, match=f"2 pictures .* no caption, .*; {name} is not read where there are .txt"):
+        assert captions(Folder(str(root), "all", 4)) == {"sub/a.JPG": "beside"}
+    (root / "captions.jsonl").write_text(GOOD)
+    assert captions(Folder(str(root), "all", 4)) == {"b.png": "x"}
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
+def test_empty_captions_are_left_out_and_named(root, name):
+    rows = [("b.png", " "), ("sub/a.JPG", "x")] + [("b.png", "")] * 11
+    if name.endswith("l"):
+        text, first = "\n".join(json.dumps({"file": f, "caption": c}) for f, c in rows), 1
+    else:
+        text, first = "file,caption\n" + "\n".join(f"{f},{c}" for f, c in rows) + "\n\n ,\n", 2
+    (root / name).write_text(text)
+    where = f"{name}:{first}, {name}:{first + 2}, .*{name}:{first + 10}$"
+    with pytest.warns(UserWarning, match=f"12 lines of .* have an empty caption, left out: {where}") as told:
+        assert captions(Folder(str(root), "all", 4)) == {"sub/a.JPG": "x"}
+    assert len(told) == 1
+
+
+def test_a_comma_at_the_end_of_a_row_takes_nothing_away(root):
+    (root / "captions.csv").write_text("file,caption\nb.png,a box,, \n")
+    assert captions(Folder(str(root), "all", 4)) == {"b.png": "a box"}
+
+
+def test_files_with_backslashes_are_told_how_to_be_written(root):
+    (root / "captions.csv").write_text("file,caption\nsub\\a.JPG,x\nb.png,y\n")
+    with pytest.warns(UserWarning, match=r"do not exist: sub\\a.JPG; write / between folder and file"):
+        assert captions(Folder(str(root), "all", 4)) == {"b.png": "y"}
+
+
+def test_the_home_folder_may_be_a_tilde(root, monkeypatch):
+    (root / "b.txt").write_text("a box")
+    monkeypatch.setenv("HOME", str(root.parent))
+    with pytest.warns(UserWarning, match="no caption"):
+        assert captions(Folder(f"~/{root.name}", "all", 4)) == {"b.png": "a box"}
+
+
 def test_without_captions_every_picture_counts(root):
     assert captions(Folder(str(root), "all", 4, captions=False)) == dict.fromkeys(
         ["b.png", "sub/a.JPG", "sub/c.d.webp"], ""
@@ -124,6 +168,22 @@ BAD = {
     "endless sidecar": (r"b\.txt is too large", lambda r: _write(r, "b.txt", b"x" * 70_000)),
     "latin table": (r"csv is not UTF-8", lambda r: _write(r, "captions.csv", b"file,caption\nb.png,\xe9")),
     "csv header": (r"columns \['a', 'b'\]", lambda r: _write(r, "captions.csv", b"a,b\n1,2\n")),
+    "csv semicolons": (r"separate the columns by commas, not by ';'", lambda r: _csv(r, "file;caption\nb.png;x, y\n")),
+    "csv tabs": (r"columns by commas, not by '\\t'", lambda r: _csv(r, "id\tcaption\tfile\n1\tx\tb.png\n")),
+    "csv commas": (
+        r"csv:3 has 3 fields, and there are 2 columns.* put captions with commas in quotes",
+        lambda r: _csv(r, "file,caption\nb.png,x\nb.png,a dog, and a cat\n"),
+    ),
+    "csv short": ("csv:2 has fewer fields than the 2 columns", lambda r: _csv(r, "file,caption\nb.png\n")),
+    "csv quote": (
+        "csv:2 is not a line of a table .*close every quote",
+        lambda r: _csv(r, 'file,caption\nb.png,"x\nsub/a.JPG,y\n'),
+    ),
+    "backslashes": ("first: sub.a.JPG. Fix: write /", lambda r: _csv(r, "file,caption\nsub\\a.JPG,x\n")),
+    "foreign columns": (
+        "needed are file_name and text",
+        lambda r: _write(r, "metadata.csv", b"file_name,label\nb.png,3\n"),
+    ),
     "empty table": ("names no picture", lambda r: _write(r, "captions.csv", b"file,caption\n")),
     "json syntax": (r"captions\.jsonl:2 is not", lambda r: _jsonl(r, GOOD + '\n{"file"')),
     "json list": (r"captions\.jsonl:1 is not", lambda r: _jsonl(r, "[1]")),
@@ -147,6 +207,10 @@ def _new(path):
 def _write(root, name, data):
     (root / name).write_bytes(data)
     return root
+
+
+def _csv(root, text):
+    return _write(root, "captions.csv", text.encode())
 
 
 def _jsonl(root, text):

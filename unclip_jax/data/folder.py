@@ -3,8 +3,9 @@
 Captions come from the first of these that is there:
 
     captions.jsonl   {"file": "sub/a.png", "caption": "…"} a line; a file may have several lines
-    captions.csv     a table with the columns file and caption
+    captions.csv     a table with the columns file and caption, separated by commas
     a.txt            beside a.png, the whole text being one caption
+    metadata.jsonl, metadata.csv   the same tables as Hugging Face's imagefolder writes them: file_name and text
 
 One picture in fifty is held out of training, chosen by its name, so that adding pictures moves no other one.
 """
@@ -29,13 +30,15 @@ SPLITS = ("train", "test", "heldout", "all")
 HELD_OUT_PERCENT = 2
 MAX_CAPTION_BYTES = 64 << 10
 MAX_TABLE_BYTES = 1 << 30
+OWN, HUGGING_FACE = ("file", "caption"), ("file_name", "text")  # what tables call a picture's file and its caption
+TABLES = {"captions.jsonl": OWN, "captions.csv": OWN, "metadata.jsonl": HUGGING_FACE, "metadata.csv": HUGGING_FACE}
 
 
 class Folder(Source):
     """Pictures below `path`, cut to their central square and resized, in the order of their names.
 
     Args:
-      path: the folder.
+      path: the folder; "~" is the user's own.
       split: "train", 98 %; "test" or "heldout", the other 2 %; "all".
       size: side in pixels.
       seed: has no effect; there is nothing to draw.
@@ -60,7 +63,7 @@ class Folder(Source):
         max_bad: float = 0.1,
     ):
         check_arguments("folder", "a folder of pictures", path, split, SPLITS, max_bad)
-        self.path, self.split, self.size, self.max_bad = Path(path), split, size, max_bad
+        self.path, self.split, self.size, self.max_bad = Path(os.path.expanduser(path)), split, size, max_bad
         if not self.path.is_dir():
             raise UserError(f"data.path='{path}' is not a folder", "give a folder that holds pictures")
         records = _records(self.path) if captions else [(file, "") for file in _pictures(self.path)]
@@ -128,9 +131,9 @@ def _pictures(root: Path) -> list[str]:
 
 def _records(root: Path) -> list[tuple[str, str]]:
     """(file, caption) of every picture that has a caption, sorted by file."""
-    for name, read in (("captions.jsonl", _from_jsonl), ("captions.csv", _from_csv)):
-        if (root / name).is_file():
-            return _checked(root, root / name, read(root / name))
+    there = [name for name in TABLES if (root / name).is_file()]
+    if there and TABLES[there[0]] == OWN:
+        return _from_table(root, root / there[0])
     records, without = [], []
     for file in _pictures(root):
         text = (root / file).with_suffix(".txt")
@@ -139,6 +142,8 @@ def _records(root: Path) -> list[tuple[str, str]]:
             records.append((file, caption))
         else:
             without.append(file)
+    if not records and there:
+        return _from_table(root, root / there[0])
     if not records:
         raise UserError(
             f"none of the {len(without)} pictures in {root} has a caption",
@@ -146,15 +151,17 @@ def _records(root: Path) -> list[tuple[str, str]]:
             "stages without text take data.captions=False",
         )
     if without:
-        first = ", ".join(without[:10])
-        warnings.warn(f"{len(without)} pictures in {root} have no caption, left out: {first}", stacklevel=3)
+        more = f"; {there[0]} is not read where there are .txt files" if there else ""
+        what = f"{len(without)} pictures in {root} have no caption, left out: {_first(without)}{more}"
+        warnings.warn(what, stacklevel=3)
     return records
 
 
-def _checked(root: Path, table: Path, lines: Iterator[tuple[int, str, str]]) -> list[tuple[str, str]]:
-    """The lines of a table of captions, every file of which must exist below the folder."""
-    records, missing = [], []
-    for number, file, caption in lines:
+def _from_table(root: Path, table: Path) -> list[tuple[str, str]]:
+    """The lines of a table that have a caption; every file must lie below the folder, and some must exist."""
+    read = _from_jsonl if table.suffix == ".jsonl" else _from_csv
+    records, missing, empty = [], [], []
+    for number, file, caption in read(table, *TABLES[table.name]):
         where = PurePosixPath(file)
         if where.is_absolute() or ".." in where.parts or "\0" in file:
             raise UserError(
@@ -164,44 +171,69 @@ def _checked(root: Path, table: Path, lines: Iterator[tuple[int, str, str]]) -> 
         if any("\ud800" <= c <= "\udfff" for c in file + caption):
             raise UserError(f"{table}:{number} holds half of a surrogate pair, which is no text")
         if not caption:
-            raise UserError(f"{table}:{number}: '{file}' has an empty caption")
-        if (root / file).is_file():
+            empty.append(f"{table.name}:{number}")
+        elif (root / file).is_file():
             records.append((where.as_posix(), caption))
         else:
             missing.append(file)
+    fix = "write / between folder and file, not \\" if any("\\" in file for file in missing) else ""
+    if not records and missing:
+        raise UserError(f"{table} names no picture that exists; the first: {missing[0]}", fix)
     if not records:
-        raise UserError(
-            f"{table} names no picture that exists" + (f"; the first: {missing[0]}" if missing else "")
-        )
+        what = f"; {len(empty)} have an empty caption: {_first(empty)}" if empty else ""
+        raise UserError(f"{table} names no picture with a caption{what}")
     if missing:
-        warnings.warn(
-            f"{table} names {len(missing)} files that do not exist: {', '.join(missing[:10])}", stacklevel=4
-        )
+        what = f"{table} names {len(missing)} files that do not exist: {_first(missing)}"
+        warnings.warn(f"{what}; {fix}" if fix else what, stacklevel=4)
+    if empty:
+        what = f"{len(empty)} lines of {table} have an empty caption, left out: {_first(empty)}"
+        warnings.warn(what, stacklevel=4)
     return sorted(records)
 
 
-def _from_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:10])
+
+
+def _from_jsonl(path: Path, file_key: str, caption_key: str) -> Iterator[tuple[int, str, str]]:
+    """(number of the line, file, caption) of each line."""
     for number, line in enumerate(read_text(path, "a table of captions", MAX_TABLE_BYTES).split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            file, caption = entry["file"], entry["caption"]
+            file, caption = entry[file_key], entry[caption_key]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(
-                f'{path}:{number} is not {{"file": …, "caption": …}} ({type(e).__name__}: {e})'
-            ) from e
+            form = f'{{"{file_key}": …, "{caption_key}": …}}'
+            raise UserError(f"{path}:{number} is not {form} ({type(e).__name__}: {e})") from e
         if not (isinstance(file, str) and isinstance(caption, str)):
-            raise UserError(f"{path}:{number}: file and caption must be texts")
+            raise UserError(f"{path}:{number}: {file_key} and {caption_key} must be texts")
         yield number, file, caption
 
 
-def _from_csv(path: Path) -> Iterator[tuple[int, str, str]]:
-    reader = csv.DictReader(io.StringIO(read_text(path, "a table of captions", MAX_TABLE_BYTES), newline=""))
+def _from_csv(path: Path, file_key: str, caption_key: str) -> Iterator[tuple[int, str, str]]:
+    """(number of the last line, file, caption) of each row."""
+    text = read_text(path, "a table of captions", MAX_TABLE_BYTES)
+    # strict: else a quote that is never closed takes the rest of the table for one caption
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if not {"file", "caption"} <= set(reader.fieldnames or ()):
-            raise UserError(f"{path} has the columns {reader.fieldnames}, needed are file and caption")
+        columns = list(reader.fieldnames or ())
+        if not {file_key, caption_key} <= set(columns):
+            other = next((c for c in ";\t|" if {file_key, caption_key} <= set("".join(columns).split(c))), None)
+            fix = f"separate the columns by commas, not by {other!r}" if other else "begin with a line of these names"
+            raise UserError(f"{path} has the columns {columns}, needed are {file_key} and {caption_key}", fix)
         for row in reader:
-            yield reader.line_num, row["file"] or "", row["caption"] or ""
+            surplus = row.pop(None, [])
+            if any(field.strip() for field in surplus):
+                what = f"{path}:{reader.line_num} has {len(columns) + len(surplus)} fields, and there are "
+                fix = 'put captions with commas in quotes: a.png,"a dog, and a cat"'
+                raise UserError(f"{what}{len(columns)} columns", fix)
+            if not any(field and field.strip() for field in row.values()):
+                continue
+            if row[file_key] is None or row[caption_key] is None:
+                what = f"{path}:{reader.line_num} has fewer fields than the {len(columns)} columns {', '.join(columns)}"
+                raise UserError(what, "give every line all of them")
+            yield reader.line_num, row[file_key], row[caption_key]
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num} is not a line of a table ({e})") from e
+        fix = "close every quote, and write a quote within quotes twice"
+        raise UserError(f"{path}:{reader.line_num + 1} is not a line of a table ({e})", fix) from e
