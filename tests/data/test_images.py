@@ -211,6 +211,26 @@ def test_grid_draws_labels_below_and_never_beyond_two_lines():
     assert (two[:, 42:44] == 255).all()  # nothing runs into the neighbour
 
 
+def test_grid_draws_letters_beyond_ascii(monkeypatch):
+    """Each another sign, not a box for every one; where it must be, one font for the whole sheet."""
+    x = np.zeros((1, 40, 40, 3), np.uint8)
+
+    def sheet(label):
+        return images.grid(x, 1, labels=[label])
+
+    letters = [sheet(letter) for letter in "éüßčžαβЖя"]
+    assert len({letter.tobytes() for letter in letters}) == len(letters)
+    assert {letter.shape for letter in letters} == {sheet("e").shape}
+    np.testing.assert_array_equal(sheet("u\u0308"), sheet("ü"))
+    np.testing.assert_array_equal(sheet("é"), letters[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.get_data_path", lambda: pytest.fail("not for ASCII"))
+        ascii_only = sheet("e")
+    monkeypatch.setattr("matplotlib.get_data_path", lambda: "/nowhere")
+    np.testing.assert_array_equal(sheet("é"), sheet("ü"))  # boxes, where the font is missing
+    np.testing.assert_array_equal(sheet("e"), ascii_only)
+
+
 def test_a_label_costs_no_more_for_being_long(monkeypatch):
     """However long, few letters of it are measured: no more than could fit."""
     font, asked = images.ImageFont.load_default(10), []

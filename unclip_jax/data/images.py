@@ -1,8 +1,10 @@
 """Pictures at the edges: files, 8-bit arrays and contact sheets. Inside, all is f32 NHWC in [-1, 1]."""
 
+import contextlib
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -160,7 +162,7 @@ def grid(
     n, height, width, _ = images.shape
     ncols = max(1, min(ncols, n))
     font_size = int(np.clip(width // 10, 9, 20))
-    font = ImageFont.load_default(font_size)
+    font = _font(font_size, "".join([*(labels if labels is not None else ()), title or ""]))
     line = font_size + 3
     texts = [_wrap(_plain(label), font, width) for label in labels] if labels is not None else []
     head = line + 2 * pad if title else 0
@@ -180,8 +182,21 @@ def grid(
     return np.asarray(canvas)
 
 
+def _font(size: int, text: str):
+    """Pillow's own for ASCII; for other texts matplotlib's DejaVu Sans, which has Latin, Greek and Cyrillic letters."""
+    if not text.isascii():
+        with contextlib.suppress(ImportError, OSError):
+            from matplotlib import get_data_path
+
+            file = io.BytesIO(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf").read_bytes())
+            # The layout that every build of Pillow has, so that sheets are the same everywhere.
+            return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.load_default(size)
+
+
 def _plain(text: str) -> str:
-    """One line without control characters."""
+    """One line without control characters, a letter and its accent as one sign."""
+    text = unicodedata.normalize("NFC", text)
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
