@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny_stack
+from tests.data.test_webdataset import png, tar
 from unclip_jax import cli
 
 
@@ -37,6 +38,18 @@ def test_check_reports_what_is_there(pictures, tmp_path, capsys):
         (pictures / f"{k:02}.png").write_bytes(b"")
     assert cli.main(command) == 1  # more than max_bad
     assert cli.main([*command, "--data.max_bad=0.5"]) == 0
+
+
+def test_check_names_what_an_index_of_tars_left_out(tmp_path, capsys):
+    members = [("0.png", b""), ("0.txt", b"x"), ("1.txt", b"x"), ("2.png", png(1)), ("2.txt", b"a box")]
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    command = ["data", "check", "webdataset", "--path", str(tmp_path / "a.tar"), "--split", "all", "--size", "8"]
+    assert cli.main([*command, f"--data.index={tmp_path / 'i'}", "--out", str(tmp_path / "r.json")]) == 0
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert said["passed_over"] == {"empty or too large": 1, "without a picture": 1}
+    where = f"{tmp_path / 'a.tar'}: "
+    assert said["passed_over_records"] == [[where + "0", "empty or too large"], [where + "1", "without a picture"]]
+    assert f"1 without a picture, such as {where}1" in capsys.readouterr().out
 
 
 def test_check_reads_records_evenly(capsys):

@@ -1,5 +1,6 @@
 """Tar shards: every record found and read as another reader finds it, whatever else lies in the tar."""
 
+import gzip
 import io
 import json
 import os
@@ -168,12 +169,104 @@ def test_odd_members_do_no_harm_and_are_counted(tmp_path):
         ("p.pkl", b"cos\nsystem\n(S'touch /tmp/x'\ntR."), ("p.pyd", b"x"), ("p.pt", b"x"),
     ]  # fmt: skip
     (tmp_path / "x.tar").write_bytes(tar(odd))
-    source = open_all(tmp_path / "x.tar", index=str(tmp_path / "i"))
-    assert content(source) == {"up": 1, "abs": 2, "three": 3, "long": 4, "dots": 5}
+    with pytest.warns(UserWarning, match="1 with a second dot in the name, such as .*x.tar: b.b.png; a record"):
+        source = open_all(tmp_path / "x.tar", index=str(tmp_path / "i"))
+    assert content(source) == {"up": 1, "abs": 2, "three": 3, "long": 4}
     assert source.index.passed_over == {
-        "not plain files": 3, "empty or too large": 1, "without a caption": 1, "without a picture": 5,
+        "with a second dot in the name": 1, "not plain files": 3, "without a caption": 1, "without a picture": 1,
+        "empty or too large": 1,
+    }  # fmt: skip
+    told = {(where.rpartition(": ")[2], why) for where, why in source.index.listed}
+    assert told == {
+        ("b.b.png", "with a second dot in the name"), ("s", "not plain files"), ("h", "not plain files"),
+        ("d", "not plain files"), ("lone", "without a caption"), ("text", "without a picture"),
+        ("empty", "empty or too large"),
     }  # fmt: skip
     assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "x.tar"]
+
+
+def test_the_kind_is_all_that_follows_the_first_dot(tmp_path):
+    members = [
+        ("000.depth.png", png(9)), ("000.JPG", png(1)), ("000.txt", b"one"), ("000.seg.json", b"{}"),
+        ("._001.png", b"of macOS"), ("001.png", png(2)), ("._001.txt", b"of macOS"), ("001.txt", b"two"),
+        ("v1.0/002.png", png(3)), ("v1.0/002.cls", b"7"), ("v1.0/002.txt", b"three"),
+    ]  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar(members))
+    source = open_all(tmp_path / "x.tar", index=str(tmp_path / "i"))
+    assert content(source) == {"one": 1, "two": 2, "three": 3} and source.index.passed_over == {}
+
+
+def test_records_of_one_key_are_counted_and_named(tmp_path):
+    dotted = [(f"photo.{k}.{kind}", data) for k in range(3) for kind, data in (("jpg", png(k)), ("txt", b"x"))]
+    again = [("a.png", png(7)), ("a.txt", b"seven"), ("a.png", png(8)), ("a.txt", b"eight"), ("a.jpg", png(9))]
+    (tmp_path / "x.tar").write_bytes(tar(dotted + again))
+    for _ in range(2):  # the second time from the index
+        with pytest.warns(UserWarning) as told:
+            source = open_all(tmp_path / "x.tar", index=str(tmp_path / "i"))
+        seen, dots = (str(one.message) for one in told)
+        assert "2 of a key seen before, such as" in seen and "x.tar: a; a record's key is its name up to" in seen
+        assert "3 with a second dot in the name, such as" in dots and "x.tar: photo.0.jpg; a record's" in dots
+        assert content(source) == {"seven": 7}
+        assert source.index.passed_over == {"with a second dot in the name": 3, "of a key seen before": 2}
+
+
+def test_an_index_names_a_hundred_records_of_all_reasons(tmp_path):
+    for n in range(2):
+        members = [(f"{n}{k:03}.png", png(k)) for k in range(80)] + [("good.png", png(1)), ("good.txt", b"x")]
+        (tmp_path / f"{n}.tar").write_bytes(tar([*members, (f"{n}.txt", b"")]))
+    listed = open_all(tmp_path, index=str(tmp_path / "i")).index.listed
+    reasons = [why for _, why in listed]
+    assert reasons.count("without a caption") == 98 and reasons.count("empty or too large") == 2
+    assert listed[0][0].endswith("0.tar: 0000") and len({where for where, _ in listed}) == 100
+    assert open_all(tmp_path, index=str(tmp_path / "i")).index.listed == listed
+
+
+def test_an_index_of_an_earlier_version_is_made_anew(root, tmp_path):
+    index = tmp_path / "index"
+    content(open_all(root, index=str(index)))
+    kept = json.loads((index / "index.json").read_text())
+    assert kept.pop("listed") == []
+    (index / "index.json").write_text(json.dumps({**kept, "version": 2}))
+    for array in index.glob("*.npy"):
+        np.save(array, np.load(array)[:1])
+    assert content(open_all(root, index=str(index))) == {f"number {k}": k for k in range(150)}
+
+
+def test_shards_that_are_no_tars_are_named(root, tmp_path):
+    (root / "00001.tar").write_bytes(gzip.compress(shard(50, 50)))
+    (root / "00003.tar.gz").write_bytes(gzip.compress(shard(50, 50)))
+    for _ in range(2):
+        with pytest.warns(UserWarning) as told:
+            source = open_all(root)
+        packed, unread = (str(one.message) for one in told)
+        assert "1 compressed files in" in packed and "are not read: 00003.tar.gz; unpack them" in packed
+        assert "1 of 3 shards cannot be read: " in unread and unread.endswith("00001.tar is compressed; gunzip it")
+        assert len(source) == 100
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    data = bytearray(shard(0, 10))
+    at = 5 * 6 * tarfile.BLOCKSIZE
+    data[at : at + tarfile.BLOCKSIZE] = b"x" * tarfile.BLOCKSIZE
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.warns(UserWarning, match=f"1 of 1 shards end too early: .*bad header at byte {at}"):
+        assert content(open_all(tmp_path / "a.tar", index=str(tmp_path / "i"))) == {f"number {k}": k for k in range(5)}
+
+
+def test_the_home_folder_may_be_a_tilde(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    for path in ("~/shards", "~/shards/*.tar", "~/shards/{00000..00002}.tar"):
+        assert content(open_all(path)) == {f"number {k}": k for k in range(150)}
+
+
+def test_a_shard_that_cannot_be_opened_is_a_user_error(root):
+    (root / "00003.tar").mkdir()
+    with pytest.raises(UserError, match="00003.tar cannot be read"):
+        open_all(root)
+    (root / "00003.tar").rmdir()
+    (root / "00003.tar").symlink_to("nothing")
+    with pytest.raises(UserError, match="a shard cannot be read .*00003.tar"):
+        open_all(root)
 
 
 def test_a_shard_cut_off_keeps_what_is_whole(tmp_path):
@@ -208,7 +301,15 @@ BAD = {
     "nothing": ("{root}/none.tar", "names no tar file"),
     "some missing": ("{root}/{00001..00004}.tar", "names 4 shards, and 2 are not there: .*00003.tar"),
     "braces": ("{root}/{a,b}.tar", "braces without a range"),
-    "no tar": ("{root}/text.tar", "no captioned pictures .*cut off in"),
+    "no tar": ("{root}/text.tar", "no captioned pictures .*1 shard unread: .*text.tar is no tar file$"),
+    "short": ("{root}/short.tar", "short.tar is no tar file$"),
+    "web page": ("{root}/page.tar", "page.tar is a web page, not the file itself"),
+    "empty": ("{root}/empty.tar", "empty.tar is empty$"),
+    "no members": ("{root}/none_in.tar", "no captioned pictures in 1 shards .*: they are empty"),
+    "compressed": ("{root}/zip.tar", "zip.tar is compressed; gunzip it$"),
+    "compressed by name": ("{root}/packed/a.tar.gz", "a.tar.gz is compressed; gunzip it$"),
+    "all compressed": ("{root}/packed", "names no tar file, but 2 compressed: a.tar.gz; unpack them"),
+    "dots": ("{root}/dots.tar", "no captioned pictures .*: 2 with a second dot in the name.* ends at its first dot"),
     "only text": ("{root}/lone.tar", "no captioned pictures in 1 shards .*1 without a picture"),
 }
 
@@ -218,6 +319,16 @@ def test_mistakes_are_user_errors(root, case):
     path, match = BAD[case]
     (root / "text.tar").write_text("no tar " * 200)
     (root / "lone.tar").write_bytes(tar([("a.txt", b"alone")]))
+    (root / "short.tar").write_text("no tar")
+    (root / "page.tar").write_text("<!DOCTYPE html>" + " " * 2000)
+    (root / "empty.tar").touch()
+    (root / "none_in.tar").write_bytes(tar([]))
+    (root / "zip.tar").write_bytes(gzip.compress(shard(0, 2)))
+    (root / "packed").mkdir()
+    for name in ("a.tar.gz", "b.tgz"):
+        (root / "packed" / name).write_bytes(gzip.compress(shard(0, 2)))
+    dotted = [(f"photo.{k}.{kind}", data) for k in range(2) for kind, data in (("jpg", png(k)), ("txt", b"x"))]
+    (root / "dots.tar").write_bytes(tar(dotted))
     with pytest.raises(UserError, match=match) as error:
         open_all(path.replace("{root}", str(root)))
     assert "\n" not in str(error.value)

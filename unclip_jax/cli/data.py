@@ -5,6 +5,8 @@ import json
 from unclip_jax.cli.arguments import MAX_PICTURES, command, count, done, listed, seed
 from unclip_jax.errors import UserError
 
+REPORT = "write the report, with every unreadable record of those read, and up to 100 that an index of tars left out"
+
 
 def add(commands) -> None:
     """Declares the commands and their flags."""
@@ -21,7 +23,7 @@ def add(commands) -> None:
     _add_source(sub)
     sub.add_argument("--num", type=count, default=1000, help="records, evenly over the source (1000)")
     sub.add_argument("--all", action="store_true", help="read every record")
-    sub.add_argument("--out", metavar="FILE.json", help="write the report, with every unreadable record")
+    sub.add_argument("--out", metavar="FILE.json", help=REPORT)
     sub.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
     done(sub)

@@ -14,8 +14,8 @@ def survey(source, num: int | None = None) -> dict:
     """Reads `num` records evenly over a source, or all (None).
 
     Returns: {source, licence, records, read, readable, bad: [[number, why], …], passed_over: {reason: count},
-      caption_words and pixels: {least, median, most}, distinct_captions}; pixels are of the shorter sides of the files,
-      where the source knows them.
+      passed_over_records: [[where, reason], …] of the first hundred, caption_words and pixels: {least, median, most},
+      distinct_captions}; pixels are of the shorter sides of the files, where the source knows them.
     """
     total = len(source)
     few = num is not None and num < total
@@ -32,10 +32,11 @@ def survey(source, num: int | None = None) -> dict:
             captions.add(caption)
         if "pixels" in record:
             sides.append(min(record["pixels"]))
+    index = getattr(source, "index", None)
     return {
         "source": source.name, "licence": source.licence, "records": total, "read": len(numbers),
         "readable": len(numbers) - len(bad), "bad": bad,
-        "passed_over": getattr(getattr(source, "index", None), "passed_over", {}),
+        "passed_over": getattr(index, "passed_over", {}), "passed_over_records": getattr(index, "listed", []),
         "caption_words": _spread(words), "distinct_captions": len(captions), "pixels": _spread(sides),
     }  # fmt: skip
 
@@ -49,7 +50,9 @@ def table(report: dict) -> str:
         f"captions           {report['distinct_captions']} distinct; words {_told(report['caption_words'])}",
         f"shorter side       {_told(report['pixels'])}",
     ]
-    lines += [f"passed over        {count} {reason}" for reason, count in report["passed_over"].items()]
+    first = {reason: where for where, reason in reversed(report["passed_over_records"])}
+    for reason, count in report["passed_over"].items():
+        lines.append(f"passed over        {count} {reason}" + (f", such as {first[reason]}" if reason in first else ""))
     lines += [f"cannot be read     record {number}: {why}" for number, why in report["bad"][:SHOWN]]
     if len(report["bad"]) > SHOWN:
         lines.append(f"                   and {len(report['bad']) - SHOWN} more")

@@ -1,7 +1,7 @@
 """Captioned pictures in tar shards, as img2dataset and WebDataset write them, read at random by an index.
 
-The shards may lie on disks or in object storage. No other member is ever read, nothing is unpickled, and no command
-is run (a `pipe:` address is refused).
+The shards may lie on disks or in object storage. A record's key is its name up to the first dot (`tar_index`). No
+other member is ever read, nothing is unpickled, and no command is run (a `pipe:` address is refused).
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
 from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
-from unclip_jax.data.tar_index import Files, open_index
+from unclip_jax.data.tar_index import CUT, DOTTED, SEEN, UNREAD, Files, open_index
 from unclip_jax.errors import UserError
 
 
@@ -52,11 +52,12 @@ class WebDataset(Source):
         self.split, self.size, self.caption_key, self.max_bad = split, size, caption_key, max_bad
         self.files = Files(path)
         shards = self.files.expand(path)
+        packed = self.files.compressed(path)
         if not shards:
-            raise UserError(f"data.path={path!r} names no tar file")
+            what = f", but {len(packed)} compressed: {packed[0]}; unpack them" if packed else ""
+            raise UserError(f"data.path={path!r} names no tar file{what}")
         self.index = open_index(self.files, shards, index)
-        if cut := [reason for reason in self.index.passed_over if reason.startswith("cut off")]:
-            warnings.warn(f"{len(cut)} of {len(shards)} shards end too early: {cut[0]}", stacklevel=2)
+        self._warn(path, packed)
         self._parts = {"train": ("train",), "all": ("train", "test")}.get(split, ("test",))
         if not len(self):
             raise EmptySplit(f"the split '{split}' of {path} is empty", "add shards, or take the split 'all'")
@@ -87,6 +88,22 @@ class WebDataset(Source):
 
         with ThreadPoolExecutor(8) as pool:
             return digest(pool.map(told, range(min(num, len(self)))))
+
+    def _warn(self, path: str, packed: list[str]) -> None:
+        """Tells of shards and records that whoever made them will miss."""
+        total, reasons = len(self.index.shards), self.index.passed_over
+        if packed:
+            what = f"{len(packed)} compressed files in {path} are not read: {', '.join(packed[:10])}; unpack them"
+            warnings.warn(what, stacklevel=3)
+        if cut := [reason for reason in reasons if reason.startswith(CUT)]:
+            warnings.warn(f"{len(cut)} of {total} shards end too early: {cut[0]}", stacklevel=3)
+        if unread := [reason.removeprefix(UNREAD).strip() for reason in reasons if reason.startswith(UNREAD)]:
+            warnings.warn(f"{len(unread)} of {total} shards cannot be read: {unread[0]}", stacklevel=3)
+        for reason in (SEEN, DOTTED):
+            if reason in reasons:
+                first = next((where for where, why in self.index.listed if why == reason), "")
+                what = f"passed over in {path}: {reasons[reason]} {reason}, such as {first}"
+                warnings.warn(f"{what}; a record's key is its name up to the first dot", stacklevel=3)
 
     def _entry(self, i: int) -> tuple[str, np.void]:
         """(record i's shard, its ENTRY)."""
