@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unclip_jax.data import SOURCES, images, loader, make
 from unclip_jax.data.images import BadImage
@@ -231,8 +232,38 @@ def test_make_finds_sources_by_name():
         (("shapes",), {"size": 32, "pth": "x"}, "data.pth is not an argument of the source 'shapes'"),
         (("folder",), {"size": 32, "pth": "x"}, "did you mean 'path'"),
         (("shapes", "tset"), {"size": 32}, "did you mean 'test'"),
+        ((["shapes"],), {"size": 32}, "not a known source"),
+        (("shapes",), {"size": 4097}, r"data.size=4097 must be a whole number of pixels in 1 … 4096"),
+        (("icons",), {"size": 32, "seed": -1}, "data.seed=-1 must be a whole number from 0 on"),
+        (("shapes", ["test"]), {"size": 32}, r"data.split=.'test'. must be a text"),
+        (("shapes",), {"size": 32, "length": "many"}, "data.length='many' must be a whole number"),
+        (("shapes",), {"size": 32, "length": 2.5}, "data.length=2.5 must be a whole number"),
+        (("shapes",), {"size": 32, "length": True}, "data.length=True must be a whole number"),
+        (("folder",), {"size": 32, "path": ".", "captions": "no"}, "data.captions='no' must be true or false"),
+        (("folder",), {"size": 32, "path": ".", "captions": 0}, "data.captions=0 must be true or false"),
+        (("folder",), {"size": 32, "path": ".", "captions": None}, "data.captions=None must be true or false"),
+        (("folder",), {"size": 32, "path": 1.1}, "data.path=1.1 must be a text.*quotes of its own"),
+        (("folder",), {"size": 32, "path": True}, "data.path=True must be a text"),
+        (("folder",), {"size": 32, "path": ".", "max_bad": "0.1"}, "data.max_bad='0.1' must be a number"),
+        (("webdataset",), {"size": 32, "path": ".", "index": None}, "data.index=None must be a text"),
+        (("mixture",), {"size": 32, "parts": 5}, "data.parts=5 must be a list of dicts"),
+        (("mixture",), {"size": 32, "parts": {"source": "shapes"}}, "data.parts=.* must be a list of dicts"),
+        (("mixture",), {"size": 32, "parts": "shapes"}, "data.parts='shapes' must be a list of dicts"),
+        (("mixture",), {"size": 32, "parts": [{"source": 3}]}, "data.source='3' is not a known source"),
     ],
 )
 def test_make_explains_mistakes(args, kw, match):
     with pytest.raises(UserError, match=match):
         make(*args, **kw)
+
+
+def test_make_converts_what_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "2014"):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    words = {"size": 8, "captions": "False", "max_bad": 1}
+    for path in (2014, np.int64(2014), tmp_path / "2014"):
+        assert make("folder", "all", path=path, **words).caption(0) == ""
+    assert len(make("shapes", size=32, length=1e2)) == 100 and make("shapes", size=32, length=None).length > 100
+    assert len(make("mixture", size=32, parts=[{"source": "shapes", "length": 10}])) == 1000
