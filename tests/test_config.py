@@ -186,12 +186,22 @@ def test_missing_and_wrong_files(folder, path):
         ("import no_such_module_at_all\n", "clip.py:1: ModuleNotFoundError"),
         ("from configs import commn\n", "clip.py:1: ImportError"),
         ("def get_config(arg):\n    raise ValueError('bad arg ' + arg)\n", "bad arg"),
+        ("def get_config(arg):\n    return {'a': 1}['x']\n", "variant '': KeyError('x') ("),
+        ("import sys\nsys.exit(3)\n", "clip.py:2: SystemExit: 3"),
+        ("def get_config(arg):\n    exit('enough')\n", "clip.py:2: SystemExit: enough"),
     ],
 )
 def test_errors_in_a_config_name_the_line(path, source, told):
     with open(path, "w") as file:
         file.write(source)
     assert told in _refused(path)
+
+
+def test_a_signal_while_a_config_is_run_still_ends_the_program(path):
+    with open(path, "w") as file:
+        file.write("raise SystemExit(143)\n")
+    with pytest.raises(SystemExit):
+        config.load_config(path)
 
 
 def test_variants(folder, path):
@@ -241,3 +251,14 @@ def test_the_data_block_takes_what_its_source_may_know():
     assert made.data.to_dict() == {"source": "webdataset", "path": "c.tar", "size": 4, "seed": 1, "split": "train"}
     with pytest.raises(UserError, match="data.deep.key"):
         config.override(made, "data.deep.key=1")
+
+
+def test_another_source_may_be_named_after_its_arguments(folder):
+    (folder / "own.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n"
+        "    return ConfigDict({'data': {'source': 'folder', 'path': '', 'size': 4, 'captions': True}})\n"
+    )
+    for order in (1, -1):
+        overrides = ["data.path=c.tar", "data.index=i", " data.source =webdataset"][::order]
+        made = config.load_config(str(folder / "own.py"), overrides)
+        assert made.data.to_dict() == {"source": "webdataset", "size": 4, "path": "c.tar", "index": "i"}

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from unclip_jax.errors import UserError, suggest
 
 OF_EVERY_SOURCE = {"source", "split", "size", "seed"}  # arguments, in the block `data`
+SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM, which may come while a config is run
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -28,14 +29,15 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
     Args:
       spec: a path, and after a colon the variant given to `get_config` ("" where there is none).
-      overrides: "a.b=value" texts; a value is read by the type of the one it replaces.
+      overrides: "a.b=value" texts; a value is read by the type of the one it replaces. That of data.source comes first,
+        for it says what other keys of `data` there are.
 
     Raises:
       UserError: no such file, an error in it, an unknown variant or key, a value of another type.
     """
     path, variant = _split(str(spec))
     config = _run(path, variant)
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "data.source"):
         override(config, text)
     config = from_values(config.copy_and_resolve_references(), where=str(path))
     return config
@@ -196,16 +198,24 @@ def _run(path: Path, variant: str) -> ConfigDict:
         except SyntaxError as error:
             raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
         except (KeyError, ValueError) as error:
-            what = str(error.args[0]) if error.args else repr(error)
+            missed = isinstance(error, KeyError) and not _raised(error)  # a key that a dict lacks, and no words
+            what = str(error.args[0]) if error.args and not missed else repr(error)
             raise UserError(f"config {path}, variant {variant!r}: {what} ({_line(error, path)})") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code in SIGNALLED:
+                raise
             raise UserError(f"{_line(error, path)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} must return a ConfigDict, not {type(config).__name__}")
     return config
 
 
-def _line(error: Exception, path: Path) -> str:
+def _raised(error: Exception) -> bool:
+    """Whether a statement raised it, with words of its own."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
+
+
+def _line(error: BaseException, path: Path) -> str:
     """file:line of the last frame inside the configs' own files."""
     folder = str(_folder_above_configs(path))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(folder)]
