@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 SCHEDULE_STEPS = 1000
+GUIDED = dict(rescale=0.0, interval=None, threshold=None)  # of `sampler` where diffusion is guided: guidance as it is
 
 
 def base(task: str, **blocks) -> ConfigDict:
@@ -38,6 +39,7 @@ def base(task: str, **blocks) -> ConfigDict:
             "eps": 1e-8,
             "clip_norm": 1.0,
             "accumulate": 1,
+            "sam_rho": 0.0,
         },
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "rules": ((".*", "fsdp"),),

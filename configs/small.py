@@ -54,6 +54,8 @@ UPSAMPLER = {
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
 }
 
+PLAIN = dict(dtype="float32", remat="none")
+
 
 def folder(size: int, captions: bool = True) -> dict:
     """The data block of one's own pictures; the path is given with --config.data.path=DIR."""
@@ -66,11 +68,17 @@ def clip(v: dict, data: dict, vocab_size: int, max_len: int = 32):
         "clip",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict(embed_dim=v["embed_dim"], vision=v["vision"], text=v["text"], norm=v["embed_dim"] ** 0.5),
+        model=dict(
+            embed_dim=v["embed_dim"],
+            vision={"remat": "none", **v["vision"]},
+            text={"remat": "none", **v["text"]},
+            norm=v["embed_dim"] ** 0.5,
+            dtype="float32",
+        ),
         objective=dict(loss="softmax", chunk=0),
         tokenizer=dict(path="", vocab_size=vocab_size, max_len=max_len),
         data=data,
-        optim=dict(lr=v.get("lr", 1e-3), warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98, sam_rho=0.0),
+        optim=dict(lr=v.get("lr", 1e-3), warmup=min(100, v["num_steps"] // 4), weight_decay=0.1, b2=0.98),
         ema_decay=0.99,
         eval=dict(batches=4, preview=32),
     )
@@ -82,10 +90,16 @@ def prior(v: dict, data: dict):
         "prior_diffusion",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict(caption="tokens", width=v["width"], layers=v["layers"], heads=v["heads"]),
+        model=dict(caption="tokens", width=v["width"], layers=v["layers"], heads=v["heads"], **PLAIN),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(text_drop=0.1, clip_x0=5.0),
-        sampler=dict(name="ddpm", steps=v["steps"], guidance=v.get("guidance", 1.0), candidates=v.get("candidates", 2)),
+        sampler=dict(
+            name="ddpm",
+            steps=v["steps"],
+            guidance=v.get("guidance", 1.0),
+            candidates=v.get("candidates", 2),
+            **common.GUIDED,
+        ),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.06, b2=0.96, eps=1e-6),
@@ -99,7 +113,7 @@ def prior_ar(v: dict, data: dict):
         "prior_ar",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict(caption="tokens", **{k: v[k] for k in ("dims", "buckets", "width", "layers", "heads")}),
+        model=dict(caption="tokens", **{k: v[k] for k in ("dims", "buckets", "width", "layers", "heads")}, **PLAIN),
         objective=dict(text_drop=0.1),
         sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=v.get("candidates", 2)),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
@@ -116,12 +130,17 @@ def decoder(v: dict, data: dict):
     folded pixels and few channels has no room to carry through (Li & He 2025, arXiv 2511.13720). The variance is not
     learned, for small errors of x0 are vast at the last steps, where the bound divides them by the smallest variances.
     """
-    added = {"add_text_embedding": True} if v["text"] is None else {}
+    if v["text"] is None:
+        caption = {"text": None, "add_text_embedding": True}
+    else:
+        caption = {"text": {"remat": "none", **v["text"]}}
     return common.base(
         "decoder",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict(unet=v["unet"], text=v["text"], context_width=v["context_width"], **added),
+        model=dict(
+            unet={"remat": "none", **v["unet"]}, context_width=v["context_width"], dtype="float32", **caption
+        ),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS, shift=v.get("shift", 1.0)),
         objective=dict(
             target="x0",
@@ -131,7 +150,7 @@ def decoder(v: dict, data: dict):
             vlb_weight=0.0,
             **({"inpaint": True} if v.get("inpaint") else {}),
         ),
-        sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0),
+        sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0, **common.GUIDED),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         data=data,
         optim={"lr": 1e-3, "warmup": min(200, v["num_steps"] // 4), "weight_decay": 0.01, **v.get("optim", {})},
@@ -144,23 +163,23 @@ def upsampler(v: dict, data: dict, crop: int):
 
     Small pictures are blurred a little; or, with `degrade` in the variant, degraded so by the loader.
     """
-    degraded = {"degrade": v["degrade"], "factor": 2} if "degrade" in v else {}
+    degrade = v.get("degrade")
     return common.base(
         "upsampler",
         batch_size=v["batch_size"],
         num_steps=v["num_steps"],
-        model=dict({k: v[k] for k in ("channels", "multipliers", "blocks", "groups")}, patch=2),
+        model=dict({k: v[k] for k in ("channels", "multipliers", "blocks", "groups")}, patch=2, **PLAIN),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(
             factor=2,
             target="x0",
             weighting=v.get("weighting", "none"),
             vlb_weight=0.0,
-            **({"blur_share": 0.0} if degraded else {}),
+            blur_share=0.0 if degrade else 0.5,
         ),
-        sampler=dict(name="ddim", steps=v["steps"]),
+        sampler=dict(name="ddim", steps=v["steps"], threshold=None),
         data=data,
-        loader=dict(crop=crop, **degraded),
+        loader=dict(crop=crop, degrade=degrade, factor=2),
         optim={"lr": 1e-3, "warmup": min(200, v["num_steps"] // 4), "weight_decay": 0.01, **v.get("optim", {})},
         every=dict(preview=1000, eval=1000),
     )

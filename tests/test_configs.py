@@ -136,6 +136,27 @@ def test_the_config_of_ones_own_in_the_manual_can_be_built(tmp_path):
     jax.eval_shape(task.init, jax.random.key(0))
 
 
+NAMED = {  # by docs/training.md, for stages that they concern
+    "clip": ("model.vision.remat=full", "model.text.remat=dots", "optim.sam_rho=0.1"),
+    "prior_diffusion": ("model.remat=full",),
+    "prior_ar": ("model.remat=full",),
+    "decoder": ("model.unet.remat=full",),
+    "upsampler": ("model.remat=full", "loader.degrade=bsr", "loader.factor=2", "objective.blur_share=0"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])
+def test_the_keys_that_the_manual_names_can_be_set(path):
+    overrides = ["model.dtype=bfloat16", "optim.sam_rho=0.1", "optim.accumulate=2", *NAMED[path.stem]]
+    if path.stem in ("prior_diffusion", "decoder"):
+        overrides += ["sampler.rescale=0.7", "sampler.interval=0.2,0.8", "sampler.threshold=0.995"]
+    flat = config.flatten(config.load_config(str(path), overrides))
+    assert flat["model.dtype"] == "bfloat16" and flat["optim.sam_rho"] == 0.1
+    assert flat.get("objective.blur_share", 0) == 0 and flat.get("sampler.interval", (0.2, 0.8)) == (0.2, 0.8)
+    with pytest.raises(UserError, match="no key 'optim.sam_roh'. Fix: did you mean 'optim.sam_rho'"):
+        config.load_config(str(path), ["optim.sam_roh=0.1"])
+
+
 def test_blocks_fit_what_they_configure():
     def check(spec):
         c = load(spec)

@@ -698,6 +698,20 @@ def test_a_workdir_with_another_config_is_refused(task, tmp_path):
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_a_run_goes_on_with_a_config_that_now_says_what_went_without_saying(tmp_path):
+    old = changed("upsampler", {})
+    with old.unlocked():
+        del old.optim.sam_rho, old.model.dtype, old.model.remat, old.loader.degrade, old.loader.factor
+        del old.objective.blur_share, old.sampler.threshold
+    train._write_once(make_run(old, tmp_path))
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert make_run(changed("upsampler", {"model.remat": "full"}), tmp_path).config.optim.sam_rho == 0
+    other = {"optim.sam_rho": 0.05, "model.dtype": "bfloat16", "loader.degrade": "bsr", "objective.blur_share": 0.0}
+    for key, value in other.items():
+        with pytest.raises(UserError, match=rf"another config: {key}: \(absent\) -> {value!r}"):
+            make_run(changed("upsampler", {key: value}), tmp_path)
+
+
 def test_a_run_that_saved_nothing_does_not_bind_its_workdir(task, tmp_path):
     train._write_once(make_run(toy.config(), tmp_path))
     assert make_run(changed("toy", {"optim.lr": 0.5}), tmp_path).config.optim.lr == 0.5

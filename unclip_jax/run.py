@@ -23,7 +23,9 @@ from unclip_jax.train_step import TrainState, init_state
 # What may differ when a run goes on: for how long, on which devices, and what is told and kept on the way.
 MAY_CHANGE = ("num_steps:", "every.", "keep:", "mesh.", "rules:", "eval.", "clip:", "init:", "init_partly:", "sampler.")
 MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:", "loader.prefetch:", "model.remat:")
-MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", "track:")
+MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", "track:", "loader.factor: (absent)")
+# What configs of older versions did not say, and what was done without.
+UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
 TOKENIZER_CAPTIONS = 20_000
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
 
@@ -105,7 +107,8 @@ def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
 
 
 def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> None:
-    changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE)]
+    same = {f"{key}: (absent) -> {value!r}" for key, value in UNSAID.items()}
+    changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE) and line not in same]
     if changed:
         raise UserError(
             f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}",

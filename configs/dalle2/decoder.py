@@ -51,7 +51,7 @@ def get_config(variant: str = ""):
             dict(image_size=64, target="eps", clip_drop=0.1, text_drop=0.5, vlb_weight=0.001),
             **({"inpaint": True} if v.get("inpaint") else {}),
         ),
-        sampler=dict(name="ddpm", steps=250, guidance=1.25),
+        sampler=dict(name="ddpm", steps=250, guidance=1.25, **common.GUIDED),
         tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
         optim=shared.adamw(lr=1.2e-4, weight_decay=0.0, b2=0.999, eps=1e-8),
         ema_decay=0.9999,

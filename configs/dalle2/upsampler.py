@@ -40,8 +40,8 @@ VARIANTS = {
 
 def get_config(variant: str = ""):
     v = common.choose(variant, VARIANTS)
-    degraded = {"degrade": v["degrade"], "factor": 4} if "degrade" in v else {}
-    blurred = {"blur_share": 0.0} if degraded else {"blur": 0.6}
+    degrade = v.get("degrade")
+    blurred = {"blur_share": 0.0} if degrade else {"blur": 0.6, "blur_share": 0.5}
     return shared.base(
         "upsampler",
         size=v["size"],
@@ -51,9 +51,9 @@ def get_config(variant: str = ""):
         model=dict(v["model"], **shared.FAST),
         diffusion=dict(name=v["schedule"], num_steps=common.SCHEDULE_STEPS),
         objective=dict(factor=4, target="eps", vlb_weight=0.0, **blurred),
-        sampler=dict(name="ddim", steps=v["steps"]),
+        sampler=dict(name="ddim", steps=v["steps"], threshold=None),
         data=dict(captions=False),
-        loader=dict(crop=v["size"] // 4, **degraded),
+        loader=dict(crop=v["size"] // 4, degrade=degrade, factor=4),
         optim=shared.adamw(lr=v["lr"], weight_decay=0.0, b2=0.999, eps=1e-8),
         ema_decay=0.9999,
     )
