@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from unclip_jax import config, data, optim, sharding, tasks
+from unclip_jax import config, data, optim, run, sharding, tasks
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +175,9 @@ def test_blocks_fit_what_they_configure():
 
 def test_their_networks_have_f32_parameters():
     def check(spec):
-        assert {leaf.dtype for leaf in jax.tree.leaves(built(spec)[1])} == {jnp.dtype(jnp.float32)}
+        task, params = built(spec)
+        run._check_attention(load(spec), task)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
     assert offending(check, SPECS) == {}
 

@@ -544,6 +544,8 @@ BAD = {
     "batch": ("toy", {"batch_size": 12}, "batch_size=12 must be a multiple of 8"),
     "no batch": ("toy", {"batch_size": 0}, "batch_size=0"),
     "no steps": ("toy", {"num_steps": 0}, "num_steps=0"),
+    "many steps": ("toy", {"num_steps": 2**31}, "num_steps=2147483648 must be a whole number in 1 … 2147483647"),
+    "part of a step": ("toy", {"num_steps": 8.5}, "num_steps=8.5 must be a whole number"),
     "steps below 0": ("toy", {"num_steps": -5}, "num_steps=-5"),
     "warmup": ("toy", {"optim.warmup": 99}, "optim.warmup=99 must not exceed the 8 updates"),
     "rate": ("toy", {"optim.lr": 0.0}, "optim.lr=0.0"),
@@ -584,7 +586,18 @@ BAD = {
     "target": ("upsampler", {"objective.target": "z"}, "unknown prediction target 'z'"),
     "model key": ("upsampler", {"model.chanels": 8}, "does not fit its network: .*chanels"),
     "objective key": ("upsampler", {"objective.tagret": "v"}, "does not fit its network: .*tagret"),
-    "groups": ("upsampler", {"model.groups": 3}, "the network of upsampler cannot be built"),
+    "groups": ("upsampler", {"model.groups": 3}, "cannot be built: groups=3 must divide channels=8, outer=0"),
+    "outer groups": ("upsampler", {"model.outer": 6}, "groups=4 must divide channels=8, outer=6"),
+    "attention": (
+        "decoder",
+        {"model.unet.attention": (7,), "model.unet.multipliers": (1, 2)},
+        r"model.unet.attention=\(7,\) must be of the heights .*: \[16, 8\]. Fix: take of these",
+    ),
+    "no levels": ("decoder", {"model.unet.multipliers": ()}, r"model.unet.multipliers=\(\) must be of whole numbers"),
+    "no length": ("clip", {"model.norm": 0.0}, "model.norm=0.0 must be a number above 0"),
+    "length nan": ("clip", {"model.norm": math.nan}, "model.norm=nan must be a number above 0"),
+    "caption": ("prior_diffusion", {"model.caption": "state"}, "caption='state' is unknown.* did you mean 'states'"),
+    "ar caption": ("prior_ar", {"model.caption": "foo"}, "model.caption='foo' is unknown.* use one of states, tokens"),
     "image size": ("upsampler", {"data.size": 18, "model.multipliers": (1,) * 3}, "image 18x18 must be divisible by 4"),
     "crop of odd size": ("upsampler", {"loader.crop": 15}, "15 pixels must be divisible by factor=2"),
     "heads": ("prior_diffusion", {"model.heads": 3}, "width=16 must be a multiple of heads=3"),
@@ -622,6 +635,15 @@ def test_a_split_without_a_picture_is_told_with_what_helps(tmp_path, task):
         config.data = own
     with pytest.raises(UserError, match="nothing to measure on, eval.split='test'.*Fix: set --config.eval.split="):
         train.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage", ["decoder", "clip", "upsampler"])
+def test_embeddings_train_priors_only(stage, tmp_path, monkeypatch):
+    config = tiny_runs.config(stage)
+    identity = tasks.load_clip(tiny_runs.folder() / "clip").identity
+    monkeypatch.setattr(runs.data, "make", lambda **_: SimpleNamespace(clip_identity=identity))
+    with pytest.raises(UserError, match=f"holds embeddings, and the task {stage} learns from pictures. Fix: give a"):
+        make_run(config, tmp_path / "run")
 
 
 def test_the_tokenizer_is_trained_on_what_can_be_read():

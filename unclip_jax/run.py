@@ -14,7 +14,7 @@ from unclip_jax import config as configs
 from unclip_jax import data, distributed, optim, sharding, tasks, track
 from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
-from unclip_jax.errors import UserError, is_whole, said_of, suggest
+from unclip_jax.errors import UserError, is_number, is_whole, said_of, suggest
 from unclip_jax.fingerprint import by_path
 from unclip_jax.storage import read_text
 from unclip_jax.tokenizer import Tokenizer
@@ -27,6 +27,8 @@ MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", 
 # What configs of older versions did not say, and what was done without.
 UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
 TOKENIZER_CAPTIONS = 20_000
+MOST_STEPS = 2**31 - 1  # the step is an i32
+PRIORS = ("prior_diffusion", "prior_ar")
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
 
 
@@ -65,7 +67,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     checked = config.every.preview or config.every.eval
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
-    _check_embedded(source, clip)
+    _check_embedded(source, config, clip)
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
@@ -75,6 +77,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     if earlier:
         _check_same_run(config, earlier, workdir)
     task = tasks.make(config, clip.model if clip else None)
+    _check_attention(config, task)
     with said_of(f"the network of {config.task} cannot be built", "correct config.model"):
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed), config.ema_decay))
     shardings = sharding.infer(shapes, config.rules, mesh)
@@ -143,8 +146,14 @@ def _check_values(config: ConfigDict) -> None:
     for name, value in flat.items():
         size = name.startswith("model.") and name.split(".")[-1] in SIZES
         if (size or (config.task, name) == ("clip", "model.embed_dim")) and value is not None:
-            if not all(is_whole(n, 1) for n in (value if isinstance(value, tuple) else (value,))):
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not sizes or not all(is_whole(n, 1) for n in sizes):
                 raise UserError(f"{name}={value!r} must be of whole numbers of at least 1")
+    norm = flat.get("model.norm")
+    if config.task == "clip" and norm is not None and not (is_number(norm, 0) and norm > 0):
+        raise UserError(f"model.norm={norm!r} must be a number above 0, or None for embeddings as projected")
+    if not is_whole(config.num_steps, 1, MOST_STEPS):
+        raise UserError(f"num_steps={config.num_steps!r} must be a whole number in 1 … {MOST_STEPS}")
     for name in ("keep", "every.log", "every.save", "every.preview", "every.eval", "eval.batches", "eval.preview"):
         value, least = flat[name], 0 if name in ("every.preview", "every.eval") else 1
         if not is_whole(value, least):
@@ -155,12 +164,27 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f"seed={config.seed} must be in 0 … 2**32 - 1")
 
 
-def _check_embedded(source: Source, clip) -> None:
-    """UserError where a source holds another CLIP's embeddings than the one trained against."""
+def _check_attention(config: ConfigDict, task: tasks.Task) -> None:
+    """UserError for attention at heights that no level of a stage's UNet has; 1 stands for its middle."""
+    name = "model.unet" if "unet" in config.model else "model"
+    unet = config.model.get("unet", config.model)
+    if not unet.get("attention"):
+        return
+    sides = [task.image_size // unet.get("patch", 1) >> level for level in range(len(unet.multipliers))]
+    if not {*unet.attention} <= {*sides, 1}:
+        what = f"{name}.attention={unet.attention} must be of the heights that the UNet's levels have: {sides}"
+        raise UserError(what, "take of these, or (1,) for attention in the middle alone")
+
+
+def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
+    """UserError where a source holds embeddings, and the stage learns from pictures or against another CLIP."""
     identity = source.clip_identity
+    if identity and config.task not in PRIORS:
+        what = f"data.source={config.data.source!r} holds embeddings, and the task {config.task} learns from pictures"
+        raise UserError(what, "give a source of pictures; embeddings train priors only")
     if identity and (clip is None or clip.identity != identity):
         what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
-        raise UserError(what, "set --config.clip to the CLIP they were made with; they train priors only")
+        raise UserError(what, "set --config.clip to the CLIP they were made with")
 
 
 def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:

@@ -141,7 +141,8 @@ class UNet(nn.Module):
     Attributes:
       channels: of the first level; level i has channels * multipliers[i].
       blocks: residual blocks per level down; one more per level up.
-      attention: resolutions (heights in pixels) with attention after each block; the middle has it if any level has.
+      attention: resolutions (heights in pixels) with attention after each block; the middle has it where any are given,
+        and alone where no level is so high, as with (1,).
       head_channels: channels per attention head.
       out_channels: 3, or 6 where the variance is learned.
       scale_shift: how the embedding enters the blocks; see `ResBlock`.
@@ -208,6 +209,8 @@ class UNet(nn.Module):
         factor = self.patch * 2 ** (len(self.multipliers) - 1)
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"image {x.shape[1]}x{x.shape[2]} must be divisible by {factor}")
+        if self.channels % self.groups or self.outer % self.groups:
+            raise ValueError(f"groups={self.groups} must divide channels={self.channels}, outer={self.outer}")
         t = TimeEmbedding(self.emb_width, self.channels, dtype, name="time")(time)
         t = t if emb is None else t + emb.astype(dtype)
         layers = Layers(self, t, context, context_mask, train)

@@ -17,7 +17,7 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
 from unclip_jax.nn.drawing import for_loops
 from unclip_jax.tasks.embeddings import best, candidate_keys, cosines, matrix_picture, unit
-from unclip_jax.tasks.teacher import ask, caption_of
+from unclip_jax.tasks.teacher import ask, caption_of, vocabulary
 
 PREPARE_BATCHES = 64
 
@@ -50,7 +50,7 @@ class PriorARTask:
             if not is_whole(value, least, most):
                 above = f" and at most {most}, the CLIP's width" if math.isfinite(most) else ""
                 raise UserError(f"model.{name}={value!r} must be a whole number of at least {least}{above}")
-        vocab_size = clip.text["vocab_size"] if model.pop("caption") == "tokens" else 0
+        vocab_size = vocabulary(model.pop("caption"), clip)
         if model.get("text") is not None and not vocab_size:
             raise UserError("model.text encodes tokens, and model.caption is not 'tokens'", "set one of the two")
         net = PriorAR(clip.embed_dim, clip.text["max_len"], vocab_size=vocab_size, **model)

@@ -19,7 +19,7 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior import Prior
 from unclip_jax.nn.drawing import for_loops
 from unclip_jax.tasks.embeddings import best, candidate_keys, cosines, matrix_picture, unit
-from unclip_jax.tasks.teacher import ask, ask_empty, caption_of, drop_captions
+from unclip_jax.tasks.teacher import ask, ask_empty, caption_of, drop_captions, vocabulary
 
 PREPARE_BATCHES = 32
 
@@ -51,7 +51,7 @@ class PriorTask:
     def from_config(cls, config, clip: CLIP):
         """`config.model.caption` says how the caption enters: "tokens" (the paper) or "states" (Karlo)."""
         model = config.model.to_dict()
-        vocab_size = clip.text["vocab_size"] if model.pop("caption") == "tokens" else 0
+        vocab_size = vocabulary(model.pop("caption"), clip)
         learned_null = not config.objective.get("empty_caption", False)
         net = Prior(clip.embed_dim, clip.text["max_len"], vocab_size=vocab_size, learned_null=learned_null, **model)
         return cls(net, make_schedule(**config.diffusion), clip, config.sampler.to_dict(), **config.objective)

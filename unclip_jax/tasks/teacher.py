@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.data.images import resize
+from unclip_jax.errors import UserError, suggest
 from unclip_jax.models.clip import CLIP
+
+CAPTIONS = ("tokens", "states")
 
 
 def ask(clip: CLIP, params, batch):
@@ -42,6 +45,13 @@ def drop_captions(batch, keep):
     """`batch` with the empty caption, and what CLIP says of it, in the rows where keep bool[B] is False."""
     rows = lambda a: keep.reshape((-1,) + (1,) * (a.ndim - 1))  # noqa: E731
     return {**batch, **{k: jnp.where(rows(a), batch[k], a) for k, a in batch["empty"].items() if k in batch}}
+
+
+def vocabulary(caption: str, clip: CLIP) -> int:
+    """Of a prior's network: CLIP's where captions enter as "tokens", 0 where they do as its "states"."""
+    if caption not in CAPTIONS:
+        raise UserError(f"model.caption={caption!r} is unknown", suggest(caption, CAPTIONS))
+    return clip.text["vocab_size"] if caption == "tokens" else 0
 
 
 def caption_of(model, batch):
