@@ -637,6 +637,17 @@ def test_a_split_without_a_picture_is_told_with_what_helps(tmp_path, task):
         train.train(config, tmp_path / "run")
 
 
+def test_a_split_smaller_than_a_batch_is_told(tmp_path, task):
+    for k in range(200):
+        Image.new("RGB", (16, 16), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    config = toy.config(every__eval=2)
+    with config.unlocked():
+        config.data = {"source": "folder", "path": str(tmp_path), "captions": False, "split": "train", "size": 16}
+        config.batch_size = 40
+    with pytest.warns(UserWarning, match="eval.split='test' has [1-9] examples, fewer than a batch"):
+        make_run(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("stage", ["decoder", "clip", "upsampler"])
 def test_embeddings_train_priors_only(stage, tmp_path, monkeypatch):
     config = tiny_runs.config(stage)

@@ -1,6 +1,7 @@
 """What a training run is made of, built from its config and checked against its data, devices, CLIP and folder."""
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +91,11 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
 def _held_out(config: ConfigDict) -> Source:
     """What a run is measured on while it trains."""
     try:
-        return data.make(**{**config.data, "split": config.eval.split})
+        held_out = data.make(**{**config.data, "split": config.eval.split})
+        if config.every.eval and len(held_out) < config.batch_size:
+            few = f"eval.split={config.eval.split!r} has {len(held_out)} examples, fewer than a batch"
+            warnings.warn(f"{few}: metrics are of examples that come several times", stacklevel=2)
+        return held_out
     except EmptySplit as error:
         what = f"nothing to measure on, eval.split={config.eval.split!r}: {str(error).split('. Fix:')[0]}"
         fix = "set --config.eval.split=train, or measure nothing: --config.every.eval=0 --config.every.preview=0"

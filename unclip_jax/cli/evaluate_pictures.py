@@ -16,6 +16,7 @@ import jax
 from unclip_jax import distributed, gallery, tasks
 from unclip_jax.cli.arguments import given_settings
 from unclip_jax.cli.evaluate import out_of, show
+from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import features, pictures, protocol, reference, sweep
 from unclip_jax.evaluation.work import Work
@@ -149,6 +150,7 @@ def _stacks(args, draws: Sequence[Draw]) -> dict[str, tuple[UnCLIP, str]]:
     """{model: (pipeline over all devices of this host, its identity)}, each fit for what it is to draw."""
     made = {}
     for name in dict.fromkeys(draw.model for draw in draws):
+        keep()
         pipe = UnCLIP.load(name, low_memory=args.low_memory)
         pipe = pipe.without_upsamplers() if args.base else pipe
         made[name] = pipe.spread(), identity(name)
