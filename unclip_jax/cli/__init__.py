@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -160,6 +161,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     unknown = [a for a in rest if a not in overrides]
     if unknown and overrides and not unknown[0].startswith("-"):
         raise UserError(f"argument {unknown[0]!r} has no flag", f"write it as --{block}.key=value")
+    if unknown and not unknown[0].startswith("-") and getattr(args, "path", "") is None:
+        raise UserError(f"argument {unknown[0]!r} has no flag", f"write --path {shlex.quote(unknown[0])}")
     if unknown:
         flags = args.flags if unknown[0].startswith("-") else ()
         name = unknown[0].split("=")[0]
