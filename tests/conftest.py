@@ -1,9 +1,11 @@
 """Tests run on eight simulated CPU devices, unless JAX_PLATFORMS says otherwise, with strict broadcasting.
 
 Most of a test's time is compiling, of programs that run for a moment: so LLVM does not optimise them, gets each as one
-module, and from the older of XLA's emitters, whose code it compiles in a third of the time.
+module, and from the older of XLA's emitters, whose code it compiles in a third of the time. Tracing makes many objects
+and few cycles, so memory is swept for those more rarely.
 """
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -21,6 +23,7 @@ os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.item
 
 import jax  # noqa: E402 (reads both when imported)
 
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

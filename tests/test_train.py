@@ -594,6 +594,7 @@ BAD = {
         r"model.unet.attention=\(7,\) must be of the heights .*: \[16, 8\]. Fix: take of these",
     ),
     "no levels": ("decoder", {"model.unet.multipliers": ()}, r"model.unet.multipliers=\(\) must be of whole numbers"),
+    "too large": ("clip", {"model.embed_dim": 10**9}, r"gradient take \d{3}\.\d\d GiB of each device, which has"),
     "no length": ("clip", {"model.norm": 0.0}, "model.norm=0.0 must be a number above 0"),
     "length nan": ("clip", {"model.norm": math.nan}, "model.norm=nan must be a number above 0"),
     "caption": ("prior_diffusion", {"model.caption": "state"}, "caption='state' is unknown.* did you mean 'states'"),
@@ -646,6 +647,44 @@ def test_a_split_smaller_than_a_batch_is_told(tmp_path, task):
         config.batch_size = 40
     with pytest.warns(UserWarning, match="eval.split='test' has [1-9] examples, fewer than a batch"):
         make_run(config, tmp_path / "run")
+
+
+def test_a_path_without_its_flag_is_told_of_it(capsys):
+    assert cli.main(["data", "check", "folder", "my pictures"]) == 2
+    assert capsys.readouterr().err == "error: argument 'my pictures' has no flag. Fix: write --path 'my pictures'\n"
+    assert cli.main(["data", "check", "folder", "--path", "my", "pictures"]) == 2
+    assert "put texts in quotes" in capsys.readouterr().err
+
+
+def test_a_state_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    """Parameters, average, two moments and a gradient, in f32, on each of eight devices, which may share them."""
+    config = tiny_runs.config("prior_diffusion", model__width=512, mesh__data=2, mesh__fsdp=4)
+    run = make_run(config, tmp_path)
+    state = run.shapes._replace(step=jax.tree.map(lambda a: a, run.shapes.params))  # once more, for the gradient
+    places = run.shardings._replace(step=run.shardings.params)
+    parts = jax.tree.map(lambda a, place: math.prod(place.shard_shape(a.shape)) * 4, state, places)
+    needed = sum(jax.tree.leaves(parts))
+    assert needed < 0.3 * sum(4 * math.prod(a.shape) for a in jax.tree.leaves(state))
+    monkeypatch.setattr(runs, "_memory", lambda mesh: needed + 4)
+    make_run(config, tmp_path)
+    monkeypatch.setattr(runs, "_memory", lambda mesh: needed - 4)
+    told = r"take 0.02 GiB of each device, which has 0.02 GiB. Fix: .* mesh.fsdp; `unclip plan` says"
+    with pytest.raises(UserError, match=told):
+        make_run(config, tmp_path)
+    monkeypatch.setattr(runs, "_memory", lambda mesh: None)
+    make_run(config, tmp_path)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs")
+def test_a_cpus_devices_share_the_hosts_memory():
+    one, eight = (runs._memory(sharding.make_mesh(devices=jax.devices()[:n])) for n in (1, 8))
+    assert one == pytest.approx(8 * eight, rel=0.2) and 2**28 < one < 2**45
+
+
+@pytest.mark.parametrize(("stats", "limit"), [({"bytes_limit": 7}, 7), ({}, None), (None, None)])
+def test_an_accelerator_tells_its_own_memory(stats, limit):
+    device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    assert runs._memory(SimpleNamespace(local_devices=[device])) == limit
 
 
 @pytest.mark.parametrize("stage", ["decoder", "clip", "upsampler"])

@@ -1,6 +1,9 @@
 """What a training run is made of, built from its config and checked against its data, devices, CLIP and folder."""
 
+import contextlib
 import inspect
+import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +31,7 @@ MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", 
 # What configs of older versions did not say, and what was done without.
 UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
 TOKENIZER_CAPTIONS = 20_000
+GIB = 1 << 30
 MOST_STEPS = 2**31 - 1  # the step is an i32
 PRIORS = ("prior_diffusion", "prior_ar")
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
@@ -82,6 +86,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     with said_of(f"the network of {config.task} cannot be built", "correct config.model"):
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed), config.ema_decay))
     shardings = sharding.infer(shapes, config.rules, mesh)
+    _check_memory(shapes, shardings, mesh)
     frozen = {"clip": clip.params} if clip else {}
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
     initial = None if earlier or not config.init else _initial(config, task, shapes.params)
@@ -179,6 +184,35 @@ def _check_attention(config: ConfigDict, task: tasks.Task) -> None:
     if not {*unet.attention} <= {*sides, 1}:
         what = f"{name}.attention={unet.attention} must be of the heights that the UNet's levels have: {sides}"
         raise UserError(what, "take of these, or (1,) for attention in the middle alone")
+
+
+def _check_memory(shapes: TrainState, shardings: TrainState, mesh: jax.sharding.Mesh) -> None:
+    """UserError where a device cannot hold its part of the state and of the gradient, whatever else a step takes."""
+
+    def held(shapes, shardings) -> int:
+        part = lambda a, place: math.prod(place.shard_shape(a.shape)) * jnp.dtype(a.dtype).itemsize  # noqa: E731
+        return sum(jax.tree.leaves(jax.tree.map(part, shapes, shardings)))
+
+    needed, there = held(shapes, shardings) + held(shapes.params, shardings.params), _memory(mesh)
+    if there is not None and needed > there:
+        raise UserError(
+            f"network, average, optimizer and gradient take {needed / GIB:,.2f} GiB of each device, "
+            f"which has {there / GIB:,.2f} GiB",
+            "make config.model smaller, or split it over more devices by mesh.fsdp; `unclip plan` says what fits where",
+        )
+
+
+def _memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes that a device of this host has for a run; a CPU's devices share what is free. None: it does not tell."""
+    device = mesh.local_devices[0]
+    if device.platform != "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return (device.memory_stats() or {}).get("bytes_limit")
+        return None
+    with contextlib.suppress(OSError):
+        free = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
+        return free and 1024 * int(free[1]) // len(mesh.local_devices)
+    return None
 
 
 def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
