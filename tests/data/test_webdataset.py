@@ -91,7 +91,7 @@ def test_object_storage_is_read_as_disks_are(root):
 def test_the_index_is_kept_found_again_and_made_anew_for_other_shards(root, tmp_path, monkeypatch):
     index = tmp_path / "index"
     content(open_all(root, index=str(index)))
-    monkeypatch.setattr(tar_index, "_scan", lambda *_: pytest.fail("read the headers again"))
+    monkeypatch.setattr(tar_index, "scan", lambda *_: pytest.fail("read the headers again"))
     assert len(open_all(root, index=str(index))) == 150
     monkeypatch.undo()
     (root / "00002.tar").write_bytes(shard(100, 60))

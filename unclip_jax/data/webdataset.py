@@ -12,8 +12,10 @@ import numpy as np
 
 from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
+from unclip_jax.data.shards import Files
 from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
-from unclip_jax.data.tar_index import CUT, DOTTED, SEEN, UNREAD, Files, open_index
+from unclip_jax.data.tar_index import open_index
+from unclip_jax.data.tar_scan import CUT, DOTTED, SEEN, UNREAD
 from unclip_jax.errors import UserError
 
 

@@ -163,7 +163,7 @@ def _listed(path: Path) -> tuple[list[str], list[str] | None]:
     if not any(n.lower().endswith(SUFFIXES) for n in names) and not any((path / n).is_dir() for n in names):
         what = "is empty" if not names else f"holds no pictures, but {', '.join(sorted(names)[:3])}"
         raise UserError(f"{path} {what}", f"pictures end in {', '.join(SUFFIXES)}")
-    has_texts = any(n in ("captions.jsonl", "captions.csv") for n in names) or next(path.rglob("*.txt"), None)
+    has_texts = any(n in data_folder.TABLES for n in names) or next(path.rglob("*.txt"), None)
     found = data_folder.Folder(str(path), "all", size=1, captions=bool(has_texts)).records
     return [file for file, _ in found], [caption for _, caption in found] if has_texts else None
 
