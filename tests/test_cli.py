@@ -234,7 +234,7 @@ BAD = {
     "num beyond": (["sample", "x", "--out", "o", "--num", "99999999999"], "in 1 … 2147483647"),
     "out a link to nothing": (["sample", "x", "--out", "dangling"], "is a link to nothing"),
     "name too long": (["sample", "x", "--out", "o", "--model", "m/" + "n" * 5000], "File name too long"),
-    "large sheet": (["data", "show", "shapes", "--size", "100000", "--out", "s.png"], "too many for one sheet"),
+    "large sheet": (["data", "show", "shapes", "--size", "4096", "--num", "99", "--out", "s.png"], "too many for one"),
     "reference unwritable": (
         ["evaluate", "--images", ".", "--data", "shapes", "--metrics", "kid", "--reference", "/proc/r.npz"],
         "reference '/proc/r.npz' cannot be written",

@@ -279,7 +279,7 @@ def large(path):
 
 
 REFUSED = {
-    "empty.png": (lambda p: p.write_bytes(b""), "not a picture"),
+    "empty.png": (lambda p: p.write_bytes(b""), "is empty"),
     "text.png": (lambda p: p.write_text("a red circle"), "not a picture"),
     "vector.svg": (lambda p: p.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a picture"),
     "cut.jpg": (lambda p: (halves(size=(600, 400)).save(p), p.write_bytes(p.read_bytes()[:900])), "damaged"),

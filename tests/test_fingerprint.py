@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax import sharding, storage
+from unclip_jax import sharding, tensors
 from unclip_jax.fingerprint import by_path, fingerprint
 
 
@@ -39,7 +39,7 @@ def test_fingerprints_do_not_depend_on_sharding():
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_an_array_of_the_host_is_hashed_by_rows_to_the_same(monkeypatch, dtype):
-    monkeypatch.setattr(storage, "CHUNK", 40)
+    monkeypatch.setattr(tensors, "CHUNK", 40)
     array = np.random.default_rng(3).integers(0, 100, (7, 3, 5)).astype(dtype)
     turned = array.transpose(2, 1, 0)
     assert fingerprint({"a": array, "b": turned}) == {"a": _reference(array), "b": _reference(turned)}

@@ -187,7 +187,7 @@ def test_the_command_begins_from_a_picture_without_a_prompt(run, stack, inputs):
 BOX = ["--box", "2,2,9,9"]
 BAD = {
     "no picture": (["none.png", "x", *BOX], "none.png cannot be read"),
-    "empty picture": (["empty.png", "x", *BOX], "empty.png is not a picture"),
+    "empty picture": (["empty.png", "x", *BOX], "empty.png is empty"),
     "text": (["text.png", "x", *BOX], "text.png is not a picture"),
     "folder": ([".", "x", *BOX], "cannot be read"),
     "no prompt": (["in.png", *BOX], "no prompt was given"),

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests import toy
-from unclip_jax import config as configs
 from unclip_jax import run, track, train
 from unclip_jax.errors import UserError
 
@@ -75,7 +74,6 @@ def test_a_run_that_goes_on_is_the_same_one_there(task, wandb, tmp_path):
     stored.write_text(json.dumps(old))
     for steps in (4, 6):
         assert train.train(toy.config(num_steps=steps, track="we/mine"), tmp_path) == 0
-    assert train.train(configs.from_json(json.dumps({**old, "num_steps": 8})), tmp_path) == 0
     first, second = wandb.runs
     assert first.given["id"] == second.given["id"] == (tmp_path / "wandb_id").read_text()
     assert first.given["entity"] == "we" and first.given["resume"] == "allow"
@@ -83,11 +81,23 @@ def test_a_run_that_goes_on_is_the_same_one_there(task, wandb, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish", "key"])
-def test_it_stops_no_training(broken, task, wandb, tmp_path):
+def test_a_failure_is_one_warning(broken, wandb, tmp_path):
     wandb.broken, wandb.key = {broken}, broken != "key"
     with pytest.warns(UserWarning, match="training goes on") as told:
+        mirror = track.Mirror("mine", tmp_path, {})
+        for step in (1, 2):
+            mirror.scalars(step, {"loss": 1.0})
+            mirror.preview(step, tmp_path / "none.png")
+        mirror.close(failed=False)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert sum(len(made.sent) for made in wandb.runs) == (4 if broken == "finish" else 0)
+
+
+def test_it_stops_no_training(task, wandb, tmp_path):
+    wandb.broken = {"log"}
+    with pytest.warns(UserWarning, match="training goes on") as told:
         assert train.train(toy.config(track="mine", every__preview=4), tmp_path) == 0
-    assert len([w for w in told if "Biases" in str(w.message)]) == 1 and "\n" not in str(told[0].message)
+    assert len([w for w in told if "Biases" in str(w.message)]) == 1
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
 
 
