@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
         model=dict(v, **shared.FAST),
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(factor=4, target="eps", vlb_weight=0.0, blur=0.6, blur_share=0.5),
-        sampler=dict(name="ddpm", steps=7, threshold=None),
+        sampler=dict(name="ddpm", steps=7),
         data=dict(captions=False),
         loader=dict(crop=64, degrade=None, factor=4),
         optim=shared.adamw(lr=1.2e-4, weight_decay=0.0, b2=0.999, eps=1e-8),
