@@ -4,10 +4,12 @@ Records are written in shards, each whole or not at all; the same call goes on w
 """
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,26 +66,18 @@ def embed(
     out = Path(out).expanduser()
     _begin(out, json.loads(json.dumps(meta)))
     tokenizer, place = Tokenizer.from_json(frozen.tokenizer_json), sharding.batch_sharding(mesh)
-    wide = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
-
-    @jax.jit
-    def encode(params, batch):
-        told = ask(frozen.model, params, batch)
-        return {name: wide(told[name]) for name in names}
-
-    fields: dict = {}
+    encode = _encoder(frozen, names)
+    batches = functools.partial(loader.batches, tokenizer=tokenizer, batch_size=batch_size, shuffle=False)
 
     def shard(own, first: int, count: int) -> list[bytes]:
         """The records of `count` batches from number `first` on; the last batch of an epoch is cut to its length."""
         records = []
-        with contextlib.closing(loader.batches(own, tokenizer, batch_size, shuffle=False, start_step=first)) as stream:
+        with contextlib.closing(batches(own, start_step=first)) as stream:
             given = (sharding.put_batch(next(stream), place, batch_size) for _ in range(count))
             told = (encode(frozen.params, batch) for batch in given)
             for number, arrays in enumerate(fetched(told), first):
-                arrays = {name: arrays[name] for name in names}  # jit sorts them
-                fields.update({name: (a.dtype.str, list(a.shape[1:])) for name, a in arrays.items()})
                 rows = min(batch_size, len(own) - number * batch_size)
-                records += [pack({name: a[k] for name, a in arrays.items()}) for k in range(rows)]
+                records += [pack({name: arrays[name][k] for name in names}) for k in range(rows)]
         return records
 
     for split, own in sources.items():
@@ -92,12 +86,25 @@ def embed(
             file = out / f"{split}-{first // SHARD_BATCHES:05d}.arrayrecord"
             if not file.exists():
                 _write_records(file, shard(own, first, min(SHARD_BATCHES, total - first)))
-    if not fields:  # all shards were there
-        shard(next(iter(sources.values())), 0, 1)
+    with contextlib.closing(batches(next(iter(sources.values())))) as stream:
+        told = jax.eval_shape(encode, frozen.params, next(stream))
+    fields = {name: (told[name].dtype.str, list(told[name].shape[1:])) for name in names}
     meta |= {"fields": fields, "z_img": _moments(out, splits[0], *fields["z_img"])}
     write_text(out / META, json.dumps(meta, indent=2) + "\n")
     (out / UNFINISHED).unlink()
     return out
+
+
+def _encoder(frozen: tasks.FrozenCLIP, names: Sequence[str]) -> Callable[[Any, Mapping], dict]:
+    """(CLIP's parameters, a batch) -> what it says of it by `names`, floating numbers as f32."""
+    wide = lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+
+    @jax.jit
+    def encode(params, batch):
+        told = ask(frozen.model, params, batch)
+        return {name: wide(told[name]) for name in names}
+
+    return encode
 
 
 def _begin(out: Path, meta: dict) -> None:
