@@ -280,7 +280,9 @@ FAILING = """
     def main():
         distributed.initialize()
         print("READY", flush=True)
-        if distributed.jax.process_index() == int(sys.argv[1]):
+        own = distributed.jax.process_index()
+        if str(own) in sys.argv[1]:
+            time.sleep(own)
             return 2
         time.sleep(300)
     cli.main = main
@@ -331,6 +333,20 @@ def test_what_one_process_cannot_read_no_process_restores(tmp_path):
     assert first.startswith("2 True") and "process 1 cannot read it" in first
     assert second.startswith("2 True") and "step 4" in second
     assert [p.name for p in (tmp_path / "damaged").iterdir()] == ["4.1"]
+
+
+@pytest.mark.multihost
+def test_an_error_that_both_have_is_told_by_both():
+    """Though the second is a second later: the end of process 0 would abort it."""
+    workers = _run_two(FAILING, "01")
+    try:
+        for worker in workers:
+            _line(worker, "READY")
+        assert [worker.wait(timeout=60) for worker in workers] == [2, 2]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()
 
 
 @pytest.mark.multihost

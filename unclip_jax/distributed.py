@@ -24,6 +24,8 @@ COORDINATOR, PROCESSES, PROCESS_ID = "UNCLIP_COORDINATOR", "UNCLIP_PROCESSES", "
 TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where unset
 HEARTBEAT = "UNCLIP_HEARTBEAT"  # seconds without a word after which a process counts as dead; 100 where unset
 
+GRACE = 3.0  # seconds
+
 _stop = threading.Event()
 _asked = 0  # how often
 
@@ -113,10 +115,13 @@ def _appears(mark: Path, within: float = 30.0) -> bool:
 
 def leave(code: int) -> None:
     """Ends this process at once where it is one of several, all of which go on or wait: at a usual end jax would wait
-    for them, and they for it. They end once they miss its heartbeat."""
+    for them, and they for it. They end once they miss its heartbeat; as soon as process 0 ends, which therefore lets
+    those first that have the same to tell."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_main():
+            time.sleep(GRACE)
         os._exit(code)
 
 

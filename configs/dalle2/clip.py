@@ -17,8 +17,8 @@ captions. Prior and decoder take vocabulary and caption length, 77 tokens, from 
 The last three are OpenAI's released networks to the parameter. The unCLIP paper gives no heads for ViT-H/16: 16, as in
 open_clip's. It is trained with sharpness-aware minimisation, rho = 0.1, two gradients a step (plain AdamW:
 `--config.optim.sam_rho=0`). Unlike the paper: it climbs along the gradient of the whole batch, where the paper's
-replicas climb each along that of their own 64 pictures; and gradients are clipped at norm 1. Embeddings leave with norm
-17.2.
+replicas climb each along that of their own 64 pictures; and gradients are clipped at norm 1.
+Embeddings leave with norm 17.2.
 `num_steps` is CLIP's 32 epochs: of 400M pictures, and for vit_h16 of the 650M that unCLIP's encoder saw.
 """
 
