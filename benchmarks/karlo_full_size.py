@@ -24,9 +24,8 @@ from benchmarks.sides import random_params, shapes
 from configs.karlo import clip, decoder, prior_diffusion, upsampler
 from unclip_jax import tasks
 from unclip_jax.pipeline import UnCLIP
-from unclip_jax.stack import BUNDLED
 from unclip_jax.tokenizer import Tokenizer
-from unclip_jax.weights import save_stack
+from unclip_jax.weights import BUNDLED, save_stack
 
 PROMPT = "a red circle above a blue square"
 COMPILING = "/jax/core/compile/backend_compile_duration"

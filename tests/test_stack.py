@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
-from unclip_jax import sharding
+from unclip_jax import sharding, tasks, weights
 from unclip_jax.errors import UserError
 from unclip_jax.nn import drawing
 from unclip_jax.stack import open_stack
@@ -59,3 +59,12 @@ def test_shapes_are_those_of_the_weights(monkeypatch, backend, dtype):
                 assert a.format.layout is None or order(a) == order(b)
     kernel = params.shapes("decoder", jax.local_devices()[0])["net"]["stem"]["kernel"]
     assert (kernel.format.layout is not None) == (backend == "gpu")
+
+
+def test_a_stage_of_a_bundled_stack_is_found_by_the_stacks_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shapes = weights.bundled()["shapes"]
+    assert tasks.load_stage("shapes", "clip").step == tasks.load_stage(shapes, "clip").step
+    (tmp_path / "shapes").mkdir()  # a folder of one's own comes first
+    with pytest.raises(UserError, match="has no checkpoints/ folder"):
+        tasks.load_stage("shapes", "clip")

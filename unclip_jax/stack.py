@@ -14,9 +14,8 @@ from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import foreseen, placed
 from unclip_jax.settings import PRIORS
-from unclip_jax.weights import Stage, describe_stack, load_stack
+from unclip_jax.weights import Stage, bundled, describe_stack, load_stack
 
-BUNDLED = Path(__file__).parent / "bundled"
 ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
 
 
@@ -101,11 +100,10 @@ def located(path: str | Path) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"stack {path!r} must be a path or a bundled stack's name", "write UnCLIP.load('shapes')")
     path = Path(path)
-    bundled = {p.parent.name: p.parent for p in BUNDLED.glob("*/stack.json")}
-    if str(path) in bundled and not (path / "stack.json").is_file():
-        return bundled[str(path)]
+    if str(path) in bundled() and not (path / "stack.json").is_file():
+        return bundled()[str(path)]
     if len(path.parts) == 1 and not path.expanduser().exists():
-        names = ", ".join(sorted(bundled)) or "none"
+        names = ", ".join(sorted(bundled())) or "none"
         what = f"there is no stack {str(path)!r}: no such directory, and the bundled stacks are {names}"
         raise UserError(what, "give a directory written by `unclip export`")
     return path

@@ -28,6 +28,7 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.storage import new_directory, read_text, sha256
 from unclip_jax.tensors import read_array, read_header, write_arrays
 
+BUNDLED = Path(__file__).parent / "bundled"
 FORMAT_VERSION = 1
 COPY = "copy the whole stack directory again"
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -134,6 +135,17 @@ def dtype_in(name: str, kind: np.dtype, dtype: str) -> np.dtype:
     if not jnp.issubdtype(kind, jnp.floating):
         return np.dtype(kind)
     return np.dtype(jnp.float32 if name in STATISTICS else DTYPES[dtype])
+
+
+def bundled() -> dict[str, Path]:
+    """The stacks in the package, by name."""
+    return {file.parent.name: file.parent for file in BUNDLED.glob("*/stack.json")}
+
+
+def or_bundled(path: str | os.PathLike) -> Path:
+    """The directory of a bundled stack by its name, unless there is something else of that name; others as they are."""
+    path = Path(path).expanduser()
+    return path if path.exists() else bundled().get(str(path), path)
 
 
 def is_stack(path: str | os.PathLike) -> bool:

@@ -223,6 +223,8 @@ def test_grid_draws_letters_beyond_ascii(monkeypatch):
     assert {letter.shape for letter in letters} == {sheet("e").shape}
     np.testing.assert_array_equal(sheet("u\u0308"), sheet("ü"))
     np.testing.assert_array_equal(sheet("é"), letters[0])
+    for capital in "ŻÜÉ":  # whose accents are as high as letters get
+        assert (sheet(capital)[42:43] == 255).all() and (sheet(capital)[43:] < 100).any()
     with monkeypatch.context() as patch:
         patch.setattr("matplotlib.get_data_path", lambda: pytest.fail("not for ASCII"))
         ascii_only = sheet("e")

@@ -83,10 +83,8 @@ class Folder(Source):
             raise IndexError(i)
         file, caption = self.records[i]
         image = open_image(self.path / file)
-        return {
-            "image": center_crop_resize(image, self.size), "caption": caption, "file": file, "pixels": image.size,
-        }  # fmt: skip
-
+        square = center_crop_resize(image, self.size)
+        return {"image": square, "caption": caption, "file": file, "pixels": image.size}
 
     def caption(self, i: int) -> str:
         return self.records[i][1]

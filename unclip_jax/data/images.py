@@ -162,8 +162,9 @@ def grid(
     n, height, width, _ = images.shape
     ncols = max(1, min(ncols, n))
     font_size = int(np.clip(width // 10, 9, 20))
-    font = _font(font_size, "".join([*(labels if labels is not None else ()), title or ""]))
-    line = font_size + 3
+    written = "".join([*(labels if labels is not None else ()), title or ""])
+    font, line = _font(font_size, written), font_size + 3
+    above = 0 if written.isascii() else 2  # for accents on capital letters
     texts = [_wrap(_plain(label), font, width) for label in labels] if labels is not None else []
     head = line + 2 * pad if title else 0
     cell_h = height + 2 * pad + line * max((len(t) for t in texts), default=0)
@@ -177,7 +178,7 @@ def grid(
     for i, image in enumerate(images):
         x, y = (i % ncols) * cell_w + pad, head + (i // ncols) * cell_h + pad
         for j, text in enumerate(texts[i] if i < len(texts) else ()):
-            draw.text((x, y + height + j * line), text, fill="black", font=font)
+            draw.text((x, y + height + above + j * line), text, fill="black", font=font)
         canvas.paste(Image.fromarray(image), (x, y))
     return np.asarray(canvas)
 

@@ -176,7 +176,7 @@ class Protocol:
         features = drawn.whole(f"{self.main.name}_features").astype(np.float64)
         n, name = len(features), self._named("FID", "FD-CLIP")
         mine, theirs = distances.Moments.of(features), real.moments
-        if n < self.main.dim:
+        if n <= self.main.dim:
             said.append(
                 f"{name} of {n} pictures with {self.main.dim} features: their covariance has not full rank, and the "
                 "value is far too high; compare it with none of another number of pictures, and prefer kid and cmmd"

@@ -35,12 +35,12 @@ class Trained(NamedTuple):
 
 
 def load_stage(path: str | os.PathLike, task: str) -> Trained:
-    """Reads the stage of `task` from a workdir of `unclip train` (averaged weights) or from a stack directory.
+    """Reads the stage of `task` from a workdir of `unclip train` (averaged weights), or from a stack, bundled or not.
 
     Raises:
       UserError: nothing usable at `path`, or no stage of this task, or several.
     """
-    fix = f"give the workdir of a run of '{task}', or a stack that holds one"
+    path, fix = weights.or_bundled(path), f"give the workdir of a run of '{task}', or a stack that holds one"
     if weights.is_stack(path):
         names = [name for name, own in weights.tasks_of(path).items() if own == task]
         if len(names) != 1:
@@ -52,6 +52,8 @@ def load_stage(path: str | os.PathLike, task: str) -> Trained:
 
     own = checkpoint_read.peek(path)[0].get("task")
     if own != task:
+        if {own, task} == {"prior_ar", "prior_diffusion"}:
+            fix += ", or ask for the other kind of prior (--prior, --prior-ar)"
         raise UserError(f"{path} holds a run of the task {own!r}, not {task!r}", fix)
     return Trained(*checkpoint_read.load_params(path), {})
 
