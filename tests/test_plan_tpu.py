@@ -1,6 +1,6 @@
-"""The paper's priors compiled for the slice that the plan's manual names, without a TPU: they fit, and are split.
+"""Compiled for slices that are not here: the paper's priors for the one that the manual names, which fit and are split.
 
-Needs libtpu, the compiler (extra [tpu], 0.7 GB), and about two minutes of a core for each.
+Needs libtpu, the compiler (extra [tpu], 0.7 GB), and about two minutes of a core for each of the paper's.
 """
 
 import json
@@ -16,19 +16,32 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra [tpu])")
 
 
+def plan(*command: str) -> subprocess.CompletedProcess:
+    """In a process of its own: a program of libtpu's is there for good, and holds a lock."""
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    command = [sys.executable, "-m", "unclip_jax.cli", "plan", *command]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@needs_libtpu
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v6e:2x2"])
+def test_a_small_stage_is_planned_without_a_word_of_libtpus(topology, tmp_path):
+    config, out = "configs/shapes/upsampler.py:tiny", str(tmp_path / "plan.json")
+    done = plan("--config", config, "--topology", topology, "--what", "sample", "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    (report,) = json.loads(Path(out).read_text())
+    assert report["fits"] and report["compiled"] and report["devices"] == 4
+
+
 @needs_libtpu
 @pytest.mark.tpu
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prior_diffusion", "prior_ar"])
 def test_the_papers_priors_fit_a_slice_that_is_not_here(stage, tmp_path):
-    """In a process of its own: a program of libtpu's is there for good, and holds a lock."""
     out = tmp_path / "plan.json"
-    command = ["plan", "--config", f"configs/dalle2/{stage}.py", "--topology", "v5p:4x8x8", "--quick"]
-    command += ["--out", str(out)]
-    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    command = [sys.executable, "-m", "unclip_jax.cli", *command]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = plan("--config", f"configs/dalle2/{stage}.py", "--topology", "v5p:4x8x8", "--quick", "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
     (report,) = json.loads(out.read_text())
     assert report["fits"] and report["compiled"] and report["devices"] == 256 and report["batch_size"] == 4096

@@ -134,9 +134,13 @@ def tpu_devices(topology: str, slices: int = 1):
                         "such as v5e:4x4 or v5p:4x8x8")  # fmt: skip
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the lock guards a TPU, and none is used
+    # Without them libtpu asks after the TPU that it is on, and complains; the lock guards a TPU, and none is used.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        os.environ.setdefault(name, value)
     extra = {"num_slices": slices} if slices > 1 else {}
+    if chip == "v4":  # whose two cores are one device
+        extra["chip_config_name"] = "megacore"
     if math.prod(map(int, shape.split("x"))) == 1:
         extra["chips_per_host_bounds"] = (1, 1, 1)
     try:
