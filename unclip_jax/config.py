@@ -19,6 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.storage import json_object
 
 OF_EVERY_SOURCE = {"source", "split", "size", "seed"}  # arguments, in the block `data`
 SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM, which may come while a config is run
@@ -99,13 +100,7 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str, where: str = "stored config") -> ConfigDict:
     """The locked config of `to_json`'s text. Runs and imports nothing. `where` names the text in errors."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{where} must be a JSON object, not {type(values).__name__}")
-    return from_values(values, where)
+    return from_values(json_object(text, where), where)
 
 
 def from_values(values: Mapping, where: str) -> ConfigDict:

@@ -114,13 +114,17 @@ def read_text(file: Path, what: str = "a text", most: int = MAX_JSON_BYTES, fix:
 
 def read_json(file: Path, what: str = "a config", most: int = MAX_JSON_BYTES, fix: str = "") -> dict:
     """The JSON object in a file; UserError as of `read_text`, or where it holds none."""
-    text = read_text(file, what, most, fix)
+    return json_object(read_text(file, what, most, fix), str(file))
+
+
+def json_object(text: str, where: str) -> dict:
+    """The JSON object that a text is; UserError where it is none, `where` naming the text."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON ({error})") from None
+        raise UserError(f"{where} is not readable JSON ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object, not {type(content).__name__}")
+        raise UserError(f"{where} must hold a JSON object, not {type(content).__name__}")
     return content
 
 
