@@ -164,7 +164,7 @@ class Program:
     def compile(self, *args) -> None:
         """Before it is called, for arguments of such shapes."""
         from unclip_jax.compiling import compiled
-        from unclip_jax.plan_count import jaxpr_flops
+        from unclip_jax.cost import jaxpr_flops
 
         start = time.perf_counter()
         traced = self._jitted.trace(*args)

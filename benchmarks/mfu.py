@@ -80,13 +80,13 @@ def _measured(size: Size, device, limit: float, steps: int, seconds: float, warm
     """What `measure` tells, as it becomes known."""
     import jax
 
-    from unclip_jax import plan
     from unclip_jax.meter import peak_flops
+    from unclip_jax.plan.abstract import abstract
     from unclip_jax.train_step import compile_step
 
     yield {**size._asdict(), "device": device.device_kind}
     config, clip = configured(size)
-    run = plan.abstract(config, [device], clip)
+    run = abstract(config, [device], clip)
     shardings = jax.tree.map(lambda a: a.sharding, run.state)
     yield {"parameters": sum(a.size for a in jax.tree.leaves(run.state.params))}
     args = (run.state, run.frozen, run.batch, jax.ShapeDtypeStruct((), np.int32))
@@ -127,7 +127,7 @@ def _put(made, shapes):
 def _flops(run, traced, args) -> float:
     """Of a step, without recomputation."""
     from unclip_jax import optim, sharding, tasks
-    from unclip_jax.plan_count import count_flops, jaxpr_flops
+    from unclip_jax.cost import count_flops, jaxpr_flops
     from unclip_jax.train_step import step_of
 
     config, plain = run.config, tasks.without_remat(run.task, run.config)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
     0: "errors storage tensors config weights sharding optim checkpoint checkpoint_read distributed metrics data"
-    " gallery tokenizer pca plan_count meter fingerprint compiling fetch track",
+    " gallery tokenizer pca cost meter fingerprint compiling fetch track",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
@@ -24,7 +24,7 @@ RANKS = {
     6: "edits painting reconstruction train",
     7: "pipeline",
     8: "evaluation interop export embed warm plan forms",
-    9: "plan_search plan_table ui",
+    9: "ui",
     10: "cli",
 }
 RANK = {part: rank for rank, parts in RANKS.items() for part in parts.split()}

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from unclip_jax import meter, plan
+from unclip_jax import meter
+from unclip_jax.plan.chips import CHIPS
 
 
 class Clock:
@@ -68,7 +69,7 @@ KINDS = {
 
 
 def test_peaks_are_those_of_the_plan():
-    assert {kind: meter.peak_flops(kind) for kind in KINDS} == {k: plan.CHIPS[chip].flops for k, chip in KINDS.items()}
+    assert {kind: meter.peak_flops(kind) for kind in KINDS} == {k: CHIPS[chip].flops for k, chip in KINDS.items()}
     assert set(meter.PEAKS) <= {k for k in meter.PEAKS if meter.peak_flops(k) == meter.PEAKS[k]}
 
 

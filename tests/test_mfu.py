@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import mfu
 from tests import tiny_runs
-from unclip_jax import plan, tasks
-from unclip_jax.plan_count import jaxpr_flops
+from unclip_jax import tasks
+from unclip_jax.cost import jaxpr_flops
+from unclip_jax.plan.abstract import abstract
 
 STAGES = {"upsampler_64_256": "upsampler", "upsampler_256_1024": "upsampler"}
 SLOW = ("clip", "decoder")
@@ -71,7 +72,7 @@ def test_flops_are_without_recomputation_whatever_the_policy(tiny):
     (size,) = mfu.STAGES["prior_diffusion"]
 
     def flops(policy):
-        run = plan.abstract(mfu.configured(size._replace(remat=policy))[0], 1, mfu.configured(size)[1])
+        run = abstract(mfu.configured(size._replace(remat=policy))[0], 1, mfu.configured(size)[1])
         args = (run.state, run.frozen, run.batch, jax.ShapeDtypeStruct((), np.int32))
         traced = jax.jit(run.step).trace(*args)
         return mfu._flops(run, traced, args), jaxpr_flops(traced.jaxpr)

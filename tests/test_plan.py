@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs
-from unclip_jax import cli, optim, plan, plan_search, sharding, tasks
+from unclip_jax import cli, optim, sharding, tasks
+from unclip_jax.cost import Collective, count_flops, count_gradient, read_hlo
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
-from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
-from unclip_jax.plan_search import search
-from unclip_jax.plan_table import ranking, table
+from unclip_jax.plan import chips, steps
+from unclip_jax.plan import search as searching
+from unclip_jax.plan.abstract import abstract
+from unclip_jax.plan.search import search
+from unclip_jax.plan.table import ranking, table
 
 
 def shape(*dims):
@@ -169,17 +172,17 @@ def test_held_bytes_are_those_that_a_device_holds(stage):
     """The abstract run against a real state under the same shardings."""
     config = tiny_runs.config(stage, mesh__fsdp=4)
     clip = tiny_runs.config("clip") if stage in tasks.WITH_CLIP else None
-    run = plan.abstract(config, jax.devices(), clip)
+    run = abstract(config, jax.devices(), clip)
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), run.state)
     device = jax.devices()[3]
     real = sum(s.data.nbytes for a in jax.tree.leaves(state) for s in a.addressable_shards if s.device == device)
-    counts = plan.count_train(run)
-    report = plan.plan_train(run, "h100", compiled=False, counts=counts)
+    counts = steps.count_train(run)
+    report = steps.plan_train(run, "h100", compiled=False, counts=counts)
     assert sum(report.held[k] for k in ("parameters", "average", "optimizer")) == real - 4  # but for the step
     assert 0 < report.model_flops <= report.flops and report.peak > real and report.fits
-    alike = plan.abstract(config, 8, clip)
-    assert plan.plan_train(alike, "h100", compiled=False, counts=counts).held == report.held
-    assert jax.tree.map(np.shape, plan.abstract(config, 8, clip, like=run).state) == jax.tree.map(np.shape, alike.state)
+    alike = abstract(config, 8, clip)
+    assert steps.plan_train(alike, "h100", compiled=False, counts=counts).held == report.held
+    assert jax.tree.map(np.shape, abstract(config, 8, clip, like=run).state) == jax.tree.map(np.shape, alike.state)
 
 
 @pytest.mark.parametrize("stage", [stage for stage in tiny_runs.STAGES if stage != "clip"])
@@ -188,7 +191,7 @@ def test_a_stage_is_drawn_as_in_a_stack(stage):
     clip, config = tiny_runs.config("clip"), tiny_runs.config(stage)
     if stage == "upsampler":
         config.loader.crop = 8
-    run = plan.abstract(config, 1, clip if stage in tasks.WITH_CLIP else None)
+    run = abstract(config, 1, clip if stage in tasks.WITH_CLIP else None)
     teacher, b = tasks.make(clip).model, config.batch_size
     length, wide = teacher.text["max_len"], shape(b, teacher.embed_dim)
     tokens, mask = jax.ShapeDtypeStruct((b, length), jnp.int32), jax.ShapeDtypeStruct((b, length), jnp.bool_)
@@ -202,7 +205,7 @@ def test_a_stage_is_drawn_as_in_a_stack(stage):
     def draw(params, rows):
         return run.task.sample(params, rows, jax.random.split(jax.random.key(0), b))
 
-    report = plan.plan_sample(run, "h100", compiled=False)
+    report = steps.plan_sample(run, "h100", compiled=False)
     assert report.flops == asked + count_flops(draw, run.state.averaged, rows) > asked
     drawn = jax.eval_shape(draw, run.state.averaged, rows).shape
     assert drawn == ((b, 16, 16, 3) if stage in ("decoder", "upsampler") else wide.shape)
@@ -216,19 +219,19 @@ def test_a_prior_of_embeddings_has_no_pictures_to_encode(stage, caption):
         config.model.update(caption=caption)
         if caption == "states":
             config.model.text = None
-        pictures = plan.abstract(config, 1, clip)
+        pictures = abstract(config, 1, clip)
         config.data.source = "embeddings"
-        run = plan.abstract(config, 1, clip)
+        run = abstract(config, 1, clip)
         config.data.update(source="mixture", parts=({"source": "embeddings", "path": "a", "weight": 1.0},))
-        assert plan.abstract(config, 1, clip).batch == run.batch
+        assert abstract(config, 1, clip).batch == run.batch
     said = jax.eval_shape(pictures.task.encode, pictures.frozen, pictures.batch)
     left_out = ("image", "states") if caption == "tokens" else ("image",)
     kinds = lambda batch: {name: (a.shape, a.dtype) for name, a in batch.items()}  # noqa: E731
     assert kinds(run.batch) == kinds({name: a for name, a in said.items() if name not in left_out})
     encode = count_flops(pictures.task.encode, pictures.frozen, pictures.batch)
-    with_pictures, without = (plan.count_train(one, residuals=False) for one in (pictures, run))
+    with_pictures, without = (steps.count_train(one, residuals=False) for one in (pictures, run))
     assert without.flops == with_pictures.flops - encode < with_pictures.flops
-    reports = [plan.plan_train(one, "h100", False, counts=without) for one in (pictures, run)]
+    reports = [steps.plan_train(one, "h100", False, counts=without) for one in (pictures, run)]
     assert reports[0].held == reports[1].held and reports[0].peak > reports[1].peak
 
 
@@ -236,7 +239,7 @@ def test_embeddings_are_for_priors():
     config = tiny_runs.config("decoder")
     config.data.source = "embeddings"
     with pytest.raises(UserError, match="priors only"):
-        plan.abstract(config, 1, tiny_runs.config("clip"))
+        abstract(config, 1, tiny_runs.config("clip"))
 
 
 def test_sharpness_aware_steps_hold_the_place_above():
@@ -244,9 +247,9 @@ def test_sharpness_aware_steps_hold_the_place_above():
     plain, sharp = tiny_runs.config("clip"), tiny_runs.config("clip")
     with sharp.unlocked():
         sharp.optim.sam_rho = 0.1
-    counts = plan.Counts(1.0, 1.0, 1.0)
-    runs = [plan.abstract(config, 1) for config in (plain, sharp)]
-    peaks = [plan.plan_train(run, "h100", compiled=False, counts=counts).peak for run in runs]
+    counts = steps.Counts(1.0, 1.0, 1.0)
+    runs = [abstract(config, 1) for config in (plain, sharp)]
+    peaks = [steps.plan_train(run, "h100", compiled=False, counts=counts).peak for run in runs]
     places = []
     gradient = lambda params: places.append(params) or (0.0, params)  # noqa: E731
     jax.eval_shape(optim.sharpness_aware(gradient, 0.1), runs[1].state.params)
@@ -256,16 +259,16 @@ def test_sharpness_aware_steps_hold_the_place_above():
 def test_what_a_program_does_not_read_is_held_all_the_same():
     place = jax.NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]), jax.P())
     read, idle = (jax.ShapeDtypeStruct((size,), jnp.float32, sharding=place) for size in (1000, 5000))
-    base = plan.Report("sample", 1, "v5e", {}, 1, True, 1.0, 1.0, {}, None, 1e9)
+    base = steps.Report("sample", 1, "v5e", {}, 1, True, 1.0, 1.0, {}, None, 1e9)
     double = lambda given: 2 * given["read"]  # noqa: E731
-    alone, beside = (plan._compile(base, jax.jit(double), (args,)).peak
+    alone, beside = (steps._compile(base, jax.jit(double), (args,)).peak
                      for args in ({"read": read}, {"read": read, "idle": idle}))  # fmt: skip
     assert beside - alone == 4 * 5000 and alone >= 4 * 1000
 
 
 @pytest.mark.slow
 def test_a_compiled_step_reports_what_the_compiler_says():
-    report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), jax.devices()), "v5e")
+    report = steps.plan_train(abstract(tiny_runs.config("clip"), jax.devices()), "v5e")
     assert report.peak and report.traffic and report.collectives and report.fits
     assert set(report.seconds) == {"compute", "memory", "links"} and 0 < report.mfu_ceiling < 1
     assert "fits" in table([report]) and "predicted" in table([report])
@@ -274,7 +277,7 @@ def test_a_compiled_step_reports_what_the_compiler_says():
 def test_quick_asks_less_of_the_compiler_while_it_lasts():
     effort = lambda: (jax.config.jax_exec_time_optimization_effort, jax.config.jax_memory_fitting_effort)  # noqa: E731
     before = effort()
-    with pytest.raises(KeyError), plan.quick():
+    with pytest.raises(KeyError), steps.quick():
         assert effort() == (-1.0, -1.0)
         raise KeyError
     assert effort() == before
@@ -323,10 +326,10 @@ def test_counts_follow_from_those_without_recomputation():
     config, clip = tiny_runs.config("prior_diffusion"), tiny_runs.config("clip")
     with config.unlocked():
         config.optim.sam_rho = 0.1
-    plain, run = (plan.abstract(tasks.with_policy(config, policy), 1, clip) for policy in ("none", "full"))
-    plain = plan.count_train(plain)
-    counts = plan.count_train(run, plain=plain)
-    assert counts.flops == count_flops(run.step, *plan._step_args(run)) > plain.flops
+    plain, run = (abstract(tasks.with_policy(config, policy), 1, clip) for policy in ("none", "full"))
+    plain = steps.count_train(plain)
+    counts = steps.count_train(run, plain=plain)
+    assert counts.flops == count_flops(run.step, *steps._step_args(run)) > plain.flops
     assert counts.model_flops == plain.model_flops and counts.residuals < plain.residuals
 
 
@@ -342,9 +345,9 @@ def counted(monkeypatch):
         size, (policy,) = run.config.batch_size, tasks.policies(run.config)
         assert (plain is None) == (policy == "none")
         runs.append(run)
-        return plan.Counts(1e9 * size * FLOPS[policy], 1e11 * size, 1e6 * size * KEPT[policy])
+        return steps.Counts(1e9 * size * FLOPS[policy], 1e11 * size, 1e6 * size * KEPT[policy])
 
-    monkeypatch.setattr(plan_search, "count_train", count)
+    monkeypatch.setattr(searching, "count_train", count)
     return runs
 
 
@@ -362,7 +365,7 @@ def test_a_search_ranks_what_fits_first(counted, monkeypatch):
     assert "16 more, of which 16 fit" in told[-1]
 
     memory = reports[0].peak - 1e6 * 32 * (90 - 50) / 8  # less than 50 of a picture, or fewer pictures
-    monkeypatch.setitem(plan.CHIPS, "h100", plan.CHIPS["h100"]._replace(memory=memory))
+    monkeypatch.setitem(chips.CHIPS, "h100", chips.CHIPS["h100"]._replace(memory=memory))
     reports = search(config, 8, "h100")
     assert [r.fits for r in reports] == [True] * 32 + [False] * 4
     assert all((r.batch_size, r.remat, r.fits) == (32, "none", False) for r in reports[32:])
@@ -373,7 +376,7 @@ def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
     """They come first, by what the compiler says: here that keeping is slower than computing again."""
     slow = {"none": 3e12, "dots": 2e12, "full": 1e12}
     moved = lambda r, *_: dataclasses.replace(r, peak=1.0, traffic=slow[r.remat], collectives=())  # noqa: E731
-    monkeypatch.setattr(plan, "_compile", moved)
+    monkeypatch.setattr(steps, "_compile", moved)
     reports = search(tiny_runs.config("clip"), jax.devices()[:2], "v5e")
     assert [r.compiled for r in reports] == [True] * 3 + [False] * (9 * 2 - 3)
     assert [r.remat for r in reports[:3]] == ["full", "dots", "none"]
@@ -384,6 +387,6 @@ def test_of_each_policy_the_best_is_compiled(counted, monkeypatch):
 @pytest.mark.tpu
 def test_a_step_compiles_for_a_slice_that_is_not_here():
     pytest.importorskip("libtpu", reason="libtpu is not installed (extra [tpu])")
-    chip, devices = plan.tpu_devices("v5e:2x2")
-    report = plan.plan_train(plan.abstract(tiny_runs.config("clip"), devices), chip)
+    chip, devices = chips.tpu_devices("v5e:2x2")
+    report = steps.plan_train(abstract(tiny_runs.config("clip"), devices), chip)
     assert chip == "v5e" and report.devices == 4 and report.fits and report.collectives

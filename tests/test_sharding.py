@@ -7,10 +7,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from unclip_jax import config, plan, sharding
+from unclip_jax import config, sharding
+from unclip_jax.cost import read_hlo
 from unclip_jax.errors import UserError
 from unclip_jax.nn.rows import rows
-from unclip_jax.plan_count import read_hlo
+from unclip_jax.plan.abstract import abstract
 
 
 def _shape(*shape):
@@ -207,7 +208,7 @@ def test_rows_are_split_where_a_mesh_is_set_and_the_batch_divides():
 
 def _moved(c) -> tuple[float, float]:
     """Bytes that the gradient of a config's loss moves between eight devices, and bytes of its weights."""
-    run = plan.abstract(c, jax.devices())
+    run = abstract(c, jax.devices())
     shardings = jax.tree.map(lambda a: a.sharding, run.state.params)
     key = jax.random.key(0)
     loss = lambda p, batch: run.task.loss(p, run.task.encode(run.frozen, batch), key)[0]  # noqa: E731

@@ -26,10 +26,10 @@ from unclip_jax import (
     checkpoint,
     checkpoint_read,
     cli,
+    cost,
     logs,
     meter,
     optim,
-    plan_count,
     sharding,
     tasks,
     train,
@@ -489,9 +489,9 @@ def test_recomputation_is_no_use():
         batch = {"image": jnp.ones((2, 16, 16, 3)), "tokens": jnp.ones((2, 32), int), "mask": jnp.ones((2, 32), bool)}
         slope = lambda params, task=task: jax.grad(lambda p: task.loss(p, batch, None)[0])(params)  # noqa: B023, E731
         params = tiny_stack.weights(made)
-        counts.append(plan_count.count_flops(slope, params))
+        counts.append(cost.count_flops(slope, params))
     assert counts[0] < counts[1]
-    counts.append(plan_count.count_flops(functools.partial(slope, task=plain), params))
+    counts.append(cost.count_flops(functools.partial(slope, task=plain), params))
     assert counts[0] == counts[2]
 
 

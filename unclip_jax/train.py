@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 from unclip_jax import checkpoint, distributed, sharding, tasks
 from unclip_jax import config as configs
 from unclip_jax.compiling import compiled, trim
+from unclip_jax.cost import jaxpr_flops
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, said_of
 from unclip_jax.fingerprint import by_path
 from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
-from unclip_jax.plan_count import jaxpr_flops
 from unclip_jax.run import Run, make_run
 from unclip_jax.storage import write_text
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of

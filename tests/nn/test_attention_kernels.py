@@ -21,9 +21,9 @@ from jax._src.cudnn import fused_attention_stablehlo  # for a stand-in of the in
 from jax.experimental.pallas import tpu as pltpu
 
 from unclip_jax import sharding
+from unclip_jax.cost import count_flops
 from unclip_jax.nn import attention as module
 from unclip_jax.nn.attention import attention, causal_mask, implementation
-from unclip_jax.plan_count import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 plain = jax.nn.dot_product_attention

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unclip_jax.cost import count_gradient
 from unclip_jax.nn import layers
 from unclip_jax.nn.layers import Conv, Dense, DenseGeneral
 from unclip_jax.nn.remat import of_weights
-from unclip_jax.plan_count import count_gradient
 
 LAYERS = {  # our layer, Flax's, the shape of its input; all give as many numbers as they take
     "features": (Dense(4), nn.Dense(4), (3, 7, 4)),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw
+from unclip_jax.cost import count_gradient
 from unclip_jax.errors import UserError
 from unclip_jax.models import unet as unet_module
 from unclip_jax.models.unet import UNet
 from unclip_jax.nn.remat import POLICIES, named
 from unclip_jax.nn.transformer import Transformer
 from unclip_jax.nn.unet_blocks import context_kv
-from unclip_jax.plan_count import count_gradient
 
 TIME = np.array([3, 800])
 B, N, W, LAYERS, HEADS = 2, 12, 16, 3, 2

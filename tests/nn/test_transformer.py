@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.random_params import draw, run
+from unclip_jax.cost import count_flops, count_gradient
 from unclip_jax.nn import attention, device, layers, transformer
 from unclip_jax.nn.attention import causal_mask
 from unclip_jax.nn.drawing import layers_apart
 from unclip_jax.nn.remat import POLICIES
 from unclip_jax.nn.transformer import ACTIVATIONS, LayerNorm, Transformer
-from unclip_jax.plan_count import count_flops, count_gradient
 
 WIDTH, LAYERS, HEADS = 8, 3, 2
 erf = np.vectorize(math.erf)

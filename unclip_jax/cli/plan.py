@@ -39,9 +39,11 @@ def run(args) -> int:
     report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
     config = load_config(args.config, args.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is asked, no device is used
-    from unclip_jax import plan, tasks
-    from unclip_jax.plan_search import search
-    from unclip_jax.plan_table import ranking, table
+    from unclip_jax import tasks
+    from unclip_jax.plan import chips, steps
+    from unclip_jax.plan.abstract import abstract
+    from unclip_jax.plan.search import search
+    from unclip_jax.plan.table import ranking, table
 
     clip = None
     if tasks.needs_clip(config):
@@ -51,15 +53,15 @@ def run(args) -> int:
         clip = load_config(args.clip or str(beside))
     compiled = args.topology is not None
     if compiled:
-        chip, devices = plan.tpu_devices(args.topology, args.slices)
+        chip, devices = chips.tpu_devices(args.topology, args.slices)
     else:
-        chip, devices = plan.gpu_devices(args.device)
-    with plan.quick() if args.quick else contextlib.nullcontext():
+        chip, devices = chips.gpu_devices(args.device)
+    with steps.quick() if args.quick else contextlib.nullcontext():
         if args.search:
             reports = search(config, devices, chip, clip)
         else:
-            made = plan.abstract(config, devices, clip)
-            kinds = {"train": [plan.plan_train], "sample": [plan.plan_sample]}
+            made = abstract(config, devices, clip)
+            kinds = {"train": [steps.plan_train], "sample": [steps.plan_sample]}
             kinds["both"] = kinds["train"] + kinds["sample"]
             reports = shown = [kind(made, chip, compiled) for kind in kinds[args.what]]
     title = f"{args.config}: predictions, not measurements"

@@ -1,69 +1,20 @@
-"""What a config needs on devices that are not here: memory, FLOPs, collectives and a predicted step time.
-
-For a TPU slice the exact train or sample step is compiled ahead of time by libtpu (extra `[tpu]`), which needs no TPU;
-bytes are then the compiler's. For GPUs everything is arithmetic on shapes, and said to be so. Times are predictions
-from data sheets, never measurements.
-"""
+"""What a train or sample step takes on each device: memory, FLOPs, collectives and a predicted time."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-import os
-import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from unclip_jax import config as configs
-from unclip_jax import optim, sharding, tasks
-from unclip_jax.errors import UserError, suggest
-from unclip_jax.meter import FLOPS
-from unclip_jax.models.clip import CLIP
-from unclip_jax.plan_count import Collective, count_flops, count_gradient, read_hlo
-from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
-
-GIB = 1 << 30
-
-
-class Chip(NamedTuple):
-    """Data sheet of one device: bf16 FLOP/s, bytes of memory, bytes/s of memory and of its links to others."""
-
-    flops: float
-    memory: float
-    bandwidth: float
-    links: float
-
-
-# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e (links: all of a chip's, one direction). GPUs: NVIDIA's data
-# sheets of the SXM boards, dense bf16, NVLink in one direction.
-CHIPS = {
-    "v4": Chip(FLOPS["v4"], 32 * GIB, 1.228e12, 0.15e12),
-    "v5e": Chip(FLOPS["v5e"], 16 * GIB, 0.819e12, 0.1e12),
-    "v5p": Chip(FLOPS["v5p"], 95 * GIB, 2.765e12, 0.3e12),
-    "v6e": Chip(FLOPS["v6e"], 32 * GIB, 1.640e12, 0.224e12),
-    "a100": Chip(FLOPS["a100"], 80e9, 2.039e12, 0.3e12),
-    "h100": Chip(FLOPS["h100"], 80e9, 3.35e12, 0.45e12),
-    "h200": Chip(FLOPS["h200"], 141e9, 4.8e12, 0.45e12),
-}
-TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("a100", "h100", "h200")
-
-
-@dataclasses.dataclass(frozen=True)
-class Abstract:
-    """A run without data, weights or devices: everything `jit(step).lower` needs, as shapes with shardings."""
-
-    config: ConfigDict
-    task: Any
-    mesh: jax.sharding.Mesh
-    state: TrainState
-    frozen: Mapping
-    batch: Mapping
-    step: Any
+from unclip_jax import sharding, tasks
+from unclip_jax.cost import Collective, count_flops, count_gradient, read_hlo
+from unclip_jax.plan.abstract import Abstract, split
+from unclip_jax.plan.chips import CHIPS
+from unclip_jax.train_step import compile_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,86 +73,6 @@ class Report:
         return self.model_flops / self.devices / CHIPS[self.chip].flops / max(self.seconds.values())
 
 
-def tpu_devices(topology: str, slices: int = 1):
-    """The devices of a slice such as "v5p:4x8x8" that need not be here -> (chip's name, devices).
-
-    Raises:
-      UserError: libtpu is missing, or does not know the slice.
-    """
-    chip, colon, shape = topology.partition(":")
-    if chip not in TPUS or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise UserError(f"topology={topology!r} must be CHIP:AxB or CHIP:AxBxC, CHIP one of {', '.join(TPUS)}",
-                        "such as v5e:4x4 or v5p:4x8x8")  # fmt: skip
-    from jax.experimental import topologies
-
-    # Without them libtpu asks after the TPU that it is on, and complains; the lock guards a TPU, and none is used.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(name, value)
-    extra = {"num_slices": slices} if slices > 1 else {}
-    if chip == "v4":  # whose two cores are one device
-        extra["chip_config_name"] = "megacore"
-    if math.prod(map(int, shape.split("x"))) == 1:
-        extra["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra).devices
-    except Exception as error:  # jax raises several kinds; a missing libtpu is a RuntimeError
-        why = (str(error).strip().splitlines() or [repr(error)])[0][:200]
-        fix = f'pip install "jax[tpu]=={jax.__version__}" (libtpu, no TPU needed), and a slice that exists'
-        raise UserError(f"topology={topology!r} cannot be compiled for ({why})", fix) from error
-
-
-def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: Abstract | None = None) -> Abstract:
-    """The run of a config on `devices`: a slice's that is not here, or a number of them, for arithmetic alone.
-
-    Args:
-      clip: config of the CLIP that prior and decoder learn against; its weights are not needed.
-      like: another run of them, which differs in mesh, batch and remat policies alone; its arrays are not traced again.
-
-    Raises:
-      UserError: what does not fit, as training would say it.
-    """
-    config = configs.from_json(configs.to_json(config), "config")
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check_batch(config.batch_size, mesh)
-    tx = optim.make(config.num_steps, **config.optim)
-    teacher = None
-    if tasks.needs_clip(config):
-        if clip is None or clip.task != "clip":
-            raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
-        teacher = tasks.make(clip)
-    task = tasks.make(config, teacher and teacher.model)
-    shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), config.ema_decay))
-    state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
-    frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
-    frozen = sharding.abstract(frozen, sharding.infer_frozen(frozen, mesh))
-    batch = _split(_batch(config, task, teacher and teacher.model), mesh)
-    return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
-
-
-def _batch(config: ConfigDict, task: tasks.Task, clip: CLIP | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader gives: pictures, or embeddings where they were worked out before (`data/embeddings.py`)."""
-    b, batch = config.batch_size, {}
-    length = clip.text["max_len"] if clip else config.tokenizer and config.tokenizer.max_len
-    if length:
-        batch = {name: jax.ShapeDtypeStruct((b, length), kind) for name, kind in (("tokens", "i4"), ("mask", "?"))}
-    if not _embedded(config.data):
-        side = config.loader.crop or config.data.size
-        return {**batch, "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)}
-    if config.task not in ("prior_diffusion", "prior_ar"):
-        raise UserError(f"data.source={config.data.source!r} holds embeddings, and task {config.task} learns from "
-                        "pictures", "give a source of pictures; embeddings train priors only")  # fmt: skip
-    batch |= {name: jax.ShapeDtypeStruct((b, clip.embed_dim), jnp.float32) for name in ("z_img", "z_txt")}
-    if not task.model.vocab_size:
-        batch["states"] = jax.ShapeDtypeStruct((b, length, clip.text["width"]), jnp.float32)
-    return batch
-
-
-def _embedded(data: Mapping) -> bool:
-    """Whether a config's block `data` names embeddings, or a mixture of them."""
-    return data.get("source") == "embeddings" or any(map(_embedded, data.get("parts") or ()))
-
-
 def _told(run: Abstract) -> dict[str, jax.ShapeDtypeStruct]:
     """What a stack tells the stage of each output: the caption, and what the stage before it has drawn."""
     b, task = run.config.batch_size, run.task
@@ -213,12 +84,7 @@ def _told(run: Abstract) -> dict[str, jax.ShapeDtypeStruct]:
         told["low"] = jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)
     elif run.config.task == "decoder" and task.clip:
         told["z_img"] = jax.ShapeDtypeStruct((b, task.clip.embed_dim), jnp.float32)
-    return _split(told, run.mesh)
-
-
-def _split(batch: Mapping, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    rows = sharding.batch_sharding(mesh)
-    return sharding.abstract(batch, jax.tree.map(lambda _: rows, batch))
+    return split(told, run.mesh)
 
 
 class Counts(NamedTuple):
@@ -341,11 +207,3 @@ def _held(tree) -> float:
 def _encoded(run: Abstract):
     """Shapes of an encoded batch and of a random key: the other arguments of `loss`."""
     return jax.eval_shape(run.task.encode, run.frozen, run.batch), jax.eval_shape(lambda: jax.random.key(0))
-
-
-def gpu_devices(spec: str):
-    """ "h100:8" → ("h100", 8)."""
-    chip, colon, count = spec.partition(":")
-    if chip not in GPUS or (colon and not (count.isdecimal() and 0 < int(count) <= 65536)):
-        raise UserError(f"device={spec!r} must be GPU or GPU:COUNT, COUNT in 1 … 65536", suggest(chip, GPUS))
-    return chip, int(count or 1)

@@ -7,7 +7,9 @@ from ml_collections import ConfigDict
 
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
-from unclip_jax.plan import TPUS, Abstract, Counts, Report, abstract, count_train, plan_train
+from unclip_jax.plan.abstract import Abstract, abstract
+from unclip_jax.plan.chips import TPUS
+from unclip_jax.plan.steps import Counts, Report, count_train, plan_train
 from unclip_jax.tasks.remat import POLICIES
 
 

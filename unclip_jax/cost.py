@@ -1,4 +1,4 @@
-"""FLOPs counted from a program's jaxpr, and bytes moved from its compiled HLO, loops multiplied out in both.
+"""What a program costs: FLOPs from its jaxpr, bytes moved from its compiled HLO, loops multiplied out in both.
 
 XLA's own cost analysis counts the body of a loop once, so a scanned Transformer of 24 layers would seem to be one.
 """

@@ -1,6 +1,7 @@
-"""Reports of `plan` and rankings of `plan_search` for reading; every time in them is a prediction."""
+"""Reports of `steps` and rankings of `search` for reading; every time in them is a prediction."""
 
-from unclip_jax.plan import GIB, Report
+from unclip_jax.plan.chips import GIB
+from unclip_jax.plan.steps import Report
 
 
 def table(reports: list[Report], title: str = "") -> str:
