@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "unclip_jax"
 RANKS = {
     0: "errors storage tensors config weights sharding optim checkpoint checkpoint_read distributed metrics data"
-    " gallery tokenizer pca cost meter fingerprint compiling fetch track",
+    " gallery tokenizer pca cost meter fingerprint compiling fetch track environment",
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",

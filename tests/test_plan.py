@@ -1,11 +1,15 @@
 """FLOPs against closed forms, HLO traffic against what was written, memory against what devices hold."""
 
+import contextlib
 import dataclasses
+import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from tests import tiny_runs
 from unclip_jax import cli, optim, sharding, tasks
@@ -283,6 +287,26 @@ def test_quick_asks_less_of_the_compiler_while_it_lasts():
     assert effort() == before
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_libtpu_finds_its_variables_while_it_is_asked_and_they_are_unset_again(known, monkeypatch):
+    """Those that were set keep their values throughout, also where libtpu does not know the slice."""
+    for name in chips.LIBTPU:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
+    before, seen = dict(os.environ), {}
+
+    def describe(**_):
+        seen.update(os.environ)
+        if not known:
+            raise RuntimeError("no such slice")
+        return SimpleNamespace(devices=["a chip"])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    with contextlib.nullcontext() if known else pytest.raises(UserError, match="no such slice"):
+        assert chips.tpu_devices("v5e:1x1") == ("v5e", ["a chip"])
+    assert seen == {**chips.LIBTPU, **before} and os.environ == before
+
+
 def run_cli(capsys, *argv):
     code = cli.main(["plan", *map(str, argv)])
     return code, *capsys.readouterr()
@@ -314,6 +338,13 @@ def test_mistakes_are_one_line(case, capsys):
     argv, match = BAD[case]
     code, _, err = run_cli(capsys, "--config", "configs/dalle2/prior_diffusion.py", *argv)
     assert code == 2 and match in err and len(err.splitlines()) == 1
+
+
+def test_the_command_leaves_the_environment_as_it_was(capsys, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    before = dict(os.environ)
+    assert run_cli(capsys, "--config", "configs/shapes/upsampler.py:tiny", "--device", "h100x8")[0] == 2
+    assert os.environ == before
 
 
 def test_no_mesh_fits_a_search():

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 
 from unclip_jax.cli.arguments import command, count, done
+from unclip_jax.environment import meanwhile
 from unclip_jax.errors import UserError
 
 
@@ -38,12 +38,12 @@ def run(args) -> int:
 
     report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
     config = load_config(args.config, args.overrides)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is asked, no device is used
-    from unclip_jax import tasks
-    from unclip_jax.plan import chips, steps
-    from unclip_jax.plan.abstract import abstract
-    from unclip_jax.plan.search import search
-    from unclip_jax.plan.table import ranking, table
+    with meanwhile(JAX_PLATFORMS="cpu"):  # read as jax is imported: the compiler is asked, no device is used
+        from unclip_jax import tasks
+        from unclip_jax.plan import chips, steps
+        from unclip_jax.plan.abstract import abstract
+        from unclip_jax.plan.search import search
+        from unclip_jax.plan.table import ranking, table
 
     clip = None
     if tasks.needs_clip(config):

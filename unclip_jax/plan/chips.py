@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from typing import NamedTuple
 
 import jax
 
+from unclip_jax.environment import meanwhile
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.meter import FLOPS
 
@@ -36,6 +36,10 @@ CHIPS = {
     "h200": Chip(FLOPS["h200"], 141e9, 4.8e12, 0.45e12),
 }
 TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("a100", "h100", "h200")
+# Without them libtpu asks after the TPU that it is on, and complains, when it is first asked for a slice; to compile it
+# needs none of them. The lock guards a TPU, and none is used.
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+LIBTPU |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def tpu_devices(topology: str, slices: int = 1):
@@ -50,17 +54,14 @@ def tpu_devices(topology: str, slices: int = 1):
                         "such as v5e:4x4 or v5p:4x8x8")  # fmt: skip
     from jax.experimental import topologies
 
-    # Without them libtpu asks after the TPU that it is on, and complains; the lock guards a TPU, and none is used.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    for name, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(name, value)
     extra = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":  # whose two cores are one device
         extra["chip_config_name"] = "megacore"
     if math.prod(map(int, shape.split("x"))) == 1:
         extra["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra).devices
+        with meanwhile(**LIBTPU):
+            return chip, topologies.get_topology_desc(platform="tpu", topology_name=topology, **extra).devices
     except Exception as error:  # jax raises several kinds; a missing libtpu is a RuntimeError
         why = (str(error).strip().splitlines() or [repr(error)])[0][:200]
         fix = f'pip install "jax[tpu]=={jax.__version__}" (libtpu, no TPU needed), and a slice that exists'
