@@ -176,7 +176,7 @@ def test_blocks_fit_what_they_configure():
 def test_their_networks_have_f32_parameters():
     def check(spec):
         task, params = built(spec)
-        run._check_attention(load(spec), task)
+        run.check_attention(load(spec), task)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
     assert offending(check, SPECS) == {}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from tests import tiny_runs
+from tests import bad_configs, tiny_runs, toy
 from unclip_jax import cli, optim, sharding, tasks
 from unclip_jax.cost import Collective, count_flops, count_gradient, read_hlo
 from unclip_jax.errors import UserError
@@ -329,8 +329,28 @@ BAD = {
     "count": (["--device", "h100:0"], "GPU or GPU:COUNT"),
     "neither": ([], "required"),
     "batch": (["--device", "h100:12", "--config.mesh.fsdp=12"], "batch_size=4096 must be a multiple of 12"),
+    "config": (["--device", "h100:8", "--config.keep=0"], "keep=0 must be a whole number >= 1"),
     "clip": (["--device", "h100:8", "--clip", "configs/dalle2/decoder.py"], "--clip configs"),
 }
+
+
+# What the data, the weights or the memory tell; in place of a trained CLIP a plan asks for its config.
+UNTOLD = {"split", "eval split", "no tokenizer", "no clip", "clip missing", "too large"}
+REFUSED = {case: bad for case, bad in bad_configs.BAD.items() if case not in UNTOLD}
+
+
+@pytest.mark.parametrize(("stage", "changes", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_training_refuses_is_not_planned(stage, changes, words, monkeypatch):
+    toy.add(monkeypatch)
+    with pytest.raises(UserError, match=words):
+        steps.count_train(abstract(bad_configs.changed(stage, changes), 8, tiny_runs.config("clip")))
+
+
+def test_a_plan_asks_neither_for_data_nor_for_weights():
+    config = bad_configs.changed("prior_diffusion", {"clip": "no/run", "init": "no/run", "track": "a project"})
+    with config.unlocked():
+        config.data = {"source": "folder", "path": "none", "split": "train", "size": 16}
+    assert abstract(config, 8, tiny_runs.config("clip")).batch["image"].shape == (8, 16, 16, 3)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -347,7 +367,9 @@ def test_the_command_leaves_the_environment_as_it_was(capsys, monkeypatch):
     assert os.environ == before
 
 
-def test_no_mesh_fits_a_search():
+def test_a_search_says_what_no_mesh_helps():
+    with pytest.raises(UserError, match="every.log=0"):
+        search(tiny_runs.config("clip", every__log=0), 8, "h100")
     with pytest.raises(UserError, match="no mesh"):
         search(tiny_runs.config("clip", batch_size=7), 8, "h100")
 

@@ -64,7 +64,9 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     """
     config = configs.from_json(configs.to_json(config), "config")
     workdir, earlier = _earlier_run(workdir)
-    _check_values(config)
+    check_values(config, bool(config.clip))
+    if distributed.is_main():
+        track.check(config.get("track"))
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
@@ -82,8 +84,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     if earlier:
         _check_same_run(config, earlier, workdir)
     task = tasks.make(config, clip.model if clip else None)
-    _check_attention(config, task)
-    with said_of(f"the network of {config.task} cannot be built", "correct config.model"):
+    check_attention(config, task)
+    with building(config):
         shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(config.seed), config.ema_decay))
     shardings = sharding.infer(shapes, config.rules, mesh)
     _check_memory(shapes, shardings, mesh)
@@ -139,9 +141,9 @@ def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> 
     return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
 
 
-def _check_values(config: ConfigDict) -> None:
+def check_values(config: ConfigDict, has_clip: bool) -> None:
     """Raises UserError for what can be told wrong without building anything."""
-    tasks.check(config, bool(config.clip))
+    tasks.check(config, has_clip)
     if config.clip and not tasks.needs_clip(config):
         raise UserError(f"clip={config.clip!r} is of no use to the task '{config.task}'", "leave it out")
     for block, function in (("mesh", sharding.make_mesh), ("optim", optim.make), ("loader", loader.batches)):
@@ -149,8 +151,6 @@ def _check_values(config: ConfigDict) -> None:
         for key in config[block]:
             if key not in known:
                 raise UserError(f"config has no key '{block}.{key}'", suggest(key, known))
-    if distributed.is_main():
-        track.check(config.get("track"))
     flat = configs.flatten(config)
     loader.check_settings(**{name: config.loader[name] for name in loader.MOST if name in config.loader})
     for name, value in flat.items():
@@ -174,7 +174,17 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f"seed={config.seed} must be in 0 … 2**32 - 1")
 
 
-def _check_attention(config: ConfigDict, task: tasks.Task) -> None:
+def building(config: ConfigDict):
+    """What a stage's network raises as it is first traced is told as a UserError."""
+    return said_of(f"the network of {config.task} cannot be built", "correct config.model")
+
+
+def fitting(config: ConfigDict):
+    """What a stage raises as it is traced over a batch is told as a UserError."""
+    return said_of(f"task {config.task} does not fit its data", "compare config.model and config.data with configs/")
+
+
+def check_attention(config: ConfigDict, task: tasks.Task) -> None:
     """UserError for attention at heights that no level of a stage's UNet has; 1 stands for its middle."""
     name = "model.unet" if "unet" in config.model else "model"
     unet = config.model.get("unet", config.model)
@@ -215,12 +225,18 @@ def _memory(mesh: jax.sharding.Mesh) -> int | None:
     return None
 
 
+def check_embeddable(config: ConfigDict) -> None:
+    """UserError where a stage cannot learn from embeddings, which its data are."""
+    if config.task not in PRIORS:
+        what = f"data.source={config.data.source!r} holds embeddings, and the task {config.task} learns from pictures"
+        raise UserError(what, "give a source of pictures; embeddings train priors only")
+
+
 def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
     """UserError where a source holds embeddings, and the stage learns from pictures or against another CLIP."""
     identity = source.clip_identity
-    if identity and config.task not in PRIORS:
-        what = f"data.source={config.data.source!r} holds embeddings, and the task {config.task} learns from pictures"
-        raise UserError(what, "give a source of pictures; embeddings train priors only")
+    if identity:
+        check_embeddable(config)
     if identity and (clip is None or clip.identity != identity):
         what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
         raise UserError(what, "set --config.clip to the CLIP they were made with")

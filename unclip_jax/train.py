@@ -22,11 +22,11 @@ from unclip_jax import config as configs
 from unclip_jax.compiling import compiled, trim
 from unclip_jax.cost import jaxpr_flops
 from unclip_jax.data import loader
-from unclip_jax.errors import UserError, said_of
+from unclip_jax.errors import UserError
 from unclip_jax.fingerprint import by_path
 from unclip_jax.logs import Checks, Logs, Stopped, Trace, say
 from unclip_jax.meter import Meter
-from unclip_jax.run import Run, make_run
+from unclip_jax.run import Run, fitting, make_run
 from unclip_jax.storage import write_text
 from unclip_jax.train_step import TrainState, compile_step, init_state, step_of
 
@@ -179,7 +179,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 
     batch = next(batches(0, size=few, num_workers=0))
     held_out = run.held_out and next(batches(0, run.held_out, few, crop=None, num_workers=0))
-    with said_of(f"task {config.task} does not fit its data", "compare config.model and config.data with configs/"):
+    with fitting(config):
         if run.held_out:
             jax.eval_shape(check, run.shapes.params, held_out)
         return _trace(run, task, batch)

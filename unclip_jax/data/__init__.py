@@ -1,11 +1,12 @@
 """Sources of captioned pictures by name, the images themselves, and the loader that makes batches of them."""
 
+import functools
 import importlib
 import inspect
 import math
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args, get_origin
 
 from unclip_jax.errors import UserError, is_number, is_whole, suggest
@@ -25,7 +26,12 @@ NEEDED = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 
 
 def make(source: str, split: str = "train", *, size: int, seed: int = 0, **kw):
-    """Opens a source by name.
+    """Opens a source by name; arguments and errors are those of `named`, and what the source itself finds wrong."""
+    return named(source, split, size=size, seed=seed, **kw)()
+
+
+def named(source: str, split: str = "train", *, size: int, seed: int = 0, **kw) -> Callable:
+    """A source by name as a function that opens it, its arguments checked as far as they can be without data.
 
     Args:
       source: a name in SOURCES.
@@ -53,7 +59,8 @@ def make(source: str, split: str = "train", *, size: int, seed: int = 0, **kw):
             fix = suggest(key, known) if known else "leave it out"
             raise UserError(f"data.{key} is not an argument of the source '{source}'", fix)
     given = {"split": split, **kw}
-    return cls(size=size, seed=seed, **{key: _typed(key, value, kinds.get(key)) for key, value in given.items()})
+    typed = {key: _typed(key, value, kinds.get(key)) for key, value in given.items()}
+    return functools.partial(cls, size=size, seed=seed, **typed)
 
 
 def _typed(key: str, value, annotation):

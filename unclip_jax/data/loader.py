@@ -64,13 +64,10 @@ def batches(
     import grain
     from absl import flags
 
-    _check(source, batch_size, seed, crop)
+    _check(source, batch_size, seed)
+    check_pictures(getattr(source, "size", None), crop, degrade, factor)
     make_low = None
     if degrade is not None:
-        settings(degrade)
-        side = crop or getattr(source, "size", None)
-        if factor < 1 or (side and side % factor):
-            raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
         make_low = functools.partial(_degraded, factor=factor, name=degrade, seed=seed)
     check_settings(num_workers=num_workers, num_threads=num_threads, prefetch=prefetch)
     if start_step < 0:
@@ -99,16 +96,24 @@ def _left_to_the_loop(*_) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check(source, batch_size, seed, crop):
+def _check(source, batch_size, seed):
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be in 0 … 2**32 - 1")
     if len(source) == 0:
         raise UserError(f"the data source '{source.name}' is empty")
-    size = getattr(source, "size", None)
+
+
+def check_pictures(size: int | None, crop: int | None = None, degrade: str | None = None, factor: int = 4) -> None:
+    """Raises UserError where pictures of side `size`, None where it is not known, cannot be cropped or degraded so."""
     if crop is not None and not 1 <= crop <= (size or crop):
         raise UserError(f"crop={crop} must be in 1 … {size}, the side of the source's pictures")
+    if degrade is not None:
+        settings(degrade)
+        side = crop or size
+        if factor < 1 or (side and side % factor):
+            raise UserError(f"loader.factor={factor} must divide the {side} pixels of a picture's or a crop's side")
 
 
 def check_settings(**numbers: int) -> None:

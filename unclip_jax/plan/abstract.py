@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from unclip_jax import config as configs
-from unclip_jax import optim, sharding, tasks
+from unclip_jax import data, optim, sharding, tasks
+from unclip_jax.data import loader
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
+from unclip_jax.run import building, check_attention, check_embeddable, check_values
 from unclip_jax.train_step import TrainState, init_state, step_of
 
 
@@ -41,21 +43,37 @@ def abstract(config: ConfigDict, devices, clip: ConfigDict | None = None, like: 
       UserError: what does not fit, as training would say it.
     """
     config = configs.from_json(configs.to_json(config), "config")
+    if tasks.needs_clip(config) and (clip is None or clip.task != "clip"):
+        raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
+    check_values(config, tasks.needs_clip(config))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
-    teacher = None
-    if tasks.needs_clip(config):
-        if clip is None or clip.task != "clip":
-            raise UserError(f"task {config.task} learns against a CLIP", "give its config by --clip configs/…/clip.py")
-        teacher = tasks.make(clip)
+    _check_data(config)
+    teacher = tasks.make(clip) if tasks.needs_clip(config) else None
     task = tasks.make(config, teacher and teacher.model)
-    shapes = like.state if like else jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), config.ema_decay))
+    check_attention(config, task)
+    shapes, frozen = (like.state, like.frozen) if like else (None, {})
+    if not like:
+        with building(config):
+            shapes = jax.eval_shape(lambda: init_state(task, tx, jax.random.key(0), config.ema_decay))
+    if teacher and not like:
+        with building(clip):
+            frozen = {"clip": jax.eval_shape(teacher.init, jax.random.key(0))}
     state = sharding.abstract(shapes, sharding.infer(shapes, config.rules, mesh))
-    frozen = like.frozen if like else {"clip": jax.eval_shape(teacher.init, jax.random.key(0))} if teacher else {}
     frozen = sharding.abstract(frozen, sharding.infer_frozen(frozen, mesh))
     batch = split(_batch(config, task, teacher and teacher.model), mesh)
     return Abstract(config, task, mesh, state, frozen, batch, step_of(config, task, tx))
+
+
+def _check_data(config: ConfigDict) -> None:
+    """UserError for what the blocks `data` and `loader` say wrong, as far as it can be told without the data."""
+    data.named(**config.data)
+    size = config.data.size
+    if _embedded(config.data):
+        check_embeddable(config)
+        size = None
+    loader.check_pictures(size, **{k: config.loader[k] for k in ("crop", "degrade", "factor") if k in config.loader})
 
 
 def _batch(config: ConfigDict, task: tasks.Task, clip: CLIP | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -67,9 +85,6 @@ def _batch(config: ConfigDict, task: tasks.Task, clip: CLIP | None) -> dict[str,
     if not _embedded(config.data):
         side = config.loader.crop or config.data.size
         return {**batch, "image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)}
-    if config.task not in ("prior_diffusion", "prior_ar"):
-        raise UserError(f"data.source={config.data.source!r} holds embeddings, and task {config.task} learns from "
-                        "pictures", "give a source of pictures; embeddings train priors only")  # fmt: skip
     batch |= {name: jax.ShapeDtypeStruct((b, clip.embed_dim), jnp.float32) for name in ("z_img", "z_txt")}
     if not task.model.vocab_size:
         batch["states"] = jax.ShapeDtypeStruct((b, length, clip.text["width"]), jnp.float32)

@@ -44,7 +44,11 @@ def search(
 
 def _candidates(config: ConfigDict, devices, chip: str, clip) -> Iterator[tuple[Report, Abstract, Counts]]:
     """What `search` tries, by arithmetic. The networks are traced for each batch and policy, not for each mesh."""
-    count, run = devices if isinstance(devices, int) else len(devices), None
+    count = devices if isinstance(devices, int) else len(devices)
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        changed.mesh.update(data=1, fsdp=1, tensor=1)
+    run = abstract(changed, 1, clip)  # refused where no mesh and no batch would help
     for share in (1, 2, 4):
         plain = None  # counts of this batch without recomputation
         for policy in POLICIES:

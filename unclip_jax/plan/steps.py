@@ -14,6 +14,7 @@ from unclip_jax import sharding, tasks
 from unclip_jax.cost import Collective, count_flops, count_gradient, read_hlo
 from unclip_jax.plan.abstract import Abstract, split
 from unclip_jax.plan.chips import CHIPS
+from unclip_jax.run import fitting
 from unclip_jax.train_step import compile_step
 
 
@@ -102,17 +103,18 @@ def count_train(run: Abstract, residuals: bool = True, plain: Counts | None = No
       residuals: ask for them too.
       plain: counts of the same step without recomputation, from which its own follow by its gradient's alone.
     """
-    batch, key = _encoded(run)
-    gradient = lambda task: count_gradient(lambda *a: task.loss(*a)[0], run.state.params, batch, key)  # noqa: E731
-    if plain:
-        flops, kept = gradient(run.task)
-        gradients = 2 if run.config.optim.get("sam_rho") else 1  # of a step
-        return Counts(plain.flops + gradients * (flops - plain.model_flops), plain.model_flops, kept)
-    bare = tasks.without_remat(run.task, run.config)
-    model_flops, kept = gradient(bare)
-    if residuals and bare is not run.task:
-        kept = gradient(run.task)[1]
-    return Counts(count_flops(run.step, *_step_args(run)), model_flops, kept if residuals else 0.0)
+    with fitting(run.config):
+        batch, key = _encoded(run)
+        gradient = lambda task: count_gradient(lambda *a: task.loss(*a)[0], run.state.params, batch, key)  # noqa: E731
+        if plain:
+            flops, kept = gradient(run.task)
+            gradients = 2 if run.config.optim.get("sam_rho") else 1  # of a step
+            return Counts(plain.flops + gradients * (flops - plain.model_flops), plain.model_flops, kept)
+        bare = tasks.without_remat(run.task, run.config)
+        model_flops, kept = gradient(bare)
+        if residuals and bare is not run.task:
+            kept = gradient(run.task)[1]
+        return Counts(count_flops(run.step, *_step_args(run)), model_flops, kept if residuals else 0.0)
 
 
 def _step_args(run: Abstract):
@@ -159,7 +161,8 @@ def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
         return run.task.sample(params, cond, keys)
 
     args = (params, run.frozen, told)
-    flops = count_flops(draw, *args)
+    with fitting(run.config):
+        flops = count_flops(draw, *args)
     base = Report("sample", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
                   flops, flops, held, None, CHIPS[chip].memory)  # fmt: skip
     if not compiled:
