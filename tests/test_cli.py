@@ -265,7 +265,7 @@ BAD = {
     "out below a file": (["sample", "x", "--out", "good.txt/o"], "is a file"),
     "out unwritable": (["sample", "x", "--out", "/proc/o"], "not writable"),
     "out empty": (["sample", "x", "--out", ""], "must be a path"),
-    "model missing": (["sample", "x", "--out", "o", "--model", "nowhere"], "no stack 'nowhere'"),
+    "model missing": (["sample", "x", "--out", "o", "--model", "nowhere"], "name of a bundled stack: shapes"),
     "model foreign": (["sample", "x", "--out", "o", "--model", "/"], "no stack.json"),
     "metric": (["evaluate", "--metrics", "fid"], "'fid'"),
     "objects": (["evaluate", "--num-objects", "one,four"], "'four'"),

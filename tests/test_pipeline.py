@@ -511,7 +511,7 @@ def test_two_priors_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [("no-such", "no stack 'no-such'"), ("/nowhere/at/all", "does not exist")]
+    ("path", "words"), [("no-such", "name of a bundled stack: shapes"), ("/nowhere/at/all", "does not exist")]
 )
 def test_a_missing_stack_is_named(path, words):
     with pytest.raises(UserError, match=words):

@@ -65,6 +65,13 @@ def test_a_stage_of_a_bundled_stack_is_found_by_the_stacks_name(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     shapes = weights.bundled()["shapes"]
     assert tasks.load_stage("shapes", "clip").step == tasks.load_stage(shapes, "clip").step
-    (tmp_path / "shapes").mkdir()  # a folder of one's own comes first
-    with pytest.raises(UserError, match="has no checkpoints/ folder"):
+    (tmp_path / "shapes").mkdir()  # of pictures, maybe
+    assert weights.located("shapes") == shapes and open_stack("shapes").params
+    (tmp_path / "shapes" / "checkpoints").mkdir()  # a run of one's own comes first, and so does a stack
+    with pytest.raises(UserError, match="holds no finished checkpoint"):
         tasks.load_stage("shapes", "clip")
+    with pytest.raises(UserError, match="is the workdir of one training run"):
+        open_stack("shapes")
+    (tmp_path / "shapes" / "stack.json").touch()
+    with pytest.raises(UserError, match="malformed"):
+        open_stack("shapes")

@@ -1,7 +1,6 @@
 """A stack directory opened for sampling: its stages in the order they run, their weights read when asked for."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import foreseen, placed
 from unclip_jax.settings import PRIORS
-from unclip_jax.weights import Stage, bundled, describe_stack, load_stack
+from unclip_jax.weights import Stage, describe_stack, load_stack
 
 ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
 
@@ -72,7 +71,7 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
     Raises:
       UserError: no stack there, one that is damaged as far as can be told, or stages that do not belong together.
     """
-    described = describe_stack(located(path))
+    described = describe_stack(path)
     names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
     stages = {stage: described.stages[name] for stage, name in names.items()}
     _check_same_clip(described.path, stages)
@@ -84,7 +83,7 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
 
 def identity(path: str | Path) -> str:
     """16 hexadecimal digits of stack.json, which holds the SHA-256 of all weights: tells a stack from others."""
-    return hashlib.sha256((describe_stack(located(path), []).path / "stack.json").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((describe_stack(path, []).path / "stack.json").read_bytes()).hexdigest()[:16]
 
 
 def _host() -> jax.Device | None:
@@ -93,20 +92,6 @@ def _host() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
-
-
-def located(path: str | Path) -> Path:
-    """The directory of a bundled stack by its name, or of any stack by its path."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise UserError(f"stack {path!r} must be a path or a bundled stack's name", "write UnCLIP.load('shapes')")
-    path = Path(path)
-    if str(path) in bundled() and not (path / "stack.json").is_file():
-        return bundled()[str(path)]
-    if len(path.parts) == 1 and not path.expanduser().exists():
-        names = ", ".join(sorted(bundled())) or "none"
-        what = f"there is no stack {str(path)!r}: no such directory, and the bundled stacks are {names}"
-        raise UserError(what, "give a directory written by `unclip export`")
-    return path
 
 
 def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:

@@ -98,9 +98,10 @@ def save_stack(
 def load_stack(
     path: str | os.PathLike, stages: Iterable[str] | None = None, dtype: str | None = None
 ) -> Stack:
-    """Reads a stack directory, or only the named `stages` of it.
+    """Reads a stack, or only the named `stages` of it.
 
     Args:
+      path: its directory, or the name of a bundled one (`located`).
       dtype: "float32" or "bfloat16" of the floating arrays, each converted as it is read, but for `STATISTICS`; None
         keeps their stored dtype.
 
@@ -125,8 +126,8 @@ def describe_stack(
 
 
 def tasks_of(path: str | os.PathLike) -> dict[str, str]:
-    """{stage: task} of a stack directory, its weights left unread. UserError: no stack there, or malformed."""
-    stages = _index(Path(path).expanduser().resolve())["stages"]
+    """{stage: task} of a stack, its weights left unread. UserError: no stack there, or malformed."""
+    stages = _index(located(path).resolve())["stages"]
     return {name: str(entry["config"].get("task")) for name, entry in stages.items()}
 
 
@@ -139,13 +140,15 @@ def dtype_in(name: str, kind: np.dtype, dtype: str) -> np.dtype:
 
 def bundled() -> dict[str, Path]:
     """The stacks in the package, by name."""
-    return {file.parent.name: file.parent for file in BUNDLED.glob("*/stack.json")}
+    return {file.parent.name: file.parent for file in sorted(BUNDLED.glob("*/stack.json"))}
 
 
-def or_bundled(path: str | os.PathLike) -> Path:
-    """The directory of a bundled stack by its name, unless there is something else of that name; others as they are."""
+def located(path: str | os.PathLike) -> Path:
+    """The directory of a bundled stack by its name, unless a stack or a run of that name is there; others as given."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"stack {path!r} must be a path or a bundled stack's name", "write UnCLIP.load('shapes')")
     path = Path(path).expanduser()
-    return path if path.exists() else bundled().get(str(path), path)
+    return path if is_stack(path) or _is_run(path) else bundled().get(str(path), path)
 
 
 def is_stack(path: str | os.PathLike) -> bool:
@@ -153,9 +156,13 @@ def is_stack(path: str | os.PathLike) -> bool:
     return (Path(path).expanduser() / "stack.json").is_file()
 
 
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
 def _stack(path: str | os.PathLike, stages: Iterable[str] | None, dtype: str | None, read: Callable) -> Stack:
     """The named stages, by default all, each by `read`."""
-    path = Path(path).expanduser().resolve()
+    path = located(path).resolve()
     index = _index(path)
     wanted = list(index["stages"]) if stages is None else list(stages)
     for name in wanted:
@@ -200,15 +207,15 @@ def _flat(params, stage: str) -> dict[str, np.ndarray | jax.Array]:
 
 def _index(path: Path) -> dict:
     """stack.json, checked as far as names, types and version go."""
-    if not (path / "stack.json").is_file():
+    if not is_stack(path):
         state = (
             "does not exist" if not path.exists() else "is a file" if path.is_file() else "has no stack.json"
         )
-        if (path / "checkpoints").is_dir():
+        if _is_run(path):
             state = "is the workdir of one training run"
         raise UserError(
             f"{path} {state}; expected a stack directory (stack.json and <stage>.safetensors)",
-            "give a directory written by `unclip export`",
+            f"give a directory written by `unclip export`, or the name of a bundled stack: {', '.join(bundled())}",
         )
     try:
         index = json.loads(read_text(path / "stack.json", "an index of stages", fix=COPY))

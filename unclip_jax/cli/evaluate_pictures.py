@@ -23,7 +23,7 @@ from unclip_jax.evaluation.work import Work
 from unclip_jax.interop import inception
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import Settings
-from unclip_jax.stack import identity, located, open_stack
+from unclip_jax.stack import identity, open_stack
 from unclip_jax.tokenizer import Tokenizer
 
 # What a sweep may vary, and the kind of its values: of `float | None` the float.
@@ -139,7 +139,7 @@ def _networks(args):
     if args.inception is not None:
         networks["inception"] = features.inception(*inception.load(args.inception))
     if "clip" in needs or ("main" in needs and not networks):
-        clip = tasks.load_clip(args.clip if args.clip is not None else located(args.model))
+        clip = tasks.load_clip(args.clip if args.clip is not None else args.model)
         networks["clip"] = features.clip(clip.model, clip.params, clip.identity)
         tokenizer = Tokenizer.from_json(clip.tokenizer_json)
         embed = lambda texts: features.embed_texts(clip.model, clip.params, tokenizer, texts)  # noqa: E731

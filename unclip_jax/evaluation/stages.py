@@ -22,7 +22,6 @@ from unclip_jax.evaluation import sweep as sweeps
 from unclip_jax.evaluation.report import Report, Table, versions
 from unclip_jax.evaluation.trained import TrainedStage, load
 from unclip_jax.metrics import probes
-from unclip_jax.stack import located
 from unclip_jax.storage import read_text
 
 BUCKETS = 10
@@ -89,7 +88,7 @@ def _asked(where: str, stage: str | None, sweep, files: dict) -> tuple[str | Non
     if stage is None:
         task = checkpoint_read.peek(where)[0].get("task")
     else:
-        task = weights.tasks_of(located(where)).get(stage)
+        task = weights.tasks_of(where).get(stage)
     given = {"sweep": "prior_diffusion"} if sweep else {}
     for flag, wanted in (given | dict.fromkeys(lines, "clip")).items():
         if task not in (None, wanted):

@@ -6,7 +6,6 @@ from unclip_jax import checkpoint_read, data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import pictures
-from unclip_jax.stack import located
 from unclip_jax.tokenizer import Tokenizer
 
 CONVERTED_BATCH = 64
@@ -51,9 +50,9 @@ def load(
         params, config, step, text = checkpoint_read.load_params(where, step=step)
         clip = config.clip
     else:
-        stack = weights.load_stack(located(where), [stage], "float32")
+        stack = weights.load_stack(where, [stage], "float32")
         (params, config, step, _), text = stack.stages[stage], stack.tokenizer_json
-        clip = str(located(where)) if tasks.needs_clip(config) else ""
+        clip = str(stack.path) if tasks.needs_clip(config) else ""
     frozen = tasks.load_clip(clip) if clip else None
     if frozen and frozen.identity != config.clip_identity:
         raise UserError(

@@ -40,7 +40,7 @@ def load_stage(path: str | os.PathLike, task: str) -> Trained:
     Raises:
       UserError: nothing usable at `path`, or no stage of this task, or several.
     """
-    path, fix = weights.or_bundled(path), f"give the workdir of a run of '{task}', or a stack that holds one"
+    path, fix = weights.located(path), f"give the workdir of a run of '{task}', or a stack that holds one"
     if weights.is_stack(path):
         names = [name for name, own in weights.tasks_of(path).items() if own == task]
         if len(names) != 1:
