@@ -348,10 +348,10 @@ def test_nan_is_told_and_nothing_is_written(run, stack, tmp_path, monkeypatch):
     ],
 )
 def test_what_goes_wrong_later_is_one_line_too(run, stack, tmp_path, monkeypatch, raised, code, words):
-    def generate(*_, **__):
+    def stream(*_, **__):
         raise raised
 
-    monkeypatch.setattr(UnCLIP, "generate", generate)
+    monkeypatch.setattr(UnCLIP, "stream", stream)
     got, _, err = run(*sample(stack, "--out", "made"))
     assert got == code and len(err) == 1 and words in err[0] and list(tmp_path.iterdir()) == []
 

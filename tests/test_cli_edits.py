@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.test_cli import HOSTILE, files, run, stack  # noqa: F401 (fixtures)
-from unclip_jax import __version__, gallery
-from unclip_jax.cli import sample
+from unclip_jax import __version__, gallery, pipeline
 from unclip_jax.cli.pictures import read_picture
 from unclip_jax.edits import LEAST
 from unclip_jax.errors import UserError
@@ -119,31 +118,52 @@ def test_overwriting_takes_away_an_earlier_page_and_animation(tmp_path):
 
 
 @pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt(), UserError("stage 'decoder' gave NaN")])
-@pytest.mark.parametrize("finished", [0, 2])
+@pytest.mark.parametrize("finished", [0, 1, 4, 5])
 def test_what_was_finished_before_a_stop_is_kept(tmp_path, error, finished):
-    def rows():
-        for k in range(finished):
-            yield f"row {k}", [Picture(np.full((20, 20, 3), k, np.uint8), "a")] * 2
-        raise error
+    """Pictures of rows of two: the last row may have one."""
+
+    def row(k):
+        for i in range(2):
+            if 2 * k + i == finished:
+                raise error
+            yield Picture(np.full((20, 20, 3), k, np.uint8), "a")
 
     with warnings.catch_warnings(record=True) as told, pytest.raises(type(error)):
         warnings.simplefilter("always")
-        gallery.write(tmp_path / "made", rows(), {"seed": 1}, page=True)
+        gallery.write(tmp_path / "made", ((f"row {k}", row(k)) for k in range(3)), {"seed": 1}, page=True)
     if not finished:
         assert not list(tmp_path.iterdir()) and not told
         return
     index = json.loads((tmp_path / "made" / "pictures.json").read_text())
-    names = [gallery.file_name(f"row {k}", k, i) for k in range(2) for i in range(2)]
+    names = [gallery.file_name(f"row {n // 2}", n // 2, n % 2) for n in range(finished)]
     assert [picture["file"] for picture in index["pictures"]] == names and "finished before" in str(told[0].message)
     assert set(files(tmp_path / "made")) == {*names, "grid.png", "index.html", "pictures.json"}
-    assert (tmp_path / "made" / "index.html").read_text().endswith(gallery.PAGE_END)
+    text = (tmp_path / "made" / "index.html").read_text()
+    assert text.endswith(gallery.ROW_END + gallery.PAGE_END) and text.count("<figure>") == finished
+    assert text.count("<section>") == text.count("</section>") == -(-finished // 2)
 
 
-def test_many_prompts_are_drawn_some_at_a_time_to_the_same_pictures(run, stack, tmp_path, monkeypatch):  # noqa: F811
-    argv = ["sample", "a red circle", "a blue ring", "two stars", "--num", 2, "--model", stack, "--steps", 3, "--html"]
+@pytest.mark.parametrize(("rows", "columns", "shown"), [(4, 3, 6), (1, 30, 8), (12, 1, 8), (1, 7, 7), (3, 4, 8)])
+def test_a_grid_shows_whole_rows_while_it_can(tmp_path, monkeypatch, rows, columns, shown):
+    monkeypatch.setattr(gallery, "GRID_PIXELS", 8 * 160**2)
+    drawn = [("a", [Picture(np.full((160, 160, 3), 9, np.uint8), "")] * columns)] * rows
+    gallery.write(tmp_path / "made", drawn, {})
+    sheet = np.asarray(Image.open(tmp_path / "made" / "grid.png"))
+    assert (sheet == 9).all(-1).sum() == shown * 160**2
+
+
+@pytest.mark.parametrize("prompts", [["a red circle", "a blue ring", "two stars"], ["a red circle"]])
+def test_many_pictures_are_drawn_some_at_a_time_to_the_same(run, stack, tmp_path, monkeypatch, prompts):  # noqa: F811
+    argv = ["sample", *prompts, "--num", 6 // len(prompts), "--model", stack, "--steps", 3, "--html", "--batch-size", 4]
+    drawn, draw, write = [], UnCLIP._draw, gallery.write_image
+    monkeypatch.setattr(UnCLIP, "_draw", lambda *args: drawn.append("block") or draw(*args))
+    monkeypatch.setattr(gallery, "write_image", lambda *args: drawn.append("file") or write(*args))
     run(*argv, "--out", "once")
-    monkeypatch.setattr(sample, "HELD", 4 * 32**2)
+    assert drawn == ["block", *["file"] * 7]
+    monkeypatch.setattr(pipeline, "HELD", 5 * 32**2)
+    drawn.clear()
     run(*argv, "--out", "parts")
+    assert drawn == ["block", *["file"] * 4, "block", *["file"] * 3]  # the last is the grid
     once, parts = (json.loads((tmp_path / name / "pictures.json").read_text()) for name in ("once", "parts"))
     assert once == parts and len(once["pictures"]) == 6 and len(files(tmp_path / "parts")) == 9
     for picture in once["pictures"]:
@@ -168,11 +188,13 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_a_page_shows_hostile_texts_and_runs_nothing():
+def test_a_page_shows_hostile_texts_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "write_image", lambda path, *_: path.touch())  # a PNG's keys are of few letters
     hostile = [*HOSTILE, '"><img src=x onerror=alert(1)>', "</figcaption><script>", "</style><b>", "&lt;"]
     image = np.zeros((4, 4, 3), np.uint8)
-    rows = [[Picture(image, text, {"prompt": text, text: 1}) for text in hostile]]
-    text = gallery.web_page(rows, {"seed": 3, "settings": {"decoder": {"name": "<i>"}}})
+    rows = [("hostile", [Picture(image, text, {"prompt": text, text: 1}) for text in hostile])]
+    gallery.write(tmp_path / "made", rows, {"seed": 3, "settings": {"decoder": {"name": "<i>"}}}, page=True)
+    text = (tmp_path / "made" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.tags <= set("html head meta title style body section figure img figcaption bdi dl dt dd".split())
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text

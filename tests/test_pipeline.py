@@ -70,6 +70,20 @@ def test_a_picture_does_not_depend_on_num_or_later_prompts(pipe, drawn):
     assert close(pipe.generate(PROMPTS[:2], seed=7, num=2), drawn.images[:4])
 
 
+@pytest.mark.parametrize(("held", "blocks"), [(0, 2), (5, 2), (6, 2), (8, 1)])
+def test_pictures_come_one_by_one_of_blocks_that_one_program_draws(pipe, drawn, monkeypatch, held, blocks):
+    """However small the last block is."""
+    pipe.generate(PROMPTS, seed=7, num=2, batch_size=4)
+    known, seen, draw = set(pipe._programs), [], UnCLIP._draw
+    monkeypatch.setattr(UnCLIP, "_draw", lambda *args: seen.append(1) or draw(*args))
+    monkeypatch.setattr(pipeline, "HELD", held * drawn.images[0, ..., 0].size)
+    images = list(pipe.stream(PROMPTS, 7, num=2, batch_size=4))
+    assert close(np.stack(images), drawn.images) and len(images) == len(drawn.images)
+    assert set(pipe._programs) == known and len(seen) == blocks
+    with pytest.raises(UserError, match="num=0"):
+        pipe.stream(PROMPTS, num=0)  # before the first is asked for
+
+
 @pytest.mark.parametrize("change", [{"seed": 8}, {"guidance": 5.0}, {"rescale": 0.7}], ids=str)
 def test_the_seed_and_settings_count(pipe, drawn, change):
     base = pipe.without_upsamplers()

@@ -36,7 +36,8 @@ INDEX = "pictures.json"
 GRID = "grid.png"
 PAGE = "index.html"
 ANIMATIONS = ("animation.webp", "animation.gif")
-GRID_PIXELS = 36_000_000  # a larger grid shows the first rows only
+GRID_PIXELS = 36_000_000  # a larger grid shows the first rows only, of a row beyond it the first pictures
+GRID_LEAST = 8  # pictures of a row that are shown in any case; rows of one picture stand side by side
 LEAST_CELL = 160  # pixels across; a narrower picture leaves no room for its label
 FRAME_MS, HOLD_MS = 120, 720  # of an animation; its ends are held
 PAGE_HEAD = """<!doctype html>
@@ -51,6 +52,7 @@ dt { float: left; margin-right: .4em } dt::after { content: ":" } dd { margin: 0
 </style></head><body>
 """
 PAGE_END = "</body></html>\n"
+ROW, ROW_END = "<section>\n", "</section>\n"
 
 
 class Picture(NamedTuple):
@@ -110,7 +112,7 @@ def write_image(path: Path, image: np.ndarray, metadata: Mapping | None = None) 
 
 def write(
     out: Path,
-    rows: Iterable[tuple[str, Sequence[Picture]]],
+    rows: Iterable[tuple[str, Iterable[Picture]]],
     facts: Mapping,
     *,
     page: bool = False,
@@ -119,12 +121,12 @@ def write(
     """Writes a folder of pictures and returns the new files.
 
     In a folder that is there, what an earlier call wrote (by its pictures.json) is replaced, and other files are
-    left alone. Where `rows` breaks off, by an error or a stop signal, the folder holds the rows before, a warning says
-    so, and what broke it off is raised; without a row before it, nothing is written.
+    left alone. Where `rows` breaks off, by an error or a stop signal, the folder holds the pictures before, a warning
+    says so, and what broke it off is raised; without a picture before it, nothing is written.
 
     Args:
-      rows: (words for the files' names, pictures side by side), of which one is held at a time, beside those that the
-        grid shows; all rows as long, all pictures of one size.
+      rows: (words for the files' names, pictures side by side), of which one picture is held at a time, beside those
+        that the grid shows; all rows as long, all pictures of one size.
       facts: JSON values that hold for every picture: seed, model, settings.
       page: with index.html.
       animated: with the pictures as frames of a WebP and a GIF.
@@ -135,9 +137,10 @@ def write(
     filled = _Filled(fresh, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated)
     try:
         try:
-            for words, row in rows:
-                with _told(out, fresh):
-                    filled.add(words, row)
+            for number, (words, row) in enumerate(rows):
+                for index, picture in enumerate(row):
+                    with _told(out, fresh):
+                        filled.add(words, number, index, picture)
         except BaseException:
             if filled.pictures:
                 filled.publish(out)
@@ -148,60 +151,50 @@ def write(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def labelled_grid(rows: Sequence[Sequence[Picture]]) -> np.ndarray:
+def labelled_grid(pictures: Sequence[Picture], columns: int) -> np.ndarray:
     """One contact sheet, each picture with its label under it; rows of one picture each stand side by side."""
     from unclip_jax.data.images import grid
 
-    ncols = len(rows[0]) if len(rows[0]) > 1 else min(8, len(rows))
-    height, width, _ = rows[0][0].image.shape
+    height, width, _ = pictures[0].image.shape
     scale = max(1, -(-LEAST_CELL // width))
-    room = max(len(rows[0]), GRID_PIXELS // (height * width * scale**2) // len(rows[0]) * len(rows[0]))
-    shown = [picture for row in rows for picture in row][:room]
+    room = GRID_PIXELS // (height * width * scale**2)
+    shown = pictures[: room // columns * columns or max(room, min(columns, GRID_LEAST))]
     images, labels = np.stack([picture.image for picture in shown]), [picture.label for picture in shown]
-    return grid(images, ncols, labels=labels, scale=scale, pad=4)
+    return grid(images, columns if columns > 1 else GRID_LEAST, labels=labels, scale=scale, pad=4)
 
 
-def web_page(rows: Sequence[Sequence[Picture]], facts: Mapping) -> str:
-    """One HTML page that needs no other file and runs nothing: pictures as data, every text escaped."""
-    return "".join([PAGE_HEAD, *(_section(row, facts) for row in rows), PAGE_END])
-
-
-def _section(row: Sequence[Picture], facts: Mapping) -> str:
-    """One row of the page."""
-    parts = ["<section>\n"]
-    for picture in row:
-        data = base64.b64encode(_png(picture.image)).decode()
-        told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
-        parts.append(
-            f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
-            f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
-        )
-    return "".join([*parts, "</section>\n"])
+def _figure(picture: Picture, facts: Mapping) -> str:
+    """One picture of the page: as data, every text escaped."""
+    data = base64.b64encode(_png(picture.image)).decode()
+    told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
+    return (
+        f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
+        f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
+    )
 
 
 class _Filled:
-    """An empty folder that is filled row by row, and then becomes another's content."""
+    """An empty folder that is filled picture by picture, and then becomes another's content."""
 
     def __init__(self, folder: Path, facts: Mapping, page: bool, animated: bool):
         self.folder, self.facts, self.page, self.animated = folder, facts, page, animated
         self.pictures, self.labels, self.shown, self.frames = [], [], [], []
-        self.room = GRID_PIXELS
+        self.columns = 0  # of the first row
 
-    def add(self, words: str, row: Sequence[Picture]) -> None:
-        """Writes the pictures of one row more."""
-        number = len(self.labels)
-        own = [{"file": file_name(words, number, i), **picture.about} for i, picture in enumerate(row)]
-        for told, picture in zip(own, row, strict=True):
-            write_image(self.folder / told["file"], picture.image, {**picture.about, **self.facts})
+    def add(self, words: str, row: int, index: int, picture: Picture) -> None:
+        """Writes one picture more, the next of its row or the first of the next one."""
+        file = file_name(words, row, index)
+        write_image(self.folder / file, picture.image, {**picture.about, **self.facts})
         if self.page:
+            before = "" if index else ROW_END + ROW if row else PAGE_HEAD + ROW
             with (self.folder / PAGE).open("a", encoding="utf-8") as stream:
-                stream.write(("" if number else PAGE_HEAD) + _section(row, self.facts))
-        if self.room > 0:
-            self.shown.append(row)
-            self.room -= sum(picture.image[..., 0].size for picture in row)
-        self.frames += [picture.image for picture in row] if self.animated else []
-        self.labels.append([{"label": picture.label, **picture.about} for picture in row])
-        self.pictures += own
+                stream.write(before + _figure(picture, self.facts))
+        if len(self.shown) < max(GRID_LEAST, -(-GRID_PIXELS // picture.image[..., 0].size)):
+            self.shown.append(picture)
+        self.frames += [picture.image] * self.animated
+        self.columns += row == 0
+        self.labels.append({"label": picture.label, **picture.about})
+        self.pictures.append({"file": file, **picture.about})
 
     def publish(self, out: Path) -> list[Path]:
         """Writes what shows all rows, the index last, and moves everything to `out`."""
@@ -209,13 +202,13 @@ class _Filled:
             extra = [PAGE] * self.page + list(ANIMATIONS) * self.animated
             names = [GRID, *(picture["file"] for picture in self.pictures), *extra, INDEX]
             for file in self.folder.iterdir():
-                if file.name not in names:  # of a row that was broken off
+                if file.name not in names:  # of a picture that was broken off
                     file.unlink()
-            about = {**self.facts, "pictures": [label for row in self.labels for label in row]}
-            write_image(self.folder / GRID, labelled_grid(self.shown), about)
+            about = {**self.facts, "pictures": self.labels}
+            write_image(self.folder / GRID, labelled_grid(self.shown, self.columns), about)
             if self.page:
                 with (self.folder / PAGE).open("a", encoding="utf-8") as stream:
-                    stream.write(PAGE_END)
+                    stream.write(ROW_END + PAGE_END)
             if self.animated:
                 _animate(self.folder, self.frames)
             index = {**self.facts, "pictures": self.pictures, "also": extra}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -22,6 +22,8 @@ from unclip_jax.settings import check_numbers, check_prompts, prior_of
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import DTYPES
+
+HELD = 2**26  # pixels that `stream` draws before the first is given: 64 pictures of 1024 px, 1,024 of 256 px
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +101,43 @@ class UnCLIP(Edits, Painting, Reconstruction):
         Raises:
           UserError: a bad argument, or a stage gave NaN.
         """
+        cond, keys, used = self._asked(prompts, seed, num, first, batch_size, settings)
+        return self._draw(cond, keys, used, batch_size, return_stages, progress)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        num: int = 1,
+        batch_size: int = 8,
+        progress: bool = True,
+        **settings,
+    ) -> Iterator[np.ndarray]:
+        """The pictures of `generate` one by one, u8[H, W, 3], drawn some batches at a time: few are in memory."""
+        cond, keys, used = self._asked(prompts, seed, num, 0, batch_size, settings)
+        total, least = len(keys), min(batch_size, len(keys))
+        block = max(1, HELD // (self.size**2 * batch_size)) * batch_size
+
+        def drawn() -> Iterator[np.ndarray]:
+            for start in range(0, total, block):
+                count = min(block, total - start)
+                # The last block is filled up to a batch: a smaller one would have programs of its own.
+                at = np.minimum(start + np.arange(max(count, least)), total - 1)
+                rows = {name: value[at] for name, value in cond.items()}
+                yield from self._draw(rows, keys[at], used, batch_size, False, progress)[:count]
+
+        return drawn()
+
+    def _asked(self, prompts, seed, num, first, batch_size, settings) -> tuple[dict, jax.Array, dict]:
+        """What `generate` asks `_draw` for: rows, a key for each, settings."""
         check_prompts(prompts)
         check_numbers(seed, num, batch_size, first=(first, 0))
         used = self.settings(**settings)
         if "clip" in self.tasks and not prior_of(used):
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         cond = {name: value.repeat(num, 0) for name, value in self._captions(prompts).items()}
-        keys = picture_keys(seed, len(prompts), num, first)
-        return self._draw(cond, keys, used, batch_size, return_stages, progress)
+        return cond, picture_keys(seed, len(prompts), num, first), used
 
     def decode(
         self,

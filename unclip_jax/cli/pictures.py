@@ -76,11 +76,11 @@ def finish(args, out: Path, rows, used, animated: bool = False, **more) -> None:
     facts = {"seed": args.seed, "model": Path(args.model).name, "settings": used, **more}
     sizes = []
 
-    def counted():
-        for words, row in rows:
-            sizes.extend(picture.image.shape[:2] for picture in row)
-            yield words, row
+    def counted(row):
+        for picture in row:
+            sizes.append(picture.image.shape[:2])
+            yield picture
 
-    gallery.write(out, counted(), facts, page=args.html, animated=animated)
+    gallery.write(out, ((words, counted(row)) for words, row in rows), facts, page=args.html, animated=animated)
     height, width = sizes[0]
     print(f"{len(sizes)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}")

@@ -1,13 +1,13 @@
 """`unclip sample`, and `unclip demo` with prompts of its own."""
 
 import argparse
+import itertools
 
 from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of
 from unclip_jax.cli.pictures import at_most, finish
 from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError
 
-HELD = 2**26  # pixels that are drawn before the first is written: 64 pictures of 1024 px, 1,024 of 256 px
 DEMO = (
     "a red circle",
     "a large green star on a black background",
@@ -63,17 +63,17 @@ def sample(args) -> None:
 
 
 def _drawn(pipe, prompts, args, settings):
-    """The rows of `gallery.write`, drawn some prompts at a time, so that few pictures are in memory."""
+    """The rows of `gallery.write`, a prompt's pictures each, drawn as they are asked for."""
     from unclip_jax.gallery import Picture
 
-    at_once = max(1, HELD // (pipe.size**2 * args.num))
-    for first in range(0, len(prompts), at_once):
-        some, how = prompts[first : first + at_once], dict(num=args.num, first=first, batch_size=args.batch_size)
-        images = pipe.generate(some, args.seed, **how, **settings)
-        for p, prompt in enumerate(some):
-            own = images[p * args.num : (p + 1) * args.num]
-            about = [{"prompt": prompt, "prompt_index": first + p, "index": i} for i in range(args.num)]
-            yield prompt, [Picture(image, prompt, facts) for image, facts in zip(own, about, strict=True)]
+    images = pipe.stream(prompts, args.seed, num=args.num, batch_size=args.batch_size, **settings)
+
+    def row(p: int, prompt: str):
+        for i, image in enumerate(itertools.islice(images, args.num)):
+            yield Picture(image, prompt, {"prompt": prompt, "prompt_index": p, "index": i})
+
+    for p, prompt in enumerate(prompts):
+        yield prompt, row(p, prompt)
 
 
 def compile_only(args, prompts) -> None:
