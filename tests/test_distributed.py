@@ -56,20 +56,17 @@ def test_one_process_needs_nothing(monkeypatch, settings):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_a_stop(number):
     before = signal.getsignal(number)
-    restore = distributed.install_signal_handlers()
-    try:
-        assert not distributed.reached_preemption()
+    with distributed.StopSignals() as stop:
+        assert not stop.reached()
         os.kill(os.getpid(), number)
-        assert distributed.reached_preemption() and distributed.reached_preemption()
+        assert stop.reached() and stop.reached()
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
                 time.sleep(1)
-    finally:
-        restore()
     assert signal.getsignal(number) is before
-    distributed.install_signal_handlers()()
-    assert not distributed.reached_preemption()
+    with distributed.StopSignals() as stop:
+        assert not stop.reached()
 
 
 WORKER = """
@@ -78,7 +75,7 @@ WORKER = """
     distributed.initialize()
     import jax, jax.numpy as jnp, numpy as np
     from unclip_jax import checkpoint, sharding
-    undo = distributed.install_signal_handlers()
+    stop = distributed.StopSignals().__enter__()
     assert jax.process_count() == 2 and jax.device_count() == 4
     mesh = sharding.make_mesh(data=2, fsdp=2)
     rows = np.arange(8, dtype=np.float32).reshape(8, 1)[4 * jax.process_index():][:4]
@@ -94,7 +91,7 @@ WORKER = """
         if number == 3:
             print("READY", flush=True)
         time.sleep(0.01)
-        if distributed.reached_preemption():
+        if stop.reached():
             break
     with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
         checkpoints.save(number, {"params": params}, {"config": "{}"})

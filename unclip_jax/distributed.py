@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -25,9 +24,6 @@ TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where
 HEARTBEAT = "UNCLIP_HEARTBEAT"  # seconds without a word after which a process counts as dead; 100 where unset
 
 GRACE = 3.0  # seconds
-
-_stop = threading.Event()
-_asked = 0  # how often
 
 
 def initialize() -> None:
@@ -125,48 +121,40 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-def install_signal_handlers() -> Callable[[], None]:
-    """Makes the first SIGTERM or Ctrl-C ask for a stop (`reached_preemption`); a second Ctrl-C interrupts at
-    once.
+class StopSignals:
+    """Within `with`, the first SIGTERM or Ctrl-C asks for a stop (`reached`); a second Ctrl-C interrupts at once.
 
-    Among several processes jax's own service hears SIGTERM and tells the others; Ctrl-C is passed on to it.
-    Returns a function that puts the previous handlers back. Outside the main thread nothing is installed.
+    Among several processes jax's own service hears SIGTERM and tells the others; Ctrl-C is passed on to it. Afterwards
+    the previous handlers are back. Outside the main thread none are installed.
     """
-    global _asked
-    _stop.clear()
-    _asked = 0
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-    several = jax.distributed.is_initialized()
-    previous = {}
 
-    def ask(number, _):
-        _stop.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            if several:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def __init__(self):
+        self._heard, self._asked, self._previous = False, 0, {}
 
-    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            several = jax.distributed.is_initialized()
+            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._hear)
+        return self
 
-    def restore():
-        for number, handler in previous.items():
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    return restore
+    def _hear(self, number: int, _) -> None:
+        self._heard = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)
 
-
-def reached_preemption() -> bool:
-    """Whether to save and stop now; True at the same asking on every host.
-
-    Every process must ask equally often from `install_signal_handlers` on, and stop where the answer is True.
-    """
-    global _asked
-    _asked += 1
-    if jax.distributed.is_initialized():
-        return bool(multihost_utils.reached_preemption_sync_point(_asked))
-    return _stop.is_set()
+    def reached(self) -> bool:
+        """Whether to save and stop now; True at the same asking on every host, all of which must ask equally often."""
+        self._asked += 1
+        if jax.distributed.is_initialized():
+            return bool(multihost_utils.reached_preemption_sync_point(self._asked))
+        return self._heard
 
 
 def _found_by_jax(env) -> bool:

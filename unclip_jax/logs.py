@@ -100,10 +100,11 @@ class Checks:
     Args:
       run: of `run.make_run`.
       batches: batches(start, source, size, **loader settings) yields batches on the run's devices.
+      stop: of the run's signals.
     """
 
-    def __init__(self, run, batches: Callable):
-        self.run, self.batches = run, batches
+    def __init__(self, run, batches: Callable, stop: distributed.StopSignals):
+        self.run, self.batches, self.stop = run, batches, stop
         self.settings, self.seed = run.config.eval, run.config.seed
         self.measure = tasks.measurer(run.task)
         self.draw = jax.jit(self._draw, out_shardings=sharding.replicated(run.mesh))
@@ -144,19 +145,18 @@ class Checks:
           Stopped: a signal asks for a stop before all are measured.
         """
         stream = self.batches(0, self.run.held_out, self.run.config.batch_size, num_workers=0)
-        measured = self.measure(self.run.frozen, params, _unless_stopped(stream), self.settings.batches)
+        measured = self.measure(self.run.frozen, params, self._unless_stopped(stream), self.settings.batches)
         return {f"eval/{name}": value for name, value in measured.items()}
+
+    def _unless_stopped(self, stream: Iterator) -> Iterator:
+        for batch in stream:
+            if self.stop.reached():
+                raise Stopped
+            yield batch
 
 
 class Stopped(Exception):
     """A stop was asked for in the midst of an evaluation."""
-
-
-def _unless_stopped(stream: Iterator) -> Iterator:
-    for batch in stream:
-        if distributed.reached_preemption():
-            raise Stopped
-        yield batch
 
 
 class Trace:

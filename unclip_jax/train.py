@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
     batches = functools.partial(_batches, run)
     traced = _rehearse(run, batches)
     checkpoints = functools.partial(checkpoint.Checkpoints, run.workdir, config.keep)
-    with _locked(run.workdir), contextlib.ExitStack() as signals, checkpoints() as saved:
+    with _locked(run.workdir), contextlib.ExitStack() as stack, checkpoints() as saved:
         _write_once(run)
         restored = saved.restore(sharding.abstract(run.shapes, run.shardings))
         start = int(restored[0].step) if restored else 0
@@ -59,14 +59,14 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
             say(f"already finished: {run.workdir} is at step {start} of {config.num_steps}")
             return 0
         meter.lap("start")
-        signals.callback(distributed.install_signal_handlers())
+        stop = stack.enter_context(distributed.StopSignals())
         step_fn, meter.flops = _compile(run, traced)
         del traced
         meter.lap("compile")
         state = restored[0] if restored else _fresh(run, batches)
         trim()
         meter.go_on(restored[1] if restored else {})
-        logs, checks = Logs(config, run.workdir, start, meter), Checks(run, batches)
+        logs, checks = Logs(config, run.workdir, start, meter), Checks(run, batches, stop)
         trace = Trace(profile and Path(profile).expanduser(), start, config.num_steps)
         store = functools.partial(_store, saved, meter, _meta(run))
         log = functools.partial(_log, saved, logs, store)
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
                 logs.add(metrics)
                 trace.after(number, metrics)
                 last = number == config.num_steps
-                preempted = distributed.reached_preemption()
+                preempted = stop.reached()
                 save = number % every.save == 0 or last or preempted
                 if number % every.log == 0 or save:
                     log(number, state)
