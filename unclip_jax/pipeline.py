@@ -21,7 +21,7 @@ from unclip_jax.runner import Drawn
 from unclip_jax.settings import check_numbers, check_prompts, prior_of
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
-from unclip_jax.weights import DTYPES
+from unclip_jax.weights import FLOATS
 
 HELD = 2**26  # pixels that `stream` draws before the first is given: 64 pictures of 1024 px, 1,024 of 256 px
 
@@ -42,8 +42,8 @@ class UnCLIP(Edits, Painting, Reconstruction):
           low_memory: read each stage's weights when it runs and let go of them after it.
           dtype: "float32" or "bfloat16" of the weights; None is float32 on a CPU and as stored elsewhere.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
+        if dtype is not None and dtype not in FLOATS:
+            raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, FLOATS))
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"
         opened = open_stack(path, dtype)

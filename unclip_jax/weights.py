@@ -31,7 +31,7 @@ from unclip_jax.tensors import read_array, read_header, write_arrays
 BUNDLED = Path(__file__).parent / "bundled"
 FORMAT_VERSION = 1
 COPY = "copy the whole stack directory again"
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+FLOATS = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}  # of a stack, by name
 # Few numbers that scale everything else: rounding them to 8 bits of mantissa would show.
 STATISTICS = frozenset({"mean", "std", "components", "dots", "logit_scale", "logit_bias", "x0_variance"})
 _STAGE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -75,8 +75,8 @@ def save_stack(
       UserError: `out` exists, is not writable, or a stage has no arrays or a NaN or infinite one.
     """
     out = Path(out).expanduser().resolve()
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, DTYPES))
+    if dtype not in FLOATS:
+        raise UserError(f"dtype={dtype!r} is unknown", suggest(dtype, FLOATS))
     pairs = stages.items() if isinstance(stages, Mapping) else stages
     with new_directory(out, "stack", "stack.json", overwrite) as temporary:
         index = {
@@ -135,7 +135,7 @@ def dtype_in(name: str, kind: np.dtype, dtype: str) -> np.dtype:
     """What an array of dtype `kind` is in a stack of `dtype`: that if floating and not of STATISTICS, which are f32."""
     if not jnp.issubdtype(kind, jnp.floating):
         return np.dtype(kind)
-    return np.dtype(jnp.float32 if name in STATISTICS else DTYPES[dtype])
+    return np.dtype(jnp.float32 if name in STATISTICS else FLOATS[dtype])
 
 
 def bundled() -> dict[str, Path]:

@@ -269,7 +269,7 @@ def test_numbers_too_unlike_are_refused_where_they_would_mislead(tmp_path):
 def test_clip_looks_at_pictures_resized_as_clean_fid_does():
     clip = stack().tasks["clip"].model
     images = World(3, 1).make(["", "", ""], 0)
-    got = features.viewer(features.clip(clip, stack().params["clip"], "a"), batch=4)(images)["features"]
+    got = features.extractor(features.clip(clip, stack().params["clip"], "a"), batch=4)(images)["features"]
     plane = lambda x: np.asarray(Image.fromarray(x.astype(np.float32), mode="F").resize((16, 16), 3))  # noqa: E731
     small = np.stack([np.stack([plane(image[..., c]) for c in range(3)], -1) for image in images]).clip(0, 255)
     exact = clip.apply({"params": stack().params["clip"]}, small / 127.5 - 1, method="embed_image")
@@ -326,7 +326,8 @@ def test_pictures_of_the_command_are_those_of_the_pipeline(run, tmp_path):
     assert run(*drawing("--metrics", "clip_score", "--work", "w"))[0] == 0
     captions = [shapes.Shapes("test", 32)[i]["caption"] for i in range(N)]
     images = stack().generate(captions, 0)
-    z_img = features.viewer(features.clip(stack().tasks["clip"].model, stack().params["clip"], ""))(images)["features"]
+    clip = features.clip(stack().tasks["clip"].model, stack().params["clip"], "")
+    z_img = features.extractor(clip)(images)["features"]
     (shard,) = (tmp_path / "w").glob("drawn-*.npz")
     with np.load(shard) as stored:
         np.testing.assert_allclose(stored["clip_features"], z_img, atol=1e-4)

@@ -20,7 +20,7 @@ def test_scores_and_classes_are_transformers(tmp_path):
     clip = tasks.load_clip(convert.convert_in("hf-clip", str(tmp_path / "clip"), tmp_path / "stack"))
     tokenizer = Tokenizer.from_json(clip.tokenizer_json)
     prompts = probes.class_prompts(CLASSES, TEMPLATES)
-    z_img = features.viewer(features.clip(clip.model, clip.params, ""))(IMAGES)["features"]
+    z_img = features.extractor(features.clip(clip.model, clip.params, ""))(IMAGES)["features"]
     z_txt = features.embed_texts(clip.model, clip.params, tokenizer, prompts)
     ours = probes.unit(z_img) @ probes.class_embeddings(z_txt, len(CLASSES)).T
 

@@ -21,8 +21,8 @@ def tables(
 ) -> list[Table]:
     """Retrieval over `num` examples; where examples have a class, zero-shot and, if trained here, a linear probe."""
     model, size = own.task.model, own.batch_size
-    view = features.viewer(features.clip(model, own.params, ""), batch=size)
-    see = lambda images: view(images)["features"]  # noqa: E731
+    extract = features.extractor(features.clip(model, own.params, ""), batch=size)
+    see = lambda images: extract(images)["features"]  # noqa: E731
     labels = labeller(own.source, classes)
     prompts = probes.class_prompts(labels[0], templates) if labels else []
     examples = [own.source[i] for i in _readable(own.source, num, seed)]

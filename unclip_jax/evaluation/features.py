@@ -59,7 +59,7 @@ def clip(model: CLIP, params: Any, identity: str) -> Network:
     return Network("clip", f"clip {identity}, {side} px, {NAME}", model.embed_dim, see, params)
 
 
-def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH) -> Callable[..., dict]:
+def extractor(network: Network, devices: Sequence | None = None, batch: int = BATCH) -> Callable[..., dict]:
     """A function of N pictures u8[S, S, 3] → {"features": f32[N, dim], …}, compiled once for every size of picture.
 
     Args:
@@ -71,13 +71,13 @@ def viewer(network: Network, devices: Sequence | None = None, batch: int = BATCH
     see = jax.jit(network.see)
     batch = -(-batch // mesh.size) * mesh.size
 
-    def view(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def extract(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         stacks = (np.stack([images[i] for i in chunk]) for chunk in chunks(len(images), batch))
         given = (jax.device_put(stack, sharding.batch_sharding(mesh)) for stack in stacks)
         parts = list(fetched(see(params, some) for some in given))
         return {name: np.concatenate([p[name] for p in parts])[: len(images)].astype(np.float32) for name in parts[0]}
 
-    return view
+    return extract
 
 
 def embed_texts(model: CLIP, params: Any, tokenizer, texts: Sequence[str], batch: int = 256) -> np.ndarray:

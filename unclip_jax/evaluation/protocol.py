@@ -19,7 +19,7 @@ import numpy as np
 
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.evaluation.alignment import KEYS
-from unclip_jax.evaluation.features import Network, viewer
+from unclip_jax.evaluation.features import Network, extractor
 from unclip_jax.evaluation.pictures import MAX_BAD, Pictures
 from unclip_jax.evaluation.reference import Reference
 from unclip_jax.evaluation.work import Series, Work
@@ -84,7 +84,7 @@ class Protocol:
     replicates: int = 50
     seed: int = 0
     devices: Sequence | None = None
-    _viewers: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _extractors: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         needs = {metric.network for metric in self.wanted.values()}
@@ -132,7 +132,7 @@ class Protocol:
         images, captions, bad = pictures.block(start, stop)
         arrays = {"bad": np.array([bad])}
         for key in self.networks:
-            for name, array in self._viewer(key)(images).items():
+            for name, array in self._extractor(key)(images).items():
                 _finite(array, f"{key} {name}", start)
                 arrays[f"{key}_{name}"] = array
         if not drawn:
@@ -149,10 +149,10 @@ class Protocol:
             arrays["sample_captions"] = np.array(captions[:SAMPLES] if captions else [], dtype=np.str_)
         return arrays
 
-    def _viewer(self, key: str):
-        if key not in self._viewers:
-            self._viewers[key] = viewer(self.networks[key], self.devices)
-        return self._viewers[key]
+    def _extractor(self, key: str):
+        if key not in self._extractors:
+            self._extractors[key] = extractor(self.networks[key], self.devices)
+        return self._extractors[key]
 
     def measure(self, drawn: Series, real: Reference | None) -> Measured:
         """The metrics over features that are there. real: None where no metric needs it."""

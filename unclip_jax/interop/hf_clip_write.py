@@ -87,7 +87,7 @@ def _write_model(folder: Path, table: list[Entry], params: Mapping, order: np.nd
     if EMBEDDING in ours:
         ours[EMBEDDING] = ours[EMBEDDING][order]
     arrays = views(table, ours)
-    kinds = {name: np.dtype(weights.DTYPES[dtype]) for name in arrays}
+    kinds = {name: np.dtype(weights.FLOATS[dtype]) for name in arrays}
     write_arrays(folder / "model.safetensors", arrays, kinds, {"format": "pt"})
 
 

@@ -25,7 +25,7 @@ from unclip_jax.interop.stages import Converted, clip_stage, network_shapes, pro
 from unclip_jax.models.clip import CLIP
 from unclip_jax.storage import new_directory, read_json
 from unclip_jax.tensors import write_arrays
-from unclip_jax.weights import DTYPES, Stage, load_one, tasks_of
+from unclip_jax.weights import FLOATS, Stage, load_one, tasks_of
 
 OWN = "_unclip_jax"  # the key of a model_index.json of ours; diffusers leaves such with an underscore alone
 PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
@@ -101,7 +101,7 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
         del params
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
-                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(DTYPES[dtype]))
+                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(FLOATS[dtype]))
                 parts += [*PARTS[name], SCHEDULERS[name][0]]
         index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
         classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
