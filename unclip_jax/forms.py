@@ -55,8 +55,10 @@ def tabs(pipe: UnCLIP) -> dict[str, dict]:
     """Those of TABS that a stack can do, without the fields that are of no use to it."""
     clip, prior = "clip" in pipe.tasks, bool(_priors(pipe))
     looks = clip and pipe.tasks["clip"].model.vision is not None
-    can = dict(Prompts=prior or not clip, Variations=looks, Blend=looks or prior, Edit=looks, Inpaint=looks or prior)
-    useless = ({"image", "to_image"} if not looks else set()) | ({"prompt", "to_prompt"} if not prior else set())
+    can = dict(Prompts=pipe.prompted, Variations=looks, Blend=looks or prior, Edit=looks)
+    can["Inpaint"] = looks or pipe.prompted
+    useless = set() if looks else {"image", "to_image"}
+    useless |= set() if pipe.prompted else {"prompt", "to_prompt"}
     return {tab: {f: TABS[tab][f] for f in TABS[tab] if f not in useless} | COMMON for tab in TABS if can[tab]}
 
 

@@ -11,7 +11,7 @@ from unclip_jax.diffusion.sample import picture_keys
 from unclip_jax.diffusion.schedule import respace
 from unclip_jax.errors import UserError, is_number
 from unclip_jax.runner import Runner
-from unclip_jax.settings import PRIORS, check_numbers, check_prompts, prior_of
+from unclip_jax.settings import check_numbers, check_prompts, prior_of
 
 CANDIDATES = 64  # of the prior, to find one that agrees with the picture in what the prompt leaves open
 RESAMPLE = 4  # passes of RePaint over each stretch of steps, for decoders that never learned to inpaint
@@ -90,7 +90,7 @@ class Painting(Runner):
         """What CLIP is asked: the prompts, or the pictures where there are none; and what the prior is to come near."""
         if prompts is None:
             return {name: rows for name, rows in self._look(images).items() if name != "small"}
-        if not set(PRIORS.values()) & self.tasks.keys():
+        if not self.prompted:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "give no prompt")
         cond = self._captions(prompts)
         if self._vision is not None:

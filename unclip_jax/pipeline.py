@@ -18,7 +18,7 @@ from unclip_jax.nn.drawing import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
 from unclip_jax.runner import Drawn
-from unclip_jax.settings import check_numbers, check_prompts, prior_of
+from unclip_jax.settings import check_numbers, check_prompts
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import FLOATS
@@ -134,7 +134,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         check_prompts(prompts)
         check_numbers(seed, num, batch_size, first=(first, 0))
         used = self.settings(**settings)
-        if "clip" in self.tasks and not prior_of(used):
+        if not self.prompted:
             raise UserError("this stack has no prior, so it cannot draw from prompts", "draw variations of pictures")
         cond = {name: value.repeat(num, 0) for name, value in self._captions(prompts).items()}
         return cond, picture_keys(seed, len(prompts), num, first), used

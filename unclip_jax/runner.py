@@ -70,6 +70,11 @@ class Runner:
         """Side of the final pictures, in pixels."""
         return self.tasks[(self.upsamplers or ["decoder"])[-1]].image_size
 
+    @property
+    def prompted(self) -> bool:
+        """Whether it draws from prompts: by a prior, or by a decoder that knows no CLIP."""
+        return "clip" not in self.tasks or not set(PRIORS.values()).isdisjoint(self.tasks)
+
     def settings(self, **changed) -> dict[str, dict]:
         """What sampling will use, by stage: the configs' numbers with `changed` (see `Settings`) put in; of one prior.
 

@@ -76,6 +76,34 @@ def test_the_upsampler_may_be_left_out(run, tmp_path, published):
     assert list(load_stack("made").stages) == ["decoder"] and UnCLIP.load("made").size == files.SIDES["decoder"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_hole_is_painted_from_a_prompt_alone(run, tmp_path, published, sees):
+    """By the network for inpainting, which sees the rest of the picture, and by the other one; there is no prior."""
+    arrays = dict(published)
+    if sees:
+        base = dict(arrays.pop("base"))
+        stem = base["input_blocks.0.0.weight"]
+        base["input_blocks.0.0.weight"] = np.concatenate([stem, stem[:, :1], stem], axis=1)
+        arrays["base_inpaint"] = base
+    save(tmp_path / "theirs", arrays)
+    assert run("theirs", "made") == (0, [])
+    pipe = UnCLIP.load("made")
+    assert pipe.tasks["decoder"].inpaint is sees and pipe.prompted
+    rng = np.random.default_rng(0)
+    image, hole = rng.integers(0, 256, (16, 16, 3), np.uint8), np.zeros((16, 16), bool)
+    hole[4:12, 4:12] = True
+    other = np.where(hole[..., None], image, 255 - image)
+    options = dict(steps=2, upsample_steps=2, resample=1, progress=False, return_stages=True)
+    drawn = pipe.inpaint([image, image, other], [hole] * 3, ["a cat", "the cat", "a cat"], 3, **options)
+    first, *rest = drawn.images
+    np.testing.assert_array_equal(first[~hole], image[~hole])
+    for picture in (image, *rest):
+        assert (first[hole] != picture[hole]).any()
+    with pytest.raises(UserError, match="cannot look at pictures"):
+        pipe.inpaint([image], [hole], None)
+
+
 @pytest.mark.parametrize(
     ("stem", "name", "change", "told"),
     [
@@ -85,8 +113,8 @@ def test_the_upsampler_may_be_left_out(run, tmp_path, published):
         ("base", "middle_block.1.qkv.weight", (32, 96, 1), "middle_block.1.qkv.weight has the shape (32, 96, 1)"),
         ("base", "token_embedding.weight", (9, 24), "token_embedding.weight has the shape (9, 24)"),
         ("base", "transformer.resblocks.1.mlp.c_fc.weight", (24, 96), "c_fc.weight has the shape (24, 96)"),
-        ("base", "input_blocks.0.0.weight", (16, 7, 3, 3), "base sees 7 channels: a network for inpainting"),
-        ("upsample", "input_blocks.0.0.weight", (16, 10, 3, 3), "upsample sees 10 channels: a network for inpainting"),
+        ("base", "input_blocks.0.0.weight", (16, 7, 3, 3), "base sees 7 channels and not 3; networks for inpainting"),
+        ("upsample", "input_blocks.0.0.weight", (16, 10, 3, 3), "upsample sees 10 channels and not 6"),
         ("base", "out.2.bias", "nan", "out.2.bias holds NaN"),
     ],
 )
@@ -104,17 +132,17 @@ def test_what_is_not_glide_is_named_and_nothing_written(run, tmp_path, published
 
 
 def test_what_a_directory_lacks_is_named(run, tmp_path, published):
-    save(tmp_path / "inpaint", {"base_inpaint": {"x": np.zeros(1)}})
+    save(tmp_path / "inpaint", {"base_inpaint": published["base"]})
     save(tmp_path / "wordless", {"base": published["base"]})
     (tmp_path / "wordless/vocab.bpe.gz").unlink()
     save(tmp_path / "torn", {"base": published["base"]})
     (tmp_path / "torn/encoder.json.gz").write_bytes(b"\x1f\x8b torn")
     (tmp_path / "empty").mkdir()
     for folder, told in (
-        ("inpaint", "base_inpaint.safetensors, which takes a picture to fill in too"),
+        ("inpaint", "base_inpaint sees 3 channels and not 7"),
         ("wordless", "has no encoder.json.gz and vocab.bpe.gz"),
         ("torn", "do not make a tokenizer"),
-        ("empty", "empty has no base.pt"),
+        ("empty", "empty has no base.pt and no base_inpaint.pt"),
         ("wordless/base.safetensors", "is a file; expected a directory with base.pt"),
     ):
         code, err = run(folder, "made")

@@ -1,9 +1,10 @@
 """GLIDE's released weights (Nichol et al. 2021, arXiv 2112.10741; github.com/openai/glide-text2im), read.
 
-    base.pt       text → 64 px       our `Decoder` without a CLIP
-    upsample.pt   64 px → 256 px     the same over six channels, as the network of an upsampler
+    base.pt           text → 64 px       our `Decoder` without a CLIP
+    base_inpaint.pt   the same, which also sees a picture and where it is known; read where there is no base.pt
+    upsample.pt       64 px → 256 px     the same over six channels, as the network of an upsampler
 
-Both are of one size, so their configs are written here. Each reads the caption by a Transformer of its own. Both files
+Each is of one size, so their configs are written here. Each reads the caption by a Transformer of its own. Both files
 of glide-text2im's tokenizer, encoder.json.gz and vocab.bpe.gz, are needed too: a byte-level BPE of GPT-2's form, whose
 captions are lower case and have no mark at either end; its last piece pads.
 """
@@ -41,8 +42,9 @@ from unclip_jax.interop.layout import (
 from unclip_jax.tokenizer import MAX_JSON_BYTES, Tokenizer
 
 FILES = {"decoder": "base", "upsampler": "upsample"}
+INPAINT = "base_inpaint"
 CHANNELS = {"decoder": 3, "upsampler": 6}  # that each network sees
-MASKED = 4  # more are seen by the inpainting networks
+MASKED = 4  # more are seen by those for inpainting
 TOKENIZER = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # glide-text2im's names, transformers'
 LICENCE = "mit"  # of glide-text2im, code and weights
 TEXT = dict(text=dict(layers=16, heads=8), context_width=512, embed_dim=0)
@@ -92,20 +94,21 @@ def read_stack(source: Source, tokenizer: str | None = None) -> stages.Converted
     """A stack of GLIDE's base network and, where it is there, its upsampler, for `convert`.
 
     Args:
-      source: of `files.locate`: a directory with base.pt and upsample.pt, or safetensors of the same names.
+      source: of `files.locate`: a directory with base.pt or base_inpaint.pt, and upsample.pt, or safetensors of the
+        same names.
       tokenizer: a folder with GLIDE's tokenizer, where the directory has none.
 
     Raises:
-      UserError: something is missing, damaged or of another network (inpainting), in one line.
+      UserError: something is missing, damaged or of another network, in one line.
     """
     folder = source.path
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a directory with base.pt", "give the whole directory")
     files = {name: _find(folder, stem) for name, stem in FILES.items()}
+    if inpaint := files["decoder"] is None:
+        files["decoder"] = _find(folder, INPAINT)
     if files["decoder"] is None:
-        others = sorted(file.name for file in folder.glob("*inpaint*"))
-        state = f"holds {others[0]}, which takes a picture to fill in too" if others else "has no base.pt"
-        raise UserError(f"{folder} {state}", "give a directory with base.pt, the network that draws from text alone")
+        raise UserError(f"{folder} has no base.pt and no {INPAINT}.pt", "give a directory with one of glide-text2im's")
     words = load_tokenizer(Path(tokenizer).expanduser() if tokenizer else folder)
     facts = stages.provenance(source.name, "glide", stages.stated_licence(folder, {}) or LICENCE)
 
@@ -113,24 +116,29 @@ def read_stack(source: Source, tokenizer: str | None = None) -> stages.Converted
         for name, file in files.items():
             if file is not None:
                 with open_weights(file) as weights:
-                    config = stage_config(name, words)
+                    config = stage_config(name, words, inpaint and name == "decoder")
                     yield name, (read_stage(name, config, weights), config, 0, facts)
 
     return stages.Converted(read(), words.to_json())
 
 
-def stage_config(name: str, words: Tokenizer) -> ConfigDict:
-    """The config of the stage "decoder" or "upsampler", for captions of that tokenizer."""
+def stage_config(name: str, words: Tokenizer, inpaint: bool = False) -> ConfigDict:
+    """The config of the stage "decoder" or "upsampler", for captions of that tokenizer; a decoder may see a picture."""
     captions = dict(path="", vocab_size=words.vocab_size, max_len=words.max_len)
-    return ConfigDict(dict(task=name, clip="", clip_identity="", tokenizer=captions, **STAGES[name]))
+    config = ConfigDict(dict(task=name, clip="", clip_identity="", tokenizer=captions, **STAGES[name]))
+    if inpaint:
+        config.objective.inpaint = True
+    return config
 
 
 def read_stage(name: str, config: ConfigDict, weights: Weights) -> dict:
     """The parameters of a stage, every array checked by name and shape."""
     shape = weights.shapes.get("input_blocks.0.0.weight", ())
-    if len(shape) == 4 and shape[1] == CHANNELS[name] + MASKED:
-        what = f"{FILES[name]} sees {shape[1]} channels: a network for inpainting, which takes a picture and a mask"
-        raise UserError(what, f"give glide-text2im's {FILES[name]}.pt")
+    stem = INPAINT if config.objective.get("inpaint") else FILES[name]
+    wanted = CHANNELS[name] + MASKED * (stem == INPAINT)
+    if len(shape) == 4 and shape[1] != wanted and shape[1] - CHANNELS[name] in (0, MASKED):
+        what = f"{stem} sees {shape[1]} channels and not {wanted}; networks for inpainting see {MASKED} more"
+        raise UserError(what, "call each file what glide-text2im calls it")
     return stages.read_params(config, functools.partial(table, depth=config.model.unet.blocks), weights)
 
 
