@@ -18,7 +18,7 @@ from tests import tiny_stack
 from unclip_jax import cli, data
 from unclip_jax.data import shapes
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import features, pictures, protocol, reference, sweep, work
+from unclip_jax.evaluation import features, pictures, plot, protocol, reference, sweep, work
 from unclip_jax.metrics import distances, manifold, scores
 from unclip_jax.metrics.shapes_oracle import score
 from unclip_jax.pipeline import UnCLIP
@@ -334,7 +334,9 @@ def test_pictures_of_the_command_are_those_of_the_pipeline(run, tmp_path):
         assert stored["sample_captions"].tolist() == captions
 
 
-def test_a_sweep_draws_every_combination_and_plots_the_frontier(run, tmp_path):
+def test_a_sweep_draws_every_combination_and_plots_the_frontier(run, tmp_path, monkeypatch):
+    figures, address = [], plot.address
+    monkeypatch.setattr(plot, "address", lambda figure: figures.append(figure) or address(figure))
     sweep = ["--sweep", "steps=4", "guidance=2,3"]
     code, out, _ = run(*drawing("--metrics", "fid,clip_score", *sweep, "--out", "r.json"))
     assert code == 0
@@ -343,8 +345,12 @@ def test_a_sweep_draws_every_combination_and_plots_the_frontier(run, tmp_path):
         {"steps": 4, "guidance": 2.0}, {"steps": 4, "guidance": 3.0}
     ]  # fmt: skip
     assert len({p["rows"][0]["value"] for p in facts["points"]}) == 2
-    page = (tmp_path / "r.html").read_text()
-    assert page.count("<polyline") == 1 and "steps=4" in page and page.count("<circle") == 2
+    assert (tmp_path / "r.html").read_text().count("data:image/svg+xml;base64,") == 1
+    (line,) = figures[0].axes[0].lines
+    assert line.get_label() == "steps=4"
+    rows = [{row["name"]: row["value"] for row in p["rows"]} for p in facts["points"]]
+    names = ("CLIP score (100 cos)", "FD-CLIP")
+    np.testing.assert_array_equal(line.get_xydata(), [[row[name] for name in names] for row in rows])
 
 
 def folder(path: Path, captions=True, sizes=(32,), count=6):

@@ -34,19 +34,20 @@ class Tags(HTMLParser):
 
 def made():
     images = RNG.integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    svg = plot.curves([(HOSTILE, [plot.Mark(1, 2, (0.5, 1.5), None, HOSTILE), plot.Mark(2, 3)])], HOSTILE, "y")
+    drawn = plot.curves([(HOSTILE, [plot.Mark(1, 2, (0.5, 1.5), None, HOSTILE), plot.Mark(2, 3)])], HOSTILE, "$\\frac{")
     table = report.Table(HOSTILE, ["a", HOSTILE], [[1, HOSTILE], [0.123456789, None]])
-    return report.Report(
-        HOSTILE, {"x": HOSTILE}, [table], [(HOSTILE, svg)], [report.Samples(HOSTILE, images, [HOSTILE, "b"])], [HOSTILE]
-    )
+    samples = [report.Samples(HOSTILE, images, [HOSTILE, "b"])]
+    plots = [(HOSTILE, plot.address(drawn))]
+    return report.Report(HOSTILE, {"x": HOSTILE}, [table], plots, samples, [HOSTILE])
 
 
 def test_a_page_is_whole_in_itself_and_escapes_what_comes_from_outside():
     page = report.page(made())
     tags = Tags(page)
-    assert "script" not in tags.tags and tags.tags.count("style") == 1 and tags.tags.count("img") == 2
+    assert "script" not in tags.tags and tags.tags.count("style") == 1 and tags.tags.count("img") == 3
     links = [value for _, name, value in tags.attributes if name in ("src", "href") or name.startswith("on")]
-    assert len(links) == 2 and all(value.startswith("data:image/png;base64,") for value in links)
+    kinds = [value.partition(",")[0] for value in links]
+    assert kinds == ["data:image/svg+xml;base64", *["data:image/png;base64"] * 2]
     policy = next(value for _, name, value in tags.attributes if name == "content" and "default-src" in value)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert html.escape(HOSTILE) in page
@@ -66,22 +67,17 @@ def test_a_report_comes_back(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"r.json", "r.md", "r.html"}
 
 
-def test_a_plot_puts_points_where_the_axes_say():
-    points = [plot.Mark(x, y) for x, y in ((1.0, 10.0), (2.0, 40.0), (4.0, 20.0))]
-    root = ET.fromstring(plot.curves([("c", points)], "x", "y"))
-    ns = "{http://www.w3.org/2000/svg}"
-    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{ns}circle")]
-    ticks = {t.text: (float(t.get("x")), float(t.get("y"))) for t in root.iter(f"{ns}text")}
-    scale = np.polyfit([ticks[t][0] for t in ("2", "3")], [2, 3], 1)
-    np.testing.assert_allclose(np.polyval(scale, [x for x, _ in circles]), [1, 2, 4], atol=0.01)
-    heights = np.polyfit([ticks[t][1] - 4 for t in ("20", "40")], [20, 40], 1)
-    np.testing.assert_allclose(np.polyval(heights, [y for _, y in circles]), [10, 40, 20], atol=0.2)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 47), (1e-7, 3e-7), (99.9, 100.1), (5, 5)])
-def test_ticks_are_round_and_within(low, high):
-    marks = plot.ticks(low, high)
-    assert 1 <= len(marks) <= 8 and all(low - 1e-12 <= m <= high + 1e-12 for m in marks)
+def test_a_plot_has_each_curve_its_intervals_and_its_labels():
+    marks = [plot.Mark(1, 10, (0, 3), None, "$a"), plot.Mark(4, 20, None, (15, 40), "b")]
+    first, again = (plot.curves([("c", marks), ("d", marks[::-1])], "x", "y") for _ in range(2))
+    (axes,) = first.axes
+    np.testing.assert_array_equal([line.get_xydata() for line in axes.lines], [[[1, 10], [4, 20]], [[4, 20], [1, 10]]])
+    bars = [bar.get_segments()[0].tolist() for bar in axes.collections]
+    assert bars[:2] == [[[0, 10], [3, 10]], [[4, 15], [4, 40]]] and len(bars) == 4
+    assert [(text.get_text(), text.xy) for text in axes.texts[:2]] == [("$a", (1, 10)), ("b", (4, 20))]
+    address = plot.address(first)
+    assert address == plot.address(again)
+    ET.fromstring(base64.b64decode(address.partition(",")[2]))
 
 
 def test_a_sweep_is_every_combination():

@@ -32,7 +32,7 @@ font-variant-numeric:tabular-nums}
 .warn{background:#fff4e0;border-left:4px solid #c77700;padding:.4em .8em;margin:.4em 0}
 .grid{display:flex;flex-wrap:wrap;gap:10px}figure{margin:0;width:132px;font-size:12px;line-height:1.3;
 overflow-wrap:anywhere}figure img{width:128px;height:128px;image-rendering:pixelated;border:1px solid #ccc}
-pre{background:#f6f6f6;padding:.7em;overflow:auto;font-size:12px}svg{max-width:100%;height:auto}"""
+pre{background:#f6f6f6;padding:.7em;overflow:auto;font-size:12px}img{max-width:100%}"""
 
 
 class Table(NamedTuple):
@@ -57,7 +57,7 @@ class Report(NamedTuple):
     Attributes:
       title: of it all.
       facts: JSON values, what `--out` stores: settings, versions, hashes, every number.
-      tables, plots (title, SVG), samples, warnings: for people.
+      tables, plots (title, address as of `plot.address`), samples, warnings: for people.
     """
 
     title: str
@@ -127,8 +127,8 @@ def markdown(report: Report) -> str:
 def page(report: Report) -> str:
     """One HTML file."""
     parts = [f"<h1>{escape(report.title)}</h1>", *(f'<p class="warn">{escape(text)}</p>' for text in report.warnings)]
-    for title, svg in report.plots:
-        parts.append(f"<h2>{escape(title)}</h2>{svg}")
+    for title, address in report.plots:
+        parts.append(f'<h2>{escape(title)}</h2><img alt="" src="{address}">')
     parts += [f"<h2>{escape(table.title)}</h2>{_html_table(table)}" for table in report.tables]
     for title, images, captions in report.samples:
         captions = list(captions) or [""] * len(images)

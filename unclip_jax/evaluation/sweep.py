@@ -138,7 +138,7 @@ def _spelled(row) -> str:
 
 
 def _frontier(points: Sequence[Point], measured: Sequence[Measured]) -> str | None:
-    """Fidelity over fit: a curve for each setting of everything but the first name swept over."""
+    """A plot of fidelity over fit, by its address: a curve for each setting of all but the first name swept over."""
     if len(points) < 2:
         return None
     tables = [{row.name: row for row in each.rows} for each in measured]
@@ -155,7 +155,7 @@ def _frontier(points: Sequence[Point], measured: Sequence[Measured]) -> str | No
         x, y = rows[x_name], rows[y_name]
         mark = plot.Mark(x.value, y.value, _range(x), _range(y), text_of(point.settings[along]))
         curves.setdefault(rest, []).append(mark)
-    return plot.curves(list(curves.items()), f"{x_name}, more is better", f"{y_name}, less is better")
+    return plot.address(plot.curves(list(curves.items()), f"{x_name}, more is better", f"{y_name}, less is better"))
 
 
 def _range(row):
