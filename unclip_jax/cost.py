@@ -159,9 +159,9 @@ def read_hlo(text: str) -> Traffic:
             else:
                 _own(label, one, body, channels)
         for kind, group, size in channels.values():
-            found = collectives.setdefault((kind, group), [0, 0.0])
-            found[0] += int(times)
-            found[1] += times * size
+            total = collectives.setdefault((kind, group), [0, 0.0])
+            total[0] += int(times)
+            total[1] += times * size
 
     visit(entry, 1.0)
     rows = [Collective(kind, group, int(n), size) for (kind, group), (n, size) in sorted(collectives.items())]
@@ -207,14 +207,14 @@ def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
             continue
-        found = re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
-        if current is None or not found:
+        match = re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
+        if current is None or not match:
             continue
-        shape, rest = _split_shape(found[2])
+        shape, rest = _split_shape(match[2])
         call = re.match(r"([\w\-]+)\(([^)]*)\)", rest)
         if call:
             operands = tuple(re.findall(r"%([\w.\-]+)", call[2]))
-            current[found[1]] = _Instruction(call[1], _size(shape), operands, rest)
+            current[match[1]] = _Instruction(call[1], _size(shape), operands, rest)
     return computations, entry
 
 
@@ -232,9 +232,9 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def _sizes(shape: str) -> list[float]:
-    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
+    arrays = re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape)
     return [BYTES.get(kind, 0) * float(np.prod([int(n.strip("<=")) for n in dims.split(",") if n] or [1]))
-            for kind, dims in found]  # fmt: skip
+            for kind, dims in arrays]  # fmt: skip
 
 
 def _size(shape: str) -> float:
@@ -242,15 +242,15 @@ def _size(shape: str) -> float:
 
 
 def _named(line: str, key: str) -> str:
-    found = re.search(rf"{key}=%?([\w.\-]+)", line)
-    return found[1] if found else ""
+    match = re.search(rf"{key}=%?([\w.\-]+)", line)
+    return match[1] if match else ""
 
 
 def _trips(line: str, computations) -> float:
     """How often a loop runs: as the compiler says, or the bound that its condition compares with; else once."""
-    found = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-    if found:
-        return float(found[1])
+    match = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+    if match:
+        return float(match[1])
     condition = computations.get(_named(line, "condition"), {})
     for one in condition.values():
         if one.kind == "compare" and "direction=LT" in one.line:

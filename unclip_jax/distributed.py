@@ -92,11 +92,11 @@ def check_shared(folder: Path) -> None:
     if is_main():
         mark.touch()
     multihost_utils.sync_global_devices("unclip_jax: the folder is marked")
-    seen = multihost_utils.process_allgather(np.array(_appears(mark)))
+    visible = multihost_utils.process_allgather(np.array(_appears(mark)))
     if is_main():
         mark.unlink()
-    if not seen.all():
-        blind = ", ".join(map(str, np.flatnonzero(~seen.ravel())))
+    if not visible.all():
+        blind = ", ".join(map(str, np.flatnonzero(~visible.ravel())))
         what = f"workdir {folder} is not one folder for all hosts: processes {blind} do not see what process 0 writes"
         raise UserError(what, "give one on a file system that all mount")
 

@@ -190,13 +190,13 @@ class Edits(Runner):
         return used
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
-        seen = self._encode(cond, batch_size, progress)
+        encoded = self._encode(cond, batch_size, progress)
         for name in ("rescale", "interval", "threshold"):
             if used["decoder"].get(name):
                 raise UserError(f"{name}={used['decoder'][name]} is not undone by DDIM inversion", "leave it out")
         options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption", "least")}
-        rows = {**seen, "image": cond["small"]}
-        return Latents(seen["z_img"], self.run("decoder", (rows,), options, batch_size, progress, "invert"))
+        rows = {**encoded, "image": cond["small"]}
+        return Latents(encoded["z_img"], self.run("decoder", (rows,), options, batch_size, progress, "invert"))
 
     def _ends(self, inputs, seed: int, noise: str, used: Mapping, batch_size: int, progress: bool) -> Latents:
         """The latents of `interpolate`'s pictures and prompts, in their order."""

@@ -69,11 +69,11 @@ def offered(pipe: UnCLIP, tab: str) -> dict:
         used = pipe.settings() if tab == "Prompts" else pipe.painting_settings({}, bool(kinds))
     else:
         used = pipe.exact_settings({}, TEXT_GUIDANCE if tab == "Edit" else 1.0)
-    found = {"prior": kinds[0]} if len(kinds) > 1 else {}
+    defaults = {"prior": kinds[0]} if len(kinds) > 1 else {}
     for stage in [*(PRIORS[kind] for kind in kinds), "decoder", *pipe.upsamplers]:
         for key, name in SETTINGS["upsampler" if stage in pipe.upsamplers else stage].items():
-            found.setdefault(name, used.get(stage, pipe.configs[stage].sampler).get(key))
-    return found
+            defaults.setdefault(name, used.get(stage, pipe.configs[stage].sampler).get(key))
+    return defaults
 
 
 def _priors(pipe: UnCLIP) -> list[str]:
@@ -84,19 +84,19 @@ def _priors(pipe: UnCLIP) -> list[str]:
 def given(values: Mapping) -> dict:
     """The settings among a form's values, each known to be possible; what is empty is not given."""
     kinds = {field.name: str(field.type).split(" | ")[0] for field in dataclasses.fields(Settings)}
-    found = {name: value for name, value in values.items() if name in kinds and value not in (None, "")}
-    for name, value in found.items():
+    chosen = {name: value for name, value in values.items() if name in kinds and value not in (None, "")}
+    for name, value in chosen.items():
         if kinds[name].startswith("tuple"):
             try:
-                found[name] = tuple(map(float, str(value).split(",")))
+                chosen[name] = tuple(map(float, str(value).split(",")))
             except ValueError:
                 what = f"{name}={value!r} must be two numbers with a comma between them"
                 raise UserError(what, "write it like 0.2,0.8") from None
         elif kinds[name] == "int":
-            found[name] = _whole(value)
-    _bounded(found)
-    Settings(**found)
-    return found
+            chosen[name] = _whole(value)
+    _bounded(chosen)
+    Settings(**chosen)
+    return chosen
 
 
 def draw(pipe: UnCLIP, tab: str, values: Mapping) -> tuple[list[tuple[np.ndarray, str]], dict]:
@@ -113,8 +113,8 @@ def draw(pipe: UnCLIP, tab: str, values: Mapping) -> tuple[list[tuple[np.ndarray
     settings = given(values)
     more = {"seed": form["seed"], "batch_size": form["batch_size"], **settings}
     images, labels = DRAW[tab](pipe, form, more)
-    said = {name: form[name] for name in TABS[tab] if name in form and TABS[tab][name][0] not in PICTURES}
-    return list(zip(images, labels, strict=True)), {**said, "seed": form["seed"], "settings": settings}
+    asked = {name: form[name] for name in TABS[tab] if name in form and TABS[tab][name][0] not in PICTURES}
+    return list(zip(images, labels, strict=True)), {**asked, "seed": form["seed"], "settings": settings}
 
 
 def _prompts(pipe, form, more):

@@ -73,11 +73,12 @@ class Meter:
     def read(self, steps: int, batch_size: int, device_kind: str) -> dict[str, float]:
         """What the table above says of the `steps` since the last reading; names are of a unit or of a share."""
         spent, self.spent = self.spent, Counter()
-        told = {"checkpoint_seconds": spent["checkpoint"], "goodput": self.useful / max(self.wall() - self.began, 1e-9)}
+        goodput = self.useful / max(self.wall() - self.began, 1e-9)
+        rates = {"checkpoint_seconds": spent["checkpoint"], "goodput": goodput}
         seconds = spent["step"] + spent["input"]
         if steps and seconds > 0:
-            told |= {"images_per_second": steps * batch_size / seconds, "input_wait": spent["input"] / seconds}
-            told["device_flops_per_second"] = steps * self.flops / seconds
+            rates |= {"images_per_second": steps * batch_size / seconds, "input_wait": spent["input"] / seconds}
+            rates["device_flops_per_second"] = steps * self.flops / seconds
             if peak := peak_flops(device_kind):
-                told["mfu"] = told["device_flops_per_second"] / peak
-        return told
+                rates["mfu"] = rates["device_flops_per_second"] / peak
+        return rates

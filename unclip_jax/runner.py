@@ -162,14 +162,14 @@ class Runner:
             what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
             raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
         sides = {"image": vision["image_size"], "small": self.tasks["decoder"].image_size}
-        seen = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
-        return {**seen, **self._captions([""] * len(images))}
+        pictures = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
+        return {**pictures, **self._captions([""] * len(images))}
 
     def _encode(self, cond: Mapping, batch_size: int, progress: bool) -> dict:
         """What CLIP says of the rows of `_look`, and their tokens."""
         rows = {name: cond[name] for name in ("image", "tokens", "mask")}
-        told = self.run("clip", (rows,), {}, batch_size, progress)
-        return {**told, "tokens": cond["tokens"], "mask": cond["mask"]}
+        encoded = self.run("clip", (rows,), {}, batch_size, progress)
+        return {**encoded, "tokens": cond["tokens"], "mask": cond["mask"]}
 
     def _draw(
         self, cond: dict, keys, used: Mapping, batch_size: int, return_stages: bool, progress: bool, known=None
@@ -182,16 +182,18 @@ class Runner:
         def run(number, stage, rows):
             return self.run(stage, (rows, fold(keys, number)), used[stage], batch_size, progress)
 
+        def known_to(stage):
+            return known(self.tasks[stage].image_size) if known else {}
+
         caption = {name: cond[name] for name in ("tokens", "mask")}
         if "clip" in self.tasks:
             cond = {**cond, **self.run("clip", (cond,), {}, batch_size, progress)}
         cond.pop("image", None)
         if prior_of(used) and "z_img" not in cond:
             cond["z_img"] = run(1, prior_of(used), cond)
-        told = lambda stage: known(self.tasks[stage].image_size) if known else {}  # noqa: E731
-        base = images = run(2, "decoder", {**cond, **told("decoder")})
+        base = images = run(2, "decoder", {**cond, **known_to("decoder")})
         for number, stage in enumerate(self.upsamplers, start=3):
-            images = run(number, stage, {"low": images, **caption, **told(stage)})
+            images = run(number, stage, {"low": images, **caption, **known_to(stage)})
         pictures = to_uint8(images)
         if not return_stages:
             return pictures
@@ -252,10 +254,10 @@ class Runner:
 
     def _ask(self, params, rows):
         """What the stages' encodings add to rows of tokens, mask, and pictures if any."""
-        told = rows
+        encoded = rows
         for name in ENCODERS:
-            told = self.tasks[name].encode({"clip": params}, told) if name in self.tasks else told
-        return {name: value for name, value in told.items() if name not in rows}
+            encoded = self.tasks[name].encode({"clip": params}, encoded) if name in self.tasks else encoded
+        return {name: value for name, value in encoded.items() if name not in rows}
 
     def _program(self, stage: str, options: Mapping, method: str, given: tuple, scales: Mapping):
         """The compiled program of one stage, (params, given, scales) -> output; one for all such options and shapes.

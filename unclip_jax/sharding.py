@@ -92,15 +92,15 @@ def infer(shapes, rules: Sequence[tuple[str, object]], mesh: Mesh, *, min_size: 
 
     def choose(path, array):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(name)), None)
-        used.add(found)
+        rule = next((i for i, (pattern, _) in enumerate(compiled) if pattern.search(name)), None)
+        used.add(rule)
         if array.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        if found is None:
+        if rule is None:
             raise UserError(
                 f"array {name} {array.shape} matches no sharding rule", "end the rules with ('.*', 'fsdp')"
             )
-        return NamedSharding(mesh, _partition(name, array.shape, compiled[found][1], mesh, min_size))
+        return NamedSharding(mesh, _partition(name, array.shape, compiled[rule][1], mesh, min_size))
 
     shardings = jax.tree_util.tree_map_with_path(choose, shapes)
     for index, (pattern, _) in enumerate(compiled):
@@ -223,7 +223,7 @@ def _partition(name: str, shape: tuple[int, ...], spec, mesh: Mesh, min_size: in
 def _explicit(name: str, shape: tuple[int, ...], spec: Sequence, mesh: Mesh) -> PartitionSpec:
     if len(spec) > len(shape):
         raise UserError(f"sharding spec {spec!r} has more entries than array {name} {shape} has dimensions")
-    entries, seen = [], []
+    entries, taken = [], []
     for size, entry in zip(shape, spec, strict=False):
         axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for axis in axes:
@@ -236,8 +236,8 @@ def _explicit(name: str, shape: tuple[int, ...], spec: Sequence, mesh: Mesh) -> 
             raise UserError(
                 f"array {name} {shape}: {size} must be a multiple of {parts} (mesh axes {entry!r})"
             )
-        seen += axes
+        taken += axes
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
-    if len(seen) != len(set(seen)):
+    if len(taken) != len(set(taken)):
         raise UserError(f"sharding spec {spec!r} uses a mesh axis twice")
     return PartitionSpec(*entries)

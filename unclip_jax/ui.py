@@ -92,7 +92,7 @@ def _drawer(gr, pipe: UnCLIP, model: str, tab: str, names: Sequence[str]) -> Cal
 
     def run(progress=gr.Progress(track_tqdm=True), *values):  # noqa: B008 (where gradio finds it)
         try:
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 drawn, facts = draw(pipe, tab, dict(zip(names, values, strict=True)))
         except UserError as error:
@@ -102,7 +102,7 @@ def _drawer(gr, pipe: UnCLIP, model: str, tab: str, names: Sequence[str]) -> Cal
                 raise
             what = "not enough memory. Fix: draw fewer at once, or start the page with --low-memory"
             raise gr.Error(what, print_exception=False) from None
-        for warning in told:
+        for warning in caught:
             gr.Warning(html.escape(str(warning.message)))
         facts = {"unclip_jax": unclip_jax.__version__, "model": model, "tab": tab, **facts}
         return [(_tagged(image, {"label": label, **facts}), label) for image, label in drawn], facts["seed"], facts

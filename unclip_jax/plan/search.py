@@ -22,23 +22,23 @@ def search(
     compute alone, so what lies within a twentieth is equal: then the largest batch comes first, and the least split,
     which transfer less for each picture. For TPUs the best of each policy are compiled, and stand before all others.
     """
-    found = list(_candidates(config, devices, chip, clip))
-    if not found:
+    candidates = list(_candidates(config, devices, chip, clip))
+    if not candidates:
         count = devices if isinstance(devices, int) else len(devices)
         raise UserError(f"no mesh of {count} devices divides batch_size={config.batch_size}", "change the batch size")
-    fastest = min(report.seconds_a_picture for report, *_ in found)
+    fastest = min(report.seconds_a_picture for report, *_ in candidates)
 
     def order(candidate):
         r = candidate[0]
         slower = int(20 * (r.seconds_a_picture / fastest - 1))
         return not r.fits, slower, -r.batch_size, r.mesh["fsdp"], POLICIES.index(r.remat)
 
-    found.sort(key=order)
+    candidates.sort(key=order)
     places = {policy: itertools.count() for policy in POLICIES}
-    turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(found)]
+    turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(candidates)]
     tried = [at for *_, at in sorted(turns)[:compile_best]] if chip in TPUS else []
-    best = [plan_train(run, chip, counts=counts) for _, run, counts in (found[at] for at in tried)]
-    rest = [report for at, (report, *_) in enumerate(found) if at not in tried]
+    best = [plan_train(run, chip, counts=counts) for _, run, counts in (candidates[at] for at in tried)]
+    rest = [report for at, (report, *_) in enumerate(candidates) if at not in tried]
     return sorted(best, key=lambda r: (not r.fits, r.seconds_a_picture)) + rest
 
 

@@ -74,18 +74,18 @@ class Report:
         return self.model_flops / self.devices / CHIPS[self.chip].flops / max(self.seconds.values())
 
 
-def _told(run: Abstract) -> dict[str, jax.ShapeDtypeStruct]:
+def _rows(run: Abstract) -> dict[str, jax.ShapeDtypeStruct]:
     """What a stack tells the stage of each output: the caption, and what the stage before it has drawn."""
     b, task = run.config.batch_size, run.task
     if run.config.task == "clip":
         return {"image": run.batch["image"]}
-    told = {name: run.batch[name] for name in ("tokens", "mask") if name in run.batch}
+    rows = {name: run.batch[name] for name in ("tokens", "mask") if name in run.batch}
     if run.config.task == "upsampler":
         side = task.image_size // task.factor
-        told["low"] = jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)
+        rows["low"] = jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32)
     elif run.config.task == "decoder" and task.clip:
-        told["z_img"] = jax.ShapeDtypeStruct((b, task.clip.embed_dim), jnp.float32)
-    return split(told, run.mesh)
+        rows["z_img"] = jax.ShapeDtypeStruct((b, task.clip.embed_dim), jnp.float32)
+    return split(rows, run.mesh)
 
 
 class Counts(NamedTuple):
@@ -152,21 +152,21 @@ def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
 
     At full size, whatever crops are trained on; of the frozen CLIP captions are asked, though all of it is held.
     """
-    params, told = run.state.averaged, _told(run)
+    params, rows = run.state.averaged, _rows(run)
     held = {"parameters": _held(params), "frozen CLIP": _held(run.frozen)}
 
-    def draw(params, frozen, told):
+    def draw(params, frozen, rows):
         keys = jax.random.split(jax.random.key(0), run.config.batch_size)
-        cond = told if "low" in told else run.task.encode(frozen, told)  # an upsampler's makes "low" of pictures
+        cond = rows if "low" in rows else run.task.encode(frozen, rows)  # an upsampler's makes "low" of pictures
         return run.task.sample(params, cond, keys)
 
-    args = (params, run.frozen, told)
+    args = (params, run.frozen, rows)
     with fitting(run.config):
         flops = count_flops(draw, *args)
     base = Report("sample", run.mesh.size, chip, dict(run.mesh.shape), run.config.batch_size, compiled,
                   flops, flops, held, None, CHIPS[chip].memory)  # fmt: skip
     if not compiled:
-        return dataclasses.replace(base, peak=sum(held.values()) + _held(told))
+        return dataclasses.replace(base, peak=sum(held.values()) + _held(rows))
     return _compile(base, jax.jit(sharding.split_rows(draw, run.mesh)), args)
 
 
