@@ -161,7 +161,7 @@ def adopt(task: Task, params: Any) -> Any:
 def measure_x0_variance(
     task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int = 8, seed: int = 0
 ) -> jax.Array:
-    """`diffusion.x0_variance` f32[S] of a trained stage, averaged over the next `count` batches.
+    """`loss.x0_variance` f32[S] of a trained stage, averaged over the next `count` batches.
 
     Beside the parameters as "x0_variance" it is what the sampler "analytic" needs (the paper's for the prior). The
     network is run at each of the schedule's S steps for every batch.
