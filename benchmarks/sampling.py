@@ -83,7 +83,7 @@ def decoder_step(s: dict, device: Device, batch: int, suffix: str = "") -> Row:
     def ours(models):
         import jax
 
-        from unclip_jax.diffusion.guide import guide_batched
+        from unclip_jax.diffusion.guide import guide
 
         task = our_task(s, "decoder", device)
         params = our_params("decoder", models, task, device)
@@ -92,7 +92,7 @@ def decoder_step(s: dict, device: Device, batch: int, suffix: str = "") -> Row:
         known = shared(params, jax.tree.map(lambda a: np.concatenate([a, a]), cond))
 
         def step(params, known, x, time):
-            return guide_batched(task._denoise(params, known, None), GUIDANCE["decoder"])(x, time)
+            return guide(task._denoise(params, known, None), GUIDANCE["decoder"])(x, time)
 
         x = np.random.default_rng(0).standard_normal((batch, side, side, 3), np.float32)
         x, time = jax.device_put((x, np.full((batch,), 500, np.int32)))

@@ -60,7 +60,7 @@ def test_it_is_the_papers_loop():
 
     abar = np.append(1.0, sched.alphas_cumprod)
     xt = np.asarray(noise, np.float64)
-    for number, (n, after) in enumerate(travel(len(sched), 2, 3)):
+    for number, (n, after) in enumerate(travel(sched.num_steps, 2, 3)):
         a, prev = abar[n], abar[n - 1]
         x0 = np.clip(toy(np)(xt, np.full(2, sched.timesteps[n - 1])).pred, -1, 1)
         alpha = a / prev
@@ -118,7 +118,7 @@ def test_partway_begins_at_the_noised_picture(strength, left):
     sched = S.respace(FULL, 10)
     image, noise = (np.random.default_rng(k).normal(size=(2, 4)) for k in (0, 1))
     short, xt = partway(sched, image, strength, noise)
-    assert len(short) == left and (short.timesteps == sched.timesteps[:left]).all()
+    assert short.num_steps == left and (short.timesteps == sched.timesteps[:left]).all()
     a = sched.alphas_cumprod[left - 1]
     np.testing.assert_allclose(xt, np.sqrt(a) * image + np.sqrt(1 - a) * noise, rtol=1e-5, atol=1e-6)
 

@@ -10,12 +10,12 @@ import pytest
 from unclip_jax.diffusion import sample
 from unclip_jax.diffusion import schedule as S
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import Out, guide_batched
+from unclip_jax.diffusion.guide import Out, guide
 from unclip_jax.diffusion.sample import SAMPLERS, ddim, ddpm, dpm, heun, initial_noise
 from unclip_jax.errors import UserError
 
 FULL = S.make_schedule("cosine")
-WITH_TABLE = {**SAMPLERS, "analytic": functools.partial(SAMPLERS["analytic"], x0_variance=0.0)}
+WITH_TABLE = {**SAMPLERS, "analytic": functools.partial(ddpm, x0_variance=0.0)}
 
 
 def keys_of(n, seed=0):
@@ -35,6 +35,15 @@ def toy(xp):
     return denoise
 
 
+def fixed(denoise, var):
+    """`denoise` with the variance "small", the posterior's, which no output means; "large", beta: an output of 1."""
+    def run(xt, model_time):
+        pred = denoise(xt, model_time).pred
+        return Out(pred, jnp.ones_like(xt) if var == "large" else None)
+
+    return run
+
+
 def to_x0_np(target, pred, xt, a):
     return {"x0": pred, "eps": (xt - np.sqrt(1 - a) * pred) / np.sqrt(a),
             "v": np.sqrt(a) * xt - np.sqrt(1 - a) * pred}[target]
@@ -46,7 +55,7 @@ def clip_np(x, bound):
 
 def walk(sched):
     """t, the told time, abar and abar of the step before, from the noisiest step down."""
-    for t in range(len(sched) - 1, -1, -1):
+    for t in range(sched.num_steps - 1, -1, -1):
         yield t, sched.timesteps[t], sched.alphas_cumprod[t], sched.alphas_cumprod[t - 1] if t else 1.0
 
 
@@ -75,7 +84,8 @@ def test_ddpm_is_the_papers_loop(target, var):
     sched = S.Schedule(FULL.alphas_cumprod[50:900:100], FULL.timesteps[50:900:100])
     keys = keys_of(2)
     noise = initial_noise(keys, (2, 3))
-    got = ddpm(sched, toy(jnp), noise, keys, target=target, var=var, clip_x0=0.9)
+    denoise = toy(jnp) if var == "learned" else fixed(toy(jnp), var)
+    got = ddpm(sched, denoise, noise, keys, target=target, clip_x0=0.9)
 
     xt = np.asarray(noise, np.float64)
     for t, told, a, prev in walk(sched):
@@ -136,8 +146,8 @@ def test_ddpm_with_a_fixed_variance_follows_the_linear_recursion(var):
     mu, s, n = -0.3, 0.6, 2000
     sched = S.respace(S.make_schedule("cosine", 400), 12)
     keys = keys_of(n, 1)
-    got = ddpm(sched, gaussian_denoiser(mu, s, False)(sched), initial_noise(keys, (16,)), keys, target="x0",
-               var=var, clip_x0=None)
+    denoise = fixed(gaussian_denoiser(mu, s, False)(sched), var)
+    got = ddpm(sched, denoise, initial_noise(keys, (16,)), keys, target="x0", clip_x0=None)
     mean, variance = 0.0, 1.0
     for t, _, a, prev in walk(sched):
         gain = s**2 * np.sqrt(a) / (a * s**2 + 1 - a)
@@ -187,7 +197,7 @@ def test_heun_is_the_papers_loop(target, clip):
         return (x - clip_np(to_x0_np(target, pred, xt, a), clip)) / sigma, sigma
 
     x = np.asarray(noise, np.float64) / np.sqrt(sched.alphas_cumprod[-1])
-    for t in range(len(sched) - 1, 0, -1):
+    for t in range(sched.num_steps - 1, 0, -1):
         d, sigma = slope(x, t)
         after = np.sqrt(1 / sched.alphas_cumprod[t - 1] - 1)
         euler = x + (after - sigma) * d
@@ -262,7 +272,7 @@ def test_ddim_at_eta_one_is_ddpm_with_the_small_variance():
     keys = keys_of(3)
     noise = initial_noise(keys, (4, 4, 3))
     a = ddim(sched, toy(jnp), noise, keys, target="x0", eta=1.0)
-    b = ddpm(sched, toy(jnp), noise, keys, target="x0", var="small")
+    b = ddpm(sched, fixed(toy(jnp), "small"), noise, keys, target="x0")
     np.testing.assert_allclose(a, b, atol=2e-3)
 
 
@@ -331,18 +341,16 @@ def test_one_step_is_the_prediction():
         np.testing.assert_allclose(got, toy(jnp)(noise, jnp.array([999, 999])).pred, rtol=1e-5)
 
 
-def test_variance_is_ignored_or_missing_as_asked():
+def test_the_denoisers_variance_is_used():
     sched, keys = S.respace(FULL, 5), keys_of(2)
     noise = initial_noise(keys, (3,))
-    bare = lambda xt, m: Out(toy(jnp)(xt, m).pred)  # noqa: E731
-    small = ddpm(sched, toy(jnp), noise, keys, target="x0", var="small")
-    np.testing.assert_array_equal(ddpm(sched, bare, noise, keys, target="x0", var="learned"), small)
+    small = ddpm(sched, fixed(toy(jnp), "small"), noise, keys, target="x0")
     assert float(jnp.abs(ddpm(sched, toy(jnp), noise, keys, target="x0") - small).max()) > 1e-3
 
 
 def plain(sched, denoise, noise, **settings):
     """`draw` with nothing but a sampler's name, unless told."""
-    settings = {"name": "ddim", "steps": len(sched), **settings}
+    settings = {"name": "ddim", "steps": sched.num_steps, **settings}
     return draw(sched, denoise, noise, keys_of(len(noise)), target="x0", **settings)
 
 
@@ -362,7 +370,7 @@ def test_neutral_settings_are_the_plain_sampler_to_the_bit(name):
     sched, keys, table = S.respace(FULL, 12), keys_of(2), np.linspace(0.1, 0.9, 12)
     noise = initial_noise(keys, (5,))
     more = {"x0_variance": table[np.arange(12)]} if name == "analytic" else {}
-    by_hand = SAMPLERS[name](sched, guide_batched(halves(), 3.0), noise, keys, target="x0", **more)
+    by_hand = SAMPLERS[name](sched, guide(halves(), 3.0), noise, keys, target="x0", **more)
     neutral = {"guidance": 3.0, "rescale": 0.0, "interval": (0, 1), "threshold": None}
     for settings in ({"guidance": 3.0}, neutral):
         got = plain(sched, halves(), noise, name=name, x0_variance=table, **settings)
@@ -442,20 +450,19 @@ def test_analytic_sampling_is_exact_in_few_steps():
     sched = S.respace(S.make_schedule("cosine", 400), 8)
     keys, ideal = keys_of(n), gaussian_denoiser(mu, s, False)(sched)
     noise, table = initial_noise(keys, (16,)), gaussian_facts(sched, s)[0]
-    got = SAMPLERS["analytic"](sched, ideal, noise, keys, target="x0", clip_x0=None, x0_variance=table)
+    got = ddpm(sched, ideal, noise, keys, target="x0", clip_x0=None, x0_variance=table)
     a = sched.alphas_cumprod[0]
     exact = s**4 * a / (a * s**2 + 1 - a)
     assert float(got.var()) == pytest.approx(exact, rel=5 * np.sqrt(2 / got.size))
-    small = ddpm(sched, ideal, noise, keys, target="x0", clip_x0=None, var="small")
+    small = ddpm(sched, ideal, noise, keys, target="x0", clip_x0=None)
     assert float(small.var()) < 0.9 * exact
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda *a: ddim(*a, target="x0", eta=1.5), "eta=1.5 must be within 0 … 1"),
     (lambda *a: ddim(*a, target="x0", eta=0.5), "eta=0.5 needs random numbers. Fix: give keys"),
-    (lambda *a: ddpm(*a, keys_of(2), target="x0", var="tiny"), "unknown variance 'tiny'"),
     (lambda *a: ddpm(*a, keys_of(2), target="noise"), "unknown prediction target 'noise'"),
-    (lambda *a: SAMPLERS["analytic"](*a, keys_of(2), target="x0"), "needs a table.* Fix: .*export --analytic"),
+    (lambda *a: plain(*a, name="analytic"), "needs a table.* Fix: .*export --analytic"),
     (lambda *a: plain(*a, name="ddmp"), "name='ddmp' is unknown. Fix: did you mean 'ddpm'"),
     (lambda *a: plain(*a, threshold=1.5), "threshold=1.5 must be a quantile"),
     (lambda *a: plain(*a, rescale=-0.1), "rescale=-0.1 must be a number in 0"),

@@ -84,7 +84,7 @@ def test_tables_stay_float64_and_exact_where_float32_would_not():
     assert sched.posterior_x0_coef[0] == 1 and sched.posterior_xt_coef[0] == 0
     assert sched.posterior_variance[0] == 0
     tables = (sched.betas, sched.snr, sched.posterior_variance, sched.posterior_log_variance,
-              sched.large_log_variance, sched.posterior_x0_coef, sched.posterior_xt_coef)
+              sched.posterior_x0_coef, sched.posterior_xt_coef)
     for table in tables:
         assert table.dtype == np.float64 and table.shape == (1000,) and np.all(np.isfinite(table))
     for table in tables:
@@ -94,7 +94,6 @@ def test_tables_stay_float64_and_exact_where_float32_would_not():
 def test_log_variances_at_the_first_step_are_those_of_the_second():
     sched = make_schedule("cosine", 50)
     assert sched.posterior_log_variance[0] == sched.posterior_log_variance[1]
-    assert sched.large_log_variance[0] == sched.posterior_log_variance[1]
     np.testing.assert_allclose(np.exp(sched.posterior_log_variance[1:]), sched.posterior_variance[1:])
     one = respace(sched, 1)
     assert one.posterior_log_variance == pytest.approx(np.log(one.betas))
@@ -142,7 +141,7 @@ def test_q_sample_has_the_mean_and_variance_of_the_marginal():
 def test_posterior_is_bayes_rule_also_when_respaced(name, steps):
     full = make_schedule(name)
     sched = full if steps is None else respace(full, steps)
-    t = np.arange(1, len(sched))
+    t = np.arange(1, sched.num_steps)
     abar = full.alphas_cumprod[sched.timesteps]  # straight from the full schedule, by the time that is kept
     parts, xt = triple(sched, t, shape=(2,))
     mean, var = bayes(abar[t - 1][:, None], abar[t][:, None], parts["x0"], xt)
@@ -162,17 +161,16 @@ def test_posterior_of_the_first_step_is_x0_itself():
 
 @pytest.mark.parametrize("given", TARGETS)
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_every_target_gives_back_every_other(name, given):
+def test_every_target_gives_back_x0_and_eps(name, given):
     sched = make_schedule(name)
     t = np.array([0, 1, 10, 500, 900, 990])
     parts, xt = triple(sched, t)
-    for wanted, convert in (("x0", S.to_x0), ("eps", S.to_eps), ("v", S.to_v)):
+    for wanted, convert in (("x0", S.to_x0), ("eps", S.to_eps)):
         got = convert(sched, jnp.asarray(parts[given]), jnp.asarray(xt), jnp.asarray(t), target=given)
         assert got.dtype == jnp.float32
         # What f32 rounding of xt and the prediction is amplified by, at either end of the schedule.
         a = sched.alphas_cumprod[t].reshape(-1, 1, 1)
-        amplified = {("x0", "eps"): np.sqrt((1 - a) / a), ("eps", "x0"): np.sqrt(a / (1 - a)),
-                     ("v", "x0"): 1 / np.sqrt(1 - a), ("v", "eps"): 1 / np.sqrt(a)}.get((wanted, given), 0)
+        amplified = {("x0", "eps"): np.sqrt((1 - a) / a), ("eps", "x0"): np.sqrt(a / (1 - a))}.get((wanted, given), 0)
         error = np.abs(np.asarray(got, np.float64) - parts[wanted])
         assert np.all(error <= 2e-6 * (1 + amplified)), (wanted, error.max((1, 2)))
 
@@ -181,7 +179,7 @@ def test_bfloat16_predictions_are_computed_in_float32():
     sched, t = make_schedule("cosine"), jnp.array([3, 800])
     pred = jax.random.normal(jax.random.key(0), (2, 5), jnp.bfloat16)
     xt = jax.random.normal(jax.random.key(1), (2, 5))
-    for convert in (S.to_x0, S.to_eps, S.to_v):
+    for convert in (S.to_x0, S.to_eps):
         for target in TARGETS:
             np.testing.assert_array_equal(convert(sched, pred, xt, t, target=target),
                                           convert(sched, pred.astype(jnp.float32), xt, t, target=target))
@@ -204,10 +202,7 @@ def test_variance_output_interpolates_the_logs():
                         (0.5, 0.75 * log_beta + 0.25 * log_post)):
         got = S.model_log_variance(sched, jnp.full((3, 2), v), jnp.asarray(t), 2)
         np.testing.assert_allclose(got, np.stack([expected] * 2, 1), rtol=1e-5)
-    v = jnp.ones((3, 2))
-    for var, kind, expected in ((None, "learned", log_post), (v, "small", log_post), (v, "large", log_beta)):
-        got = S.model_log_variance(sched, var, jnp.asarray(t), 2, kind)
-        np.testing.assert_allclose(got[:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(S.model_log_variance(sched, None, jnp.asarray(t), 2)[:, 0], log_post, rtol=1e-5)
 
 
 def test_respace_by_count_gives_the_published_steps():
@@ -219,15 +214,13 @@ def test_respace_by_count_gives_the_published_steps():
     assert respace(full, 1).timesteps.tolist() == [999]
     assert respace(full, 2).timesteps.tolist() == [0, 999]
     assert respace(full, 1000) == full
-    assert respace(full, 4, spacing="trailing").timesteps.tolist() == [249, 499, 749, 999]
 
 
-@pytest.mark.parametrize("spacing", ["even", "trailing"])
-def test_every_count_is_legal_and_keeps_the_noisiest_step(spacing):
+def test_every_count_is_legal_and_keeps_the_noisiest_step():
     full = make_schedule("linear", 60)
     for n in range(1, 61):
-        short = respace(full, n, spacing=spacing)
-        assert len(short) == n and short.timesteps[-1] == 59
+        short = respace(full, n)
+        assert short.num_steps == n and short.timesteps[-1] == 59
         np.testing.assert_array_equal(short.alphas_cumprod, full.alphas_cumprod[short.timesteps])
         assert np.ptp(np.diff(short.timesteps)) <= 1 if n > 1 else True  # equal strides but for rounding
 
@@ -270,14 +263,12 @@ def test_respacing_twice_keeps_the_original_times():
     (lambda s: respace(s, "fast28"), "fast28.*fast27"),
     (lambda s: respace(s, [6, 1]), "6 must be within 0 … 5"),
     (lambda s: respace(s, []), "at least one step"),
-    (lambda s: respace(s, 5, spacing="odd"), "unknown spacing 'odd'"),
     (lambda s: Schedule(np.array([0.5, 0.6]), np.array([0, 1])), "decrease strictly"),
     (lambda s: Schedule(np.array([1.0, 0.6]), np.array([0, 1])), "decrease strictly"),
     (lambda s: Schedule(np.array([0.9, np.nan]), np.array([0, 1])), "decrease strictly"),
     (lambda s: Schedule(np.array([0.9, 0.6]), np.array([1, 1])), "increase strictly"),
     (lambda s: Schedule(np.array([0.9, 0.6]), np.array([1])), "one length"),
     (lambda s: S.to_x0(s, jnp.ones(1), jnp.ones(1), jnp.array([0]), target="eps0"), "did you mean 'eps'"),
-    (lambda s: S.model_log_variance(s, None, jnp.array([0]), 2, "smal"), "did you mean 'small'"),
 ])
 def test_mistakes_are_named_with_their_remedy(act, words):
     with pytest.raises(UserError, match=words):

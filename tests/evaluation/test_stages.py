@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests import tiny_runs, tiny_stack
+from tests.bound import bpd
 from unclip_jax import cli, tasks
 from unclip_jax.data import shapes
-from unclip_jax.diffusion.loss import bpd
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import clip, stages, trained
 from unclip_jax.interop.stages import clip_config, clip_stage

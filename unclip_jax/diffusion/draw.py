@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from unclip_jax.diffusion.guide import Denoise, guide_batched, is_one, within
+from unclip_jax.diffusion.guide import Denoise, guide, is_one, within
 from unclip_jax.diffusion.inpaint import partway, repaint
 from unclip_jax.diffusion.sample import SAMPLERS
 from unclip_jax.diffusion.schedule import Schedule, respace
@@ -43,7 +43,7 @@ def draw(
       x0_variance: f32[S] at the steps of `sched`, for the sampler "analytic"; None where it was not measured.
       name: of SAMPLERS.
       steps: of `respace`.
-      guidance, rescale: of `guide_batched`.
+      guidance, rescale: of `guide`.
       interval: (low, high) within 0 (least noise) … 1 (most): guided there only, and outside it the unconditional half
         is not computed (Kynkäänniemi et al. 2024, arXiv 2404.07724); None is everywhere.
       eta: of DDIM, 0 … 1; None is the sampler's own.
@@ -54,7 +54,7 @@ def draw(
     for setting, value in dict(name=name, threshold=threshold, rescale=rescale, interval=interval).items():
         check_setting(setting, value)
     if not is_one(guidance):
-        guided = guide_batched(denoise, guidance, rescale)
+        guided = guide(denoise, guidance, rescale)
         if interval is not None and tuple(interval) != (0, 1):
             guided = within(*(level * int(sched.timesteps[-1]) for level in interval), guided, denoise)
         denoise = guided
@@ -67,7 +67,9 @@ def draw(
         return repaint(short, denoise, noise, keys, known=image, keep=keep, **walk, **view)
     if eta is not None:
         more["eta"] = eta
-    if name == "analytic" and x0_variance is not None:
+    if name == "analytic":
+        if x0_variance is None:
+            raise UserError("the sampler analytic needs a table of variances", "measure it: unclip export --analytic")
         more["x0_variance"] = x0_variance[np.searchsorted(sched.timesteps, short.timesteps)]
     return SAMPLERS[name](short, denoise, noise, keys, **view, **more)
 

@@ -27,37 +27,20 @@ class Out(NamedTuple):
 Denoise = Callable[[jax.Array, jax.Array], Out]
 
 
-def guide(cond: Denoise, uncond: Denoise, scale: float | jax.Array, rescale: float = 0.0) -> Denoise:
-    """u + scale (c - u) from two denoisers, called one after the other.
-
-    Args:
-      scale: a float, a traced scalar or f32[B]; 1 = unguided. As a Python 1.0, `uncond` is never called.
-      rescale: 0 … 1.
-    """
-    if is_one(scale):
-        return cond
-
-    def denoise(xt, model_time):
-        c, u = cond(xt, model_time), uncond(xt, model_time)
-        return Out(_mix(c.pred, u.pred, scale, rescale), c.var)
-
-    return denoise
-
-
-def guide_batched(denoise2: Denoise, scale: float | jax.Array, rescale: float = 0.0) -> Denoise:
-    """The same from one call on a doubled batch: one program, larger matrices.
+def guide(denoise2: Denoise, scale: float | jax.Array, rescale: float = 0.0) -> Denoise:
+    """u + scale (c - u), c and u from one call on a doubled batch: one program, larger matrices.
 
     Args:
       denoise2: a denoiser whose conditioning has 2B rows, the conditional half first; it gets xt and
         model_time doubled.
-      scale, rescale: as for `guide`. At a Python 1.0 still 2B rows are computed (use the conditional denoiser itself).
+      scale, rescale: of `mix`. At a scale of 1 still 2B rows are computed (use the conditional denoiser itself).
     """
 
     def denoise(xt, model_time):
         out = denoise2(jnp.concatenate([xt, xt]), jnp.concatenate([model_time, model_time]))
         c, u = jnp.split(out.pred, 2)
         var = None if out.var is None else jnp.split(out.var, 2)[0]
-        return Out(c if is_one(scale) else _mix(c, u, scale, rescale), var)
+        return Out(mix(c, u, scale, rescale), var)
 
     return denoise
 
@@ -87,7 +70,13 @@ def is_one(scale) -> bool:
     return isinstance(scale, (int, float)) and scale == 1
 
 
-def _mix(c: jax.Array, u: jax.Array, scale: float | jax.Array, rescale: float) -> jax.Array:
+def mix(c: jax.Array, u: jax.Array, scale: float | jax.Array, rescale: float = 0.0) -> jax.Array:
+    """u + scale (c - u) of predictions f[B, …] -> f32[B, …].
+
+    Args:
+      scale: a float, a traced scalar or f32[B]; 1 = unguided.
+      rescale: 0 … 1.
+    """
     # In f32 (f64 in x64 mode): the difference of two near bf16 numbers, times s, would be mostly rounding.
     c, u, scale = (jnp.asarray(a, float) for a in (c, u, scale))
     if scale.ndim:

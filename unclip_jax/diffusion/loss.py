@@ -28,7 +28,7 @@ from unclip_jax.diffusion.schedule import (
 from unclip_jax.errors import UserError, suggest
 
 # Between what the weight of the x0 error follows SNR; None: every step weighs 1.
-WEIGHTINGS = {"none": None, "min_snr": (0.0, 5.0), "min_snr5": (0.0, 5.0), "clipped_snr": (1.0, 5.0)}
+WEIGHTINGS = {"none": None, "min_snr": (0.0, 5.0), "clipped_snr": (1.0, 5.0)}
 
 
 def simple(
@@ -44,7 +44,7 @@ def simple(
 
     Args:
       pred: f32[B, …], the network's output for `target`: "x0", "eps" or "v"; x0, noise alike, t i32[B].
-      weighting: "none" (w = 1), "min_snr" (or "min_snr5"): min(SNR, 5) times the x0 error for any target; or
+      weighting: "none" (w = 1), "min_snr": min(SNR, 5) times the x0 error for any target; or
         "clipped_snr": max(1, min(SNR, 5)) times it, which leaves layouts, seen at low SNR, their share (with the lower
         bound of Salimans & Ho 2022, arXiv 2202.00512).
     """
@@ -169,29 +169,6 @@ def prior_bpd(sched: Schedule, x0: jax.Array) -> jax.Array:
     a = sched.alphas_cumprod[-1]
     spread = -a - np.log1p(-a)  # variance - 1 - log variance, in f64: in f32 it would be 0
     return _mean(0.5 * (spread + a * jnp.square(_f32(x0)))) / np.log(2)
-
-
-def bpd(
-    sched: Schedule,
-    denoise: Denoise,
-    x0: jax.Array,
-    rng: jax.Array,
-    *,
-    target: str,
-    clip_x0: float | None = 1.0,
-) -> dict[str, jax.Array]:
-    """The whole variational bound on -log p(x0), one pass over all S steps.
-
-    -> {"total": f32[B], "prior": f32[B], "vlb": f32[S, B]} in bits/dim, total = prior + sum of vlb over S.
-    """
-    def term(_, step):
-        t = jnp.full((x0.shape[0],), step, jnp.int32)
-        xt = q_sample(sched, x0, t, jax.random.normal(jax.random.fold_in(rng, step), x0.shape))
-        return None, vlb(sched, denoise(xt, model_time(sched, t)), x0, xt, t, target, clip_x0)
-
-    _, terms = jax.lax.scan(term, None, jnp.arange(sched.num_steps))
-    prior = prior_bpd(sched, x0)
-    return {"total": prior + jnp.sum(terms, 0), "prior": prior, "vlb": terms}
 
 
 def gaussian_kl(mean1: jax.Array, log_var1: jax.Array, mean2: jax.Array, log_var2: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ Randomness comes from one key per sample, so a sample depends on its own key and
 (with JAX's default threefry keys; "rbg" ones draw for a whole batch from its first key).
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -87,7 +86,6 @@ def ddpm(
     noise: jax.Array,
     keys: jax.Array,
     *,
-    var: str = "learned",
     x0_variance: jax.Array | None = None,
     **view,
 ) -> jax.Array:
@@ -95,24 +93,22 @@ def ddpm(
 
     Args:
       noise: f32[B, …], standard normal; keys: key[B].
-      var: "learned" (the denoiser's; "small" where it gives none), "small" (the posterior's), "large" (beta), or
-        "analytic": the posterior's and what the mean's x0 leaves open, posterior_x0_coef^2 x0_variance.
-      x0_variance: f32[S], Var(x0 | xt) at each step of `sched`, for "analytic"; see `loss.x0_variance`.
+      x0_variance: f32[S], Var(x0 | xt) at each step of `sched`, for Analytic-DPM: the variance is then the posterior's
+        and what the mean's x0 leaves open, posterior_x0_coef^2 x0_variance; see `loss.x0_variance`. None: it is that of
+        `schedule.model_log_variance`.
       view: of `viewer`: target, clip_x0, threshold. The last step returns its mean.
     """
     look = viewer(sched, denoise, **view)
-    if var == "analytic":
-        if x0_variance is None:
-            raise UserError("var='analytic' needs a table of variances", "measure it: unclip export --analytic")
+    if x0_variance is not None:
         analytic = sched.posterior_variance + sched.posterior_x0_coef**2 * x0_variance
 
     def step(xt, i):
         t, x0, _, v = look(xt, i)
         mean, _, _ = q_posterior(sched, x0, xt, t)
-        if var == "analytic":
-            std = jnp.sqrt(at(analytic, t, xt.ndim))
+        if x0_variance is None:
+            std = jnp.exp(0.5 * model_log_variance(sched, v, t, xt.ndim))
         else:
-            std = jnp.exp(0.5 * model_log_variance(sched, v, t, xt.ndim, var))
+            std = jnp.sqrt(at(analytic, t, xt.ndim))
         return mean + jnp.where(i > 0, std, 0.0) * step_noise(keys, i, xt.shape[1:]), None
 
     return _scan(step, sched, noise)
@@ -210,7 +206,8 @@ def heun(
     return look(xt, 0)[1]
 
 
-SAMPLERS = {"ddpm": ddpm, "analytic": functools.partial(ddpm, var="analytic"), "ddim": ddim, "dpm": dpm, "heun": heun}
+# "analytic" is ddpm with a table, which `draw` gives it.
+SAMPLERS = {"ddpm": ddpm, "analytic": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
 def _scan(step, sched: Schedule, noise: jax.Array) -> jax.Array:

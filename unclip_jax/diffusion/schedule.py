@@ -17,7 +17,6 @@ import numpy as np
 from unclip_jax.errors import UserError, suggest
 
 TARGETS = ("x0", "eps", "v")
-VARIANCES = ("learned", "small", "large")
 # Named lists of rows: sections, and how far below the noisiest step the last one lies. GLIDE's 27 steps for
 # upsamplers, dense where the noise is low, end at step 997 of 1000, to spare DDIM artifacts of the noisiest.
 NAMED_STEPS = {"fast27": ((10, 10, 3, 2, 2), 2)}
@@ -64,9 +63,6 @@ class Schedule:
     def _hash(self) -> int:
         return hash((self.alphas_cumprod.tobytes(), self.timesteps.tobytes()))
 
-    def __len__(self):
-        return self.num_steps
-
     @property
     def num_steps(self) -> int:
         """S, the number of steps."""
@@ -97,11 +93,6 @@ class Schedule:
         """Its log; at t = 0, where it is -inf, that of t = 1 instead (log beta_0 if there is no t = 1)."""
         floor = self.posterior_variance[1:2] if self.num_steps > 1 else self.betas
         return np.log(np.append(floor, self.posterior_variance[1:]))
-
-    @functools.cached_property
-    def large_log_variance(self) -> np.ndarray:
-        """log beta_t, the upper choice of Ho et al. 3.2; at t = 0 the posterior's of t = 1, as the lower."""
-        return np.append(self.posterior_log_variance[:1], np.log(self.betas[1:]))
 
     @functools.cached_property
     def posterior_x0_coef(self) -> np.ndarray:
@@ -144,16 +135,14 @@ def make_schedule(name: str, num_steps: int = 1000, shift: float = 1.0) -> Sched
     return Schedule(abar, np.arange(num_steps))
 
 
-def respace(sched: Schedule, steps: int | str | Sequence[int], *, spacing: str = "even") -> Schedule:
+def respace(sched: Schedule, steps: int | str | Sequence[int]) -> Schedule:
     """A shorter schedule of the same noise levels: rows of `sched`, its abar and timesteps kept as they are.
 
     Args:
-      steps: a count of steps, 1 … S; or a list of counts, one for each equal section of the steps from least
-        to most noise, strided within a section with both its ends, a count of 1 taking its first (arXiv
+      steps: a count n of steps, 1 … S: round(i (S-1) / (n-1)), halves to even, i = 0 … n-1, both ends included,
+        as Karlo does (one step: the noisiest); or a list of counts, one for each equal section of the steps from
+        least to most noise, strided within a section with both its ends, a count of 1 taking its first (arXiv
         2102.09672 and GLIDE); or "fast27", GLIDE's (10, 10, 3, 2, 2) with the last step moved down by 2.
-      spacing: for a count n: "even" takes round(i (S-1) / (n-1)), halves to even, i = 0 … n-1, both ends
-        included, as Karlo does (one step: the noisiest); "trailing" takes round(i S / n) - 1, i = 1 … n,
-        equal strides that end at the noisiest.
     """
     if isinstance(steps, str):
         if steps not in NAMED_STEPS:
@@ -165,19 +154,15 @@ def respace(sched: Schedule, steps: int | str | Sequence[int], *, spacing: str =
     elif isinstance(steps, Sequence):
         rows = _section_rows(sched.num_steps, list(steps))
     else:
-        rows = _count_rows(sched.num_steps, int(steps), spacing)
+        rows = _count_rows(sched.num_steps, int(steps))
     return Schedule(sched.alphas_cumprod[rows], sched.timesteps[rows])
 
 
-def _count_rows(total: int, count: int, spacing: str) -> np.ndarray:
+def _count_rows(total: int, count: int) -> np.ndarray:
     if not 1 <= count <= total:
         raise UserError(f"sampling steps={count} must be within 1 … {total}, the steps of the diffusion")
-    if spacing not in ("even", "trailing"):
-        raise UserError(f"unknown spacing '{spacing}'", suggest(spacing, ("even", "trailing")))
     if count == 1:
         return np.array([total - 1])
-    if spacing == "trailing":
-        return np.round(np.arange(1, count + 1) * total / count).astype(int) - 1
     # The product with the ratio, not (i (S-1)) / (n-1): float rounding then falls as in diffusers.
     return np.round(np.arange(count) * ((total - 1) / (count - 1))).astype(int)
 
@@ -251,34 +236,16 @@ def to_eps(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, tar
     return pred
 
 
-def to_v(sched: Schedule, pred: jax.Array, xt: jax.Array, t: jax.Array, *, target: str) -> jax.Array:
-    """The v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv 2202.00512) that a prediction means -> f32[B, …]."""
-    check_target(target)
-    pred, xt, a = _float(pred), _float(xt), sched.alphas_cumprod
-    if target == "eps":
-        return at(1 / np.sqrt(a), t, xt.ndim) * pred - at(np.sqrt((1 - a) / a), t, xt.ndim) * xt
-    if target == "x0":
-        return at(np.sqrt(a / (1 - a)), t, xt.ndim) * xt - at(1 / np.sqrt(1 - a), t, xt.ndim) * pred
-    return pred
-
-
-def model_log_variance(
-    sched: Schedule, v: jax.Array | None, t: jax.Array, ndim: int, kind: str = "learned"
-) -> jax.Array:
+def model_log_variance(sched: Schedule, v: jax.Array | None, t: jax.Array, ndim: int) -> jax.Array:
     """log variance of p(x_{t-1} | xt) -> f32[B, …], or f32[B, 1, …] where it is fixed.
 
     Args:
-      v: f32[B, …], the network's variance output, or None: 1 means log beta_t and -1 the log posterior
-        variance, and between them frac log beta_t + (1 - frac) log posterior, frac = (v + 1) / 2, not clamped
-        (arXiv 2102.09672, eq. 15).
-      kind: "learned" (is "small" where v is None), "small" (the posterior's) or "large" (log beta_t).
+      v: f32[B, …], the network's variance output: 1 means log beta_t and -1 the log posterior variance, and between
+        them frac log beta_t + (1 - frac) log posterior, frac = (v + 1) / 2, not clamped (arXiv 2102.09672, eq. 15).
+        None: the posterior's.
     """
-    if kind not in VARIANCES:
-        raise UserError(f"unknown variance '{kind}'", suggest(kind, VARIANCES))
-    if kind == "large":
-        return at(sched.large_log_variance, t, ndim)
     small = at(sched.posterior_log_variance, t, ndim)
-    if kind == "small" or v is None:
+    if v is None:
         return small
     frac = (_float(v) + 1) / 2
     return frac * at(np.log(sched.betas), t, ndim) + (1 - frac) * small

@@ -13,7 +13,7 @@ import numpy as np
 from unclip_jax.data.images import resize
 from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.draw import draw
-from unclip_jax.diffusion.guide import guide_batched, is_one
+from unclip_jax.diffusion.guide import guide, is_one
 from unclip_jax.diffusion.invert import ddim_invert
 from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
@@ -173,7 +173,7 @@ class DecoderTask:
         settings = {**self.sampler, **over}
         denoise, sched = self._ready(params, cond, settings)
         if not is_one(settings["guidance"]):
-            denoise = guide_batched(denoise, settings["guidance"])
+            denoise = guide(denoise, settings["guidance"])
         levels = respace(sched, settings["steps"])
         return ddim_invert(levels, denoise, cond["image"], target=self.target, iterations=iterations)
 

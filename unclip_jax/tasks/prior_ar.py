@@ -11,7 +11,7 @@ import optax
 from jax.experimental.multihost_utils import process_allgather
 
 from unclip_jax import pca
-from unclip_jax.diffusion.guide import is_one
+from unclip_jax.diffusion.guide import is_one, mix
 from unclip_jax.errors import UserError, is_whole
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import PriorAR
@@ -139,8 +139,7 @@ class PriorARTask:
             token, own = carry
             logits, own = self.model.apply(variables, token, place, prefixes, own, method="step")
             if halves == 2:
-                given, dropped = jnp.split(logits, 2)
-                logits = dropped + guidance * (given - dropped)
+                logits = mix(*jnp.split(logits, 2), guidance)
             chance = jax.vmap(lambda key: jax.random.fold_in(key, 1 + place))(keys)
             code = draw_code(logits, chance, settings["temperature"], settings["top_p"])
             return (jnp.concatenate([code] * halves), own), code
