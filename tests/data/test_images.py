@@ -45,24 +45,11 @@ def test_resize_suppresses_what_the_small_grid_cannot_hold():
     assert float(jnp.abs(images.resize(checker, 8)).max()) < 0.05
 
 
-@pytest.mark.parametrize(("sigma", "kernel_size"), [(0.6, 3), (1.3, 7)])
-def test_blur_agrees_with_scipy(sigma, kernel_size):
+@pytest.mark.parametrize("sigma", [0.6, 1.3])
+def test_blur_agrees_with_scipy(sigma):
     x = np.random.default_rng(0).normal(size=(2, 9, 12, 3)).astype(np.float32)
-    r = kernel_size // 2
-    want = scipy.ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="mirror", radius=(0, r, r, 0))
-    np.testing.assert_allclose(images.gaussian_blur(jnp.asarray(x), sigma, kernel_size), want, atol=1e-5)
-
-
-def test_blur_takes_one_sigma_a_sample():
-    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
-    sigmas = jnp.asarray([0.4, 0.6, 0.9])
-    got = jax.jit(images.gaussian_blur)(x, sigmas)
-    for i in range(3):
-        np.testing.assert_allclose(got[i], images.gaussian_blur(x[i : i + 1], float(sigmas[i]))[0], atol=1e-6)
-    with pytest.raises(ValueError, match="kernel_size=4 must be odd"):
-        images.gaussian_blur(x, 0.6, 4)
-    with pytest.raises(ValueError, match="kernel_size=17"):
-        images.gaussian_blur(x, 0.6, 17)
+    want = scipy.ndimage.gaussian_filter(x, (0, sigma, sigma, 0), mode="mirror", radius=(0, 1, 1, 0))
+    np.testing.assert_allclose(images.gaussian_blur(jnp.asarray(x), sigma), want, atol=1e-5)
 
 
 def test_center_crop_takes_the_middle_square_and_averages_areas():

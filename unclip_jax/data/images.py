@@ -43,27 +43,20 @@ def resize(x: jax.Array, size: int, method: str = "bicubic") -> jax.Array:
     return jax.image.resize(x, (x.shape[0], size, size, x.shape[3]), method, antialias=True)
 
 
-def gaussian_blur(x: jax.Array, sigma, kernel_size: int = 3) -> jax.Array:
-    """Blurs f32[B, H, W, C] by a separable Gaussian of `kernel_size` taps; edges reflected, edge pixel once.
+def gaussian_blur(x: jax.Array, sigma: float) -> jax.Array:
+    """Blurs f32[B, H, W, C] by a separable Gaussian of 3 taps; edges reflected, edge pixel once.
 
     The first upsampler's low-resolution input is blurred so (Ramesh et al. 2022, section 2.1).
 
     Args:
-      sigma: standard deviation in pixels, > 0: a number, or f32[B], one per sample.
-      kernel_size: odd, with kernel_size // 2 < min(H, W).
+      sigma: standard deviation in pixels, > 0.
     """
-    radius = kernel_size // 2
-    if kernel_size % 2 == 0 or not 0 <= radius < min(x.shape[1:3]):
-        raise ValueError(f"kernel_size={kernel_size} must be odd and fit into a reflected {x.shape[1:3]}")
-    offsets = jnp.arange(-radius, radius + 1, dtype=jnp.float32)
-    sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (x.shape[0],))
-    weights = jnp.exp(-0.5 * (offsets[None] / sigma[:, None]) ** 2)
-    weights = (weights / weights.sum(1, keepdims=True)).astype(x.dtype)[:, :, None, None, None]
+    weights = jnp.exp(-0.5 * (jnp.arange(-1, 2, dtype=jnp.float32) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(x.dtype)
     for axis in (1, 2):
-        pad = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
+        pad = [(1, 1) if a == axis else (0, 0) for a in range(4)]
         padded, n = jnp.pad(x, pad, mode="reflect"), x.shape[axis]
-        # A sum of shifted copies: the weights differ from sample to sample, which a convolution cannot take.
-        x = sum(weights[:, k] * jax.lax.slice_in_dim(padded, k, k + n, axis=axis) for k in range(kernel_size))
+        x = sum(weights[k] * jax.lax.slice_in_dim(padded, k, k + n, axis=axis) for k in range(3))
     return x
 
 
