@@ -149,17 +149,16 @@ def parts_of_batch(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size") -> None:
+def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raises UserError unless `batch_size` (over all hosts) is a positive multiple of data x fsdp."""
     parts = parts_of_batch(mesh)
     if not is_whole(batch_size, 1):
-        raise UserError(f"{name}={batch_size!r} must be a whole number >= 1", f"use {parts}")
+        raise UserError(f"batch_size={batch_size!r} must be a whole number >= 1", f"use {parts}")
     if batch_size % parts:
         below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"{name}={batch_size} must be a multiple of {parts} (data x fsdp devices)", f"use {nearest}"
-        )
+        what = f"batch_size={batch_size} must be a multiple of {parts} (data x fsdp devices)"
+        raise UserError(what, f"use {nearest}")
 
 
 def own_rows(sharding: NamedSharding, size: int) -> np.ndarray:

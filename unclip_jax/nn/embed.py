@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from unclip_jax.nn.layers import Dense
 
 
-def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
-    """cos(t w_i) then sin(t w_i), w_i = max_period^(-i / (width/2)) (Ho et al. 2020, in GLIDE's order: cosines first).
+def sinusoid(time: jax.Array, width: int) -> jax.Array:
+    """cos(t w_i) then sin(t w_i), w_i = 10000^(-i / (width/2)) (Ho et al. 2020, in GLIDE's order: cosines first).
 
     Args:
       time: [B], any real or integer dtype.
@@ -18,7 +18,7 @@ def sinusoid(time: jax.Array, width: int, max_period: float = 10000.0) -> jax.Ar
       f32[B, width] (f64 in JAX's x64 mode).
     """
     half = width // 2
-    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=float) / half)
+    frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=float) / half)
     angle = time.astype(float)[:, None] * frequency[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 

@@ -12,10 +12,10 @@ from unclip_jax.plan.chips import TPUS
 from unclip_jax.plan.steps import Counts, Report, count_train, plan_train
 from unclip_jax.tasks.remat import POLICIES
 
+COMPILED = 3  # candidates, of those for TPUs
 
-def search(
-    config: ConfigDict, devices, chip: str, clip: ConfigDict | None = None, compile_best: int = 3
-) -> list[Report]:
+
+def search(config: ConfigDict, devices, chip: str, clip: ConfigDict | None = None) -> list[Report]:
     """Train steps over meshes (data, fsdp) of the devices, 1, 1/2 and 1/4 of the config's batch, and remat policies.
 
     Those that fit come first, and of them the fastest by predicted seconds a picture. Arithmetic on shapes predicts
@@ -36,7 +36,7 @@ def search(
     candidates.sort(key=order)
     places = {policy: itertools.count() for policy in POLICIES}
     turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(candidates)]
-    tried = [at for *_, at in sorted(turns)[:compile_best]] if chip in TPUS else []
+    tried = [at for *_, at in sorted(turns)[:COMPILED]] if chip in TPUS else []
     best = [plan_train(run, chip, counts=counts) for _, run, counts in (candidates[at] for at in tried)]
     rest = [report for at, (report, *_) in enumerate(candidates) if at not in tried]
     return sorted(best, key=lambda r: (not r.fits, r.seconds_a_picture)) + rest
