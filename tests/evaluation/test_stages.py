@@ -102,7 +102,7 @@ def test_the_prior_is_measured_by_guidance_and_steps(runs):
     assert rows[0][3] != rows[1][3] and rows[0][4:] == rows[1][4:]
     own = trained.load(runs["prior_diffusion"])
     task = dataclasses.replace(own.task, sampler={**own.task.sampler, "guidance": 3.0, "steps": 4})
-    found = tasks.measure(task, own.frozen, own.params, own.batches(0), 1, 0)
+    found = tasks.measurer(task)(own.frozen, own.params, own.batches(0), 1)
     assert rows[1][3] == pytest.approx(found["cosine"], rel=1e-5)
 
 

@@ -58,7 +58,7 @@ def measure(
     own = load(where, step, stage, source, path)
     count = -(-num // own.batch_size)
     n, split = count * own.batch_size, own.source.split
-    metrics = tasks.measure(own.task, own.frozen, own.params, own.batches(seed), count, seed)
+    metrics = tasks.measurer(own.task, seed)(own.frozen, own.params, own.batches(seed), count)
     _check_finite(metrics, where)
     if task == "clip":
         more = clip.tables(own, n, seed, **lines)
@@ -103,7 +103,7 @@ def prior(own: TrainedStage, count: int, seed: int, points: Sequence[dict]) -> l
     for point in points:
         task = dataclasses.replace(own.task, sampler={**own.task.sampler, **point})
         tasks.check_task(task)
-        found = tasks.measure(task, own.frozen, own.params, own.batches(seed), count, seed)
+        found = tasks.measurer(task, seed)(own.frozen, own.params, own.batches(seed), count)
         _check_finite(found, f"the prior at {point}")
         used = [task.sampler[name] for name in settings]
         names = ("cosine", "cosine_of_text_embedding", "cosine_of_mean", "cosine_of_others")

@@ -29,8 +29,8 @@ from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
     "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_task", "clip_identity", "freeze",
-    "load_clip", "load_stage", "make", "measure", "measure_x0_variance", "measurer", "needs_clip", "policies",
-    "with_policy", "without_remat",
+    "load_clip", "load_stage", "make", "measure_x0_variance", "measurer", "needs_clip", "policies", "with_policy",
+    "without_remat",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -120,13 +120,11 @@ def check(config, has_clip: bool) -> None:
     policies(config)
 
 
-def measure(task: Task, frozen: Mapping, params: Any, batches: Iterator[Batch], count: int, seed: int = 0) -> dict:
-    """`task.evaluate` averaged over the next `count` batches: {metric: float}. The same seed, the same numbers."""
-    return measurer(task, seed)(frozen, params, batches, count)
-
-
 def measurer(task: Task, seed: int = 0) -> Callable[..., dict[str, float]]:
-    """`measure` of one task, (frozen, params, batches, count) → {metric: float}, compiled once for many calls."""
+    """`task.evaluate` averaged over the next `count` batches, compiled once for many calls.
+
+    → (frozen, params, batches, count) → {metric: float}. The same seed, the same numbers.
+    """
 
     @jax.jit
     def step(frozen, params, batch, index):
