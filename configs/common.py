@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 SCHEDULE_STEPS = 1000
 GUIDED = dict(rescale=0.0, interval=None, threshold=None)  # of `sampler` where diffusion is guided: guidance as it is
+TOKENIZER_OF_CLIP = dict(path="", vocab_size=0, max_len=0)  # none of its own: the stage learns against a CLIP
 
 
 def base(task: str, **blocks) -> ConfigDict:

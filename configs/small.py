@@ -100,7 +100,7 @@ def prior(v: dict, data: dict):
             candidates=v.get("candidates", 2),
             **common.GUIDED,
         ),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.06, b2=0.96, eps=1e-6),
         eval=dict(batches=2, preview=32),
@@ -116,7 +116,7 @@ def prior_ar(v: dict, data: dict):
         model=dict(caption="tokens", **{k: v[k] for k in ("dims", "buckets", "width", "layers", "heads")}, **PLAIN),
         objective=dict(text_drop=0.1),
         sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=v.get("candidates", 2)),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         data=data,
         optim=dict(lr=1e-3, warmup=min(200, v["num_steps"] // 4), weight_decay=0.04, b2=0.98),
         eval=dict(batches=2, preview=32),
@@ -151,7 +151,7 @@ def decoder(v: dict, data: dict):
             **({"inpaint": True} if v.get("inpaint") else {}),
         ),
         sampler=dict(name="ddpm", steps=v["steps"], guidance=2.0, **common.GUIDED),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         data=data,
         optim={"lr": 1e-3, "warmup": min(200, v["num_steps"] // 4), "weight_decay": 0.01, **v.get("optim", {})},
         every=dict(preview=1000, eval=1000),

@@ -52,7 +52,7 @@ def get_config(variant: str = ""):
             **({"inpaint": True} if v.get("inpaint") else {}),
         ),
         sampler=dict(name="ddpm", steps=250, guidance=1.25, **common.GUIDED),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         optim=shared.adamw(lr=1.2e-4, weight_decay=0.0, b2=0.999, eps=1e-8),
         ema_decay=0.9999,
     )

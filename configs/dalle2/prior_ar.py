@@ -49,7 +49,7 @@ def get_config(variant: str = ""):
         ),
         objective=dict(text_drop=0.1),
         sampler=dict(temperature=1.0, top_p=1.0, guidance=1.0, candidates=2),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         optim=shared.adamw(lr=1.6e-4, weight_decay=4.0e-2, b2=0.91, eps=1e-10),
         ema_decay=0.999,
     )

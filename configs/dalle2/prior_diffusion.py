@@ -33,7 +33,7 @@ def get_config(variant: str = ""):
         diffusion=dict(name="cosine", num_steps=common.SCHEDULE_STEPS),
         objective=dict(text_drop=0.1, clip_x0=5.0),
         sampler=dict(name="ddpm", steps=64, guidance=1.0, candidates=2, **common.GUIDED),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         optim=shared.adamw(lr=1.1e-4, weight_decay=6.0e-2, b2=0.96, eps=1e-6),
         ema_decay=0.9999,
     )

@@ -43,7 +43,7 @@ def get_config(variant: str = ""):
             image_size=64, target="eps", clip_drop=0.1, text_drop=0.3, vlb_weight=0.001, empty_caption=True
         ),
         sampler=dict(name="ddpm", steps=25, guidance=8.0),
-        tokenizer=dict(path="", vocab_size=0, max_len=0),  # the CLIP's
+        tokenizer=common.TOKENIZER_OF_CLIP,
         optim=shared.adamw(lr=1.2e-4, weight_decay=0.0, b2=0.999, eps=1e-8),
         ema_decay=0.9999,
     )
