@@ -54,7 +54,7 @@ def base(task: str, **blocks) -> ConfigDict:
 
 
 def choose(variant: str, variants: dict[str, dict]) -> dict:
-    """The named variant's settings; "" is the first. KeyError lists the names."""
+    """The named variant's settings; "" is the first. ValueError lists the names."""
     if variant and variant not in variants:
-        raise KeyError(f"unknown variant '{variant}'; use one of {', '.join(variants)}")
+        raise ValueError(f"unknown variant '{variant}'; use one of {', '.join(variants)}")
     return variants[variant or next(iter(variants))]

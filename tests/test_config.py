@@ -33,7 +33,7 @@ MAIN = """
         if arg == "tiny":
             c.model.width = 8
         elif arg:
-            raise KeyError(f"variant {arg!r} is unknown; variants: tiny")
+            raise ValueError(f"variant {arg!r} is unknown; variants: tiny")
         return c
 """
 

@@ -193,8 +193,7 @@ def _run(path: Path, variant: str) -> ConfigDict:
         except SyntaxError as error:
             raise UserError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
         except (KeyError, ValueError) as error:
-            missed = isinstance(error, KeyError) and not _raised(error)  # a key that a dict lacks, and no words
-            what = str(error.args[0]) if error.args and not missed else repr(error)
+            what = str(error.args[0]) if error.args and isinstance(error, ValueError) else repr(error)
             raise UserError(f"config {path}, variant {variant!r}: {what} ({_line(error, path)})") from error
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and error.code in SIGNALLED:
@@ -203,11 +202,6 @@ def _run(path: Path, variant: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {path} must return a ConfigDict, not {type(config).__name__}")
     return config
-
-
-def _raised(error: Exception) -> bool:
-    """Whether a statement raised it, with words of its own."""
-    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
 
 
 def _line(error: BaseException, path: Path) -> str:
