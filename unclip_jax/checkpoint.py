@@ -22,7 +22,7 @@ class Checkpoints:
     """The checkpoints of one run, newest `keep` kept; the one that writes them. All hosts call every method.
 
     Args:
-      workdir: folder of the run, local or gs://; `checkpoints/` is made in it.
+      workdir: folder of the run; `checkpoints/` is made in it.
       keep: steps kept, >= 1.
       async_: write while training goes on; `save` returns once the arrays are copied to the host.
     """

@@ -1,4 +1,4 @@
-"""Where that which is being traced will run, and what that asks for."""
+"""The platform the traced program will run on (the mesh's devices, else jax's default), and what follows from it."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint

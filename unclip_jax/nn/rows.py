@@ -2,7 +2,8 @@
 
 Weights that are split over the same devices as the batch ("fsdp") may pull activations along: XLA then splits features
 instead of rows, and sums them over devices in every layer, several times the traffic of gathering the weights. Models
-name no axis but by `rows`, which does nothing unless the function is traced by `sharding.split_rows`.
+name no mesh axis; only `nn.attention` does, which splits a fused kernel over heads and rows, and `rows`, which does
+nothing unless the function is traced by `sharding.split_rows`.
 """
 
 import itertools

@@ -1,12 +1,12 @@
 """The pre-LN Transformer that CLIP's towers, the prior and the caption encoder share.
 
-Layers are scanned: one block is compiled whatever the depth, and its parameters carry a leading axis [layers]. On a
-GPU they are unrolled, for there a loop's body copies its layer's weights and what it keeps for the backward pass, but
-with `remat="full"`, which asks for the least memory; and where the Transformer itself runs in a loop, `nn.drawing` cuts
-the weights before it.
-So cut, keys and values of a sequence can be kept (`return_kv`) and given back (`kv`) as a prefix that is not run again:
-exact wherever the prefix cannot see what follows it, as under a causal mask. It comes in parts, which are not copied
-together. What is drawn token by token has its own in a buffer, into which each token's are written in its place (`at`).
+By default the layers are a scan: one block is compiled whatever the depth, and parameters carry a leading axis
+[layers]. On a GPU the loop is unrolled, because a loop would copy each layer's weights and saved activations;
+`remat="full"` keeps the scan, for the least memory. Where the Transformer itself runs in a loop, as in sampling,
+`nn.drawing` cuts the weights into layers before it.
+With layers so cut, `return_kv` returns a prefix's keys and values and `kv` takes them back, which is exact under a
+causal mask: the prefix is not run again. They come in parts, which are not copied together. A sequence that is drawn
+token by token has its own in a buffer, into which each token's are written in its place (`at`).
 """
 
 import functools
