@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,18 +26,11 @@ class Moments(NamedTuple):
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray | Iterable[np.ndarray]) -> Moments:
-        """Of [N, D] features, or of an iterable of such blocks, one of which is held at once (Chan et al. 1979)."""
-        blocks = [features] if isinstance(features, np.ndarray) else features
-        total = None
-        for block in blocks:
-            block = checked(block)
-            mean = block.mean(0)
-            own = cls(len(block), mean, (block - mean[None]).T @ (block - mean[None]))
-            total = own if total is None else total.merge(own)
-        if total is None:
-            raise UserError("there are no features to measure")
-        return total
+    def of(cls, features: np.ndarray) -> Moments:
+        """Of [N, D] features."""
+        features = checked(features)
+        mean = features.mean(0)
+        return cls(len(features), mean, (features - mean[None]).T @ (features - mean[None]))
 
     @classmethod
     def weighted(cls, features: np.ndarray, counts: np.ndarray) -> Moments:
@@ -48,7 +41,7 @@ class Moments(NamedTuple):
         return cls(n, mean, (away * counts[:, None]).T @ away)
 
     def merge(self, other: Moments) -> Moments:
-        """Of both sets of features together."""
+        """Of both sets of features together (Chan et al. 1979)."""
         n, gap = self.n + other.n, other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(gap, gap) * (self.n * other.n / n)
         return Moments(n, self.mean + gap * (other.n / n), scatter)
