@@ -60,22 +60,19 @@ def test_inception_score_is_the_exponent_of_the_mean_divergence():
         scores.inception_score(logits[:9])
 
 
-def found(z_img, z_txt, image_of, k):
+def found(z_img, z_txt, k):
     """Recall by sorting, both ways."""
     near = z_img @ z_txt.T / np.outer(np.linalg.norm(z_img, axis=1), np.linalg.norm(z_txt, axis=1))
-    by_image = [any(image_of[t] == i for t in np.argsort(-near[i])[:k]) for i in range(len(z_img))]
-    by_text = [image_of[t] in np.argsort(-near[:, t])[:k] for t in range(len(z_txt))]
-    return np.mean(by_image), np.mean(by_text)
+    return tuple(np.mean([i in np.argsort(-sims[i])[:k] for i in range(len(z_img))]) for sims in (near, near.T))
 
 
 def test_recall_is_what_sorting_finds():
     z_img = RNG.standard_normal((30, 5))
-    image_of = np.r_[np.arange(30), np.arange(0, 30, 2)]  # every other image has two captions
-    z_txt = z_img[image_of] + 0.8 * RNG.standard_normal((45, 5))
+    z_txt = z_img + 0.8 * RNG.standard_normal((30, 5))
     for chunk in (4, 100):
-        got = probes.recall(z_img, z_txt, image_of, chunk=chunk)
+        got = probes.recall(z_img, z_txt, chunk=chunk)
         for k in (1, 5, 10):
-            assert (got["image_to_text"][k], got["text_to_image"][k]) == found(z_img, z_txt, image_of, k)
+            assert (got["image_to_text"][k], got["text_to_image"][k]) == found(z_img, z_txt, k)
     assert 0.2 < got["image_to_text"][1] < got["image_to_text"][10]
 
 
@@ -89,7 +86,6 @@ def test_embeddings_all_alike_find_nothing():
     [
         (lambda: probes.recall(X, Y), "50 images and 40 captions"),
         (lambda: probes.recall(X[:8], X[:8]), "recall@10 needs at least 10"),
-        (lambda: probes.recall(X[:20], Y, np.arange(40)), "images 0 … 39"),
         (lambda: probes.class_prompts([], ["a {}"]), "empty"),
         (lambda: probes.class_prompts(["cat", "dog", "cat"], ["a {}"]), "'cat' is listed more than once"),
         (lambda: probes.class_prompts(["cat"], []), "no prompt template"),
