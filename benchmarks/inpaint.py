@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unclip_jax import gallery
 from unclip_jax.data.shapes import Shapes, describe, render
 from unclip_jax.metrics.intervals import wilson
 from unclip_jax.metrics.shapes_oracle import read, score
@@ -59,9 +60,16 @@ def judge(case: dict, result: np.ndarray) -> dict[str, bool]:
     }
 
 
+def contact_sheet(made: list[dict], images: np.ndarray) -> np.ndarray:
+    """Each case's picture beside its result u8[N, S, S, 3], under which the prompt stands."""
+    sheet = []
+    for case, image in zip(made, images, strict=True):
+        sheet += [gallery.Picture(case["image"], "given"), gallery.Picture(image, case["prompt"])]
+    return gallery.labelled_grid(sheet, columns=2)
+
+
 def main(argv=None) -> None:
     """Draws, judges, prints one row, and writes it with a contact sheet beside it if told."""
-    from unclip_jax import gallery
     from unclip_jax.pipeline import UnCLIP
     from unclip_jax.storage import write_text
 
@@ -94,9 +102,7 @@ def main(argv=None) -> None:
     if args.out:
         report = {"model": args.model, "num": args.num, "seed": args.seed, "settings": given, **shares}
         write_text(Path(args.out), json.dumps(report, indent=2) + "\n")
-        sheet = [[gallery.Picture(case["image"], "given"), gallery.Picture(image, case["prompt"])]
-                 for case, image in zip(made, images, strict=True)]  # fmt: skip
-        gallery.write_image(Path(args.out).with_suffix(".png"), gallery.labelled_grid(sheet[:32]), report)
+        gallery.write_image(Path(args.out).with_suffix(".png"), contact_sheet(made[:32], images[:32]), report)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def make_shards(folder: Path, shards: int, count: int) -> Path:
 def ours(folder: Path, batches: int, seed: int) -> int:
     """Reads `batches`; how many pictures that were."""
     source = WebDataset(str(folder), "all", SIDE, index=str(folder.with_name(f"{folder.name}-index")))
-    stream = loader.batches(source, None, BATCH, seed=seed, num_threads=1, prefetch=1, process_index=0, process_count=1)
+    stream = loader.batches(source, None, BATCH, seed=seed, num_threads=1, prefetch=1)
     count = sum(len(next(stream)["image"]) for _ in range(batches))
     stream.close()
     return count
@@ -110,7 +110,7 @@ def resident() -> float:
 def memory(folder: Path, epochs: int) -> list[float]:
     """MiB in memory after each epoch of one stream of ours."""
     source = WebDataset(str(folder), "all", SIDE, index=str(folder.with_name(f"{folder.name}-index")))
-    stream = loader.batches(source, None, BATCH, num_threads=1, prefetch=1, process_index=0, process_count=1)
+    stream = loader.batches(source, None, BATCH, num_threads=1, prefetch=1)
     held = []
     for _ in range(epochs):
         for _ in range(len(source) // BATCH):
@@ -140,7 +140,7 @@ def index(folder: Path, records: int) -> dict:
     return {"records": len(source), **told, "thousand": time.perf_counter() - begin}
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Runs the parts asked for and prints tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("speed", "memory", "index"))
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--records", type=int, default=1_000_000, help="of the index")
     parser.add_argument("--out", type=Path, help="JSON of all numbers")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.sched_setaffinity(0, {args.core})
     found = {}
     if args.only in (None, "speed", "memory"):

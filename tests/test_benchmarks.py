@@ -14,9 +14,10 @@ import pytest
 
 import benchmarks
 from benchmarks import device as devices
-from benchmarks import rows, run
+from benchmarks import inpaint, loader, rows, run
 from benchmarks.sides import our_task
 from benchmarks.sizes import SIZES, doubled
+from unclip_jax import gallery
 
 HERE = devices.GPU._replace(torch="cpu", compiled=False)
 
@@ -133,6 +134,40 @@ def test_a_run_goes_on_after_a_row_that_fails_and_starts_none_too_late(monkeypat
     assert list(json.loads(out.read_text())["rows"]) == ["a-row", "another"]
     run.main(["--device", "gpu", "--warm", "--seconds", "-1"])
     assert capsys.readouterr().out.endswith("s; skipped: a-row, another\n")
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Pictures of 16 px in batches of 4; the processor that the script would choose is left as it is."""
+    monkeypatch.setattr(loader, "SIDE", 16)
+    monkeypatch.setattr(loader, "BATCH", 4)
+    monkeypatch.setattr(loader.os, "sched_setaffinity", lambda *_: None)
+
+
+@pytest.mark.parametrize("part", ["speed", "memory", "index"])
+def test_the_loader_is_measured(part, small_shards, tmp_path):
+    if part == "speed":
+        pytest.importorskip("webdataset")
+    sizes = {"shards": 2, "count": 6, "batches": 2, "repeats": 1, "epochs": 2, "records": 300}
+    given = [f"--{name}={size}" for name, size in {**sizes, "only": part, "work": tmp_path / "shards"}.items()]
+    loader.main([*given, "--out", str(tmp_path / "told.json")])
+    told = json.loads((tmp_path / "told.json").read_text())[part]
+    if part == "speed":
+        assert all(told[side]["cpu"] > 0 and len(told[side]["all"]) == 1 for side in ("ours", "webdataset"))
+    elif part == "memory":
+        assert len(told) == 2 and min(told) > 0
+    else:
+        assert told["records"] == 300 and told["make"] > 0
+
+
+def test_fillings_stand_beside_what_was_given():
+    made = inpaint.cases(2, 32)
+    sheet = inpaint.contact_sheet(made, 255 - np.stack([case["image"] for case in made]))
+    scale = gallery.LEAST_CELL // 32
+    row = sheet[4 : 4 + 32 * scale].astype(int)
+    given, filled = row[:, 4 : 4 + 32 * scale], row[:, 12 + 32 * scale : 12 + 64 * scale]
+    assert sheet.shape[1] == 2 * (32 * scale + 8) and (given + filled == 255).all()
+    assert (given[::scale, ::scale] == made[0]["image"]).all()
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
