@@ -30,6 +30,9 @@ def runs(tmp_path_factory):
     for name in ("prior", "prior_ar", "decoder"):
         made[name].clip = str(root / "clip")
         made[name].clip_identity = tasks.clip_identity(params["clip"])
+    made["glide"] = ConfigDict(made["decoder"].to_dict() | {"clip": "", "clip_identity": ""})
+    made["glide"].model.embed_dim = 0
+    params["glide"] = tiny_stack.weights(made["glide"])
     for name, stage in made.items():
         save(root / name, stage, params[name], None if name == "upsampler" else words)
     save(root / "other", made["clip"], tiny_stack.weights(made["clip"], seed=3), words)
@@ -64,6 +67,28 @@ def test_a_stack_may_hold_either_prior_or_both(priors, runs, tmp_path):
 def test_a_stack_needs_a_prior(runs, tmp_path):
     with pytest.raises(UserError, match="needs a prior .*--prior-ar"):
         collect(tmp_path / "s", runs["clip"], None, runs["decoder"])
+
+
+def test_a_decoder_without_clip_is_a_stack(runs, tmp_path):
+    out = collect(tmp_path / "s", None, None, runs["glide"], [runs["upsampler"]], analytic=["decoder"])
+    assert load_stack(out).stages["decoder"].params["x0_variance"].shape == (tiny_stack.TRAINED_STEPS,)
+    again = UnCLIP.load(collect(tmp_path / "t", None, None, out))  # and a stack's tokenizer is known too
+    assert set(again.tasks) == {"decoder"} and again.tokenizer.to_json() == tiny_stack.tokenizer().to_json()
+    assert again.generate(["a red circle"], steps=2, progress=False).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("clip", "prior", "glide"), "decoder in .* knows no CLIP, so it takes no CLIP and no prior"),
+        ((None, "prior", "glide"), "prior in .* was trained with a CLIP, and none is given"),
+        ((None, None, "decoder"), "decoder in .* was trained with a CLIP, and none is given.*by --clip"),
+    ],
+)
+def test_clip_is_given_where_it_is_known_and_nowhere_else(given, words, runs, tmp_path):
+    with pytest.raises(UserError, match=words):
+        collect(tmp_path / "s", *(name and runs[name] for name in given))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_stack_loads_as_a_pipeline(stack):

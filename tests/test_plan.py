@@ -175,7 +175,7 @@ def test_collectives_of_a_compiled_program():
 def test_held_bytes_are_those_that_a_device_holds(stage):
     """The abstract run against a real state under the same shardings."""
     config = tiny_runs.config(stage, mesh__fsdp=4)
-    clip = tiny_runs.config("clip") if stage in tasks.WITH_CLIP else None
+    clip = tiny_runs.config("clip") if stage in tiny_runs.WITH_CLIP else None
     run = abstract(config, jax.devices(), clip)
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), run.state)
     device = jax.devices()[3]
@@ -195,12 +195,12 @@ def test_a_stage_is_drawn_as_in_a_stack(stage):
     clip, config = tiny_runs.config("clip"), tiny_runs.config(stage)
     if stage == "upsampler":
         config.loader.crop = 8
-    run = abstract(config, 1, clip if stage in tasks.WITH_CLIP else None)
+    run = abstract(config, 1, clip if stage in tiny_runs.WITH_CLIP else None)
     teacher, b = tasks.make(clip).model, config.batch_size
     length, wide = teacher.text["max_len"], shape(b, teacher.embed_dim)
     tokens, mask = jax.ShapeDtypeStruct((b, length), jnp.int32), jax.ShapeDtypeStruct((b, length), jnp.bool_)
     rows, asked = {"low": shape(b, 16 // run.task.factor, 16 // run.task.factor, 3)} if stage == "upsampler" else {}, 0
-    if stage in tasks.WITH_CLIP:
+    if stage in tiny_runs.WITH_CLIP:
         ask = lambda params, *caption: teacher.apply({"params": params}, *caption, method="embed_text")  # noqa: E731
         asked = count_flops(ask, run.frozen["clip"], tokens, mask)
         states = shape(b, length, teacher.text["width"])

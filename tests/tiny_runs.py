@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
-from unclip_jax import checkpoint, sharding, tasks
+from unclip_jax import checkpoint, sharding
 from unclip_jax import config as configs
 from unclip_jax.run import Run, make_run
 from unclip_jax.train_step import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
+WITH_CLIP = ("prior_diffusion", "prior_ar", "decoder")
 STAGES = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler")
 # The same for a test that takes long: quick runs have it of one stage.
 STAGES_SLOWLY = [*(pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES if stage != "prior_ar"), "prior_ar"]
@@ -71,7 +72,7 @@ def spec(stage: str, **changes) -> tuple[str, list[str]]:
     settings = {**RUN, **NETWORK[stage]}
     if stage == "clip":
         settings["tokenizer.path"] = str(folder() / "tokenizer.json")
-    if stage in tasks.WITH_CLIP:
+    if stage in WITH_CLIP:
         settings["clip"] = str(folder() / "clip")
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     return f"{ROOT}/configs/shapes/{stage}.py:tiny", [f"{name}={value}" for name, value in settings.items()]

@@ -20,7 +20,7 @@ NETWORKS = {
 
 
 def clip_of(stage):
-    return tasks.make(tiny_runs.config("clip")).model if stage in tasks.WITH_CLIP else None
+    return tasks.make(tiny_runs.config("clip")).model if stage in tiny_runs.WITH_CLIP else None
 
 
 @pytest.mark.parametrize("stage", NETWORKS)

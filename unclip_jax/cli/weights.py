@@ -7,10 +7,11 @@ from unclip_jax.errors import UserError
 def add_export(commands) -> None:
     """Declares the command and its flags."""
     sub = command(commands, export, "export", "Collect trained stages into one directory to sample from.")
+    more = dict.fromkeys(("prior", "prior-ar"), "; one of the two priors, or both")
+    more["clip"] = "; left out with the priors where the decoder knows none"
     for name in ("clip", "prior", "prior-ar", "decoder"):
-        needed = not name.startswith("prior")
-        about = "workdir of its run, or a stack" + ("" if needed else "; one of the two priors, or both")
-        sub.add_argument(f"--{name}", required=needed, metavar="DIR", help=about)
+        about = "workdir of its run, or a stack" + more.get(name, "")
+        sub.add_argument(f"--{name}", required=name == "decoder", metavar="DIR", help=about)
     sub.add_argument("--upsampler", action="append", default=[], metavar="DIR", help="alike; may be given again")
     sub.add_argument("out", metavar="OUT", help="the directory to make")
     sub.add_argument(

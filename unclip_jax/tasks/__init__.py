@@ -28,9 +28,8 @@ from unclip_jax.tasks.remat import policies, with_policy
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "WITH_CLIP", "FrozenCLIP", "Task", "adopt", "check", "check_task", "clip_identity", "freeze",
-    "load_clip", "load_stage", "make", "measure_x0_variance", "measurer", "needs_clip", "policies", "with_policy",
-    "without_remat",
+    "TASKS", "FrozenCLIP", "Task", "adopt", "check", "check_task", "clip_identity", "freeze", "load_clip", "load_stage",
+    "make", "measure_x0_variance", "measurer", "needs_clip", "policies", "with_policy", "without_remat",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]
@@ -49,7 +48,7 @@ class Task(Protocol):
 
     @classmethod
     def from_config(cls, config, clip: CLIP | None = None) -> "Task":
-        """The stage that a config describes; `clip`, the frozen one's network, for those of WITH_CLIP alone."""
+        """The stage that a config describes; `clip`, the frozen one's network, for those that need it alone."""
 
     def init(self, rng: jax.Array) -> Any:
         """Fresh parameters."""
@@ -80,7 +79,7 @@ TASKS = {
     "decoder": DecoderTask,
     "upsampler": UpsamplerTask,
 }
-WITH_CLIP = ("prior_diffusion", "prior_ar", "decoder")  # learn against a frozen CLIP
+_WITH_CLIP = ("prior_diffusion", "prior_ar", "decoder")  # learn against a frozen CLIP
 SHARES = ("text_drop", "clip_drop", "blur_share")
 
 
@@ -107,7 +106,7 @@ def make(config, clip: CLIP | None = None) -> Task:
 
 def needs_clip(config) -> bool:
     """Whether a stage learns against a frozen CLIP: the prior, and the decoder unless `model.embed_dim` = 0 (GLIDE)."""
-    return config.task in WITH_CLIP and config.model.get("embed_dim") != 0
+    return config.task in _WITH_CLIP and config.model.get("embed_dim") != 0
 
 
 def check(config, has_clip: bool) -> None:
