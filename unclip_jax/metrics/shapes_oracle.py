@@ -3,7 +3,7 @@
 Every pixel is explained as a mixture of the background and one of the world's colours, which keeps blurred
 edges readable; connected regions of one colour are objects; an object's shape is the one whose own rendering,
 of the same area and centroid, overlaps it best. A stain of less than half a colour's strength is overlooked.
-Nothing is learned; numpy only.
+Nothing is learned.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def read(image: np.ndarray) -> Reading:
     nearest = np.take_along_axis(error, colour[..., None], -1)[..., 0]
     amount = np.take_along_axis(share, colour[..., None], -1)[..., 0]
     solid = (amount > 0.5) | (nearest > OFF_COLOUR)
-    labels, areas = components(np.where(solid, colour + 1, 0))
-    kept = _objects(labels, areas, max(1, round(size / 32)))
+    labels = components(np.where(solid, colour + 1, 0))
+    kept = _objects(labels, max(1, round(size / 32)))
     seen = []
     for k in kept:
         mask = labels == k
@@ -101,71 +101,40 @@ def _mixtures(offset, lines):
     return share, np.sqrt(np.maximum(square, 0))
 
 
-def components(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Regions of equal nonzero class that touch by side or corner, by joining the runs of neighbouring rows.
+def components(classes: np.ndarray) -> np.ndarray:
+    """Regions of equal nonzero class that touch by side or corner, numbered from 1; int[H, W], 0 the background.
 
     Args:
       classes: int[H, W]; 0 is background.
-
-    Returns: labels int[H, W], -1 on the background, and the area of each label in pixels.
     """
-    height, width = classes.shape
-    edge = np.ones((height, width + 1), bool)
-    edge[:, 1:-1] = classes[:, 1:] != classes[:, :-1]
-    starts = np.argwhere(edge[:, :-1])  # in the order of rows, as the ends below
-    ends = np.argwhere(edge[:, 1:])[:, 1] + 1
-    runs = [(int(y), int(a), int(b), int(classes[y, a]))
-            for (y, a), b in zip(starts, ends, strict=True) if classes[y, a]]
-    parent = list(range(len(runs)))
+    from scipy.ndimage import label
 
-    def root(k):
-        while parent[k] != k:
-            parent[k] = k = parent[parent[k]]
-        return k
-
-    above, here, row = [], [], -1
-    for k, (y, a, b, c) in enumerate(runs):
-        if y != row:
-            above, here, row = (here if y == row + 1 else []), [], y
-        here.append(k)
-        for j in above:
-            _, a2, b2, c2 = runs[j]
-            if c2 == c and a2 <= b and a <= b2:
-                parent[root(k)] = root(j)
-    names = {k: n for n, k in enumerate(sorted({root(k) for k in range(len(runs))}))}
-    labels = np.full((height, width), -1)
-    areas = np.zeros(len(names), np.int64)
-    for k, (y, a, b, _) in enumerate(runs):
-        n = names[root(k)]
-        labels[y, a:b] = n
-        areas[n] += b - a
-    return labels, areas
+    labels = np.zeros(classes.shape, np.int64)
+    for one in np.unique(classes[classes != 0]):
+        found, _ = label(classes == one, np.ones((3, 3)))
+        labels = np.where(found, labels.max() + found, labels)
+    return labels
 
 
-def _objects(labels, areas, pixel):
+def _objects(labels, pixel):
     """The labels that are objects, largest first: no specks, and no thin fringes of a larger one's edge."""
-    large = [k for k in np.argsort(-areas, kind="stable") if areas[k] >= SPECK * labels.size]
+    names, first, areas = np.unique(labels, return_index=True, return_counts=True)
+    large = [k for k in np.lexsort((first, -areas)) if names[k] and areas[k] >= SPECK * labels.size]
     kept = []
-    for k in large:
-        mask = labels == k
+    for name in names[large]:
+        mask = labels == name
         touches = (np.isin(labels, kept) & _grow(mask, 1)).any()
         thin = _grow(~mask, pixel).all()
         if not (touches and thin):
-            kept.append(k)
+            kept.append(name)
     return kept
 
 
 def _grow(mask, steps):
     """The mask and all within `steps` pixels of it (in the maximum norm)."""
-    for axis in (0, 1):
-        out = mask.copy()
-        for k in range(1, steps + 1):
-            ahead, behind = [slice(None)] * 2, [slice(None)] * 2
-            ahead[axis], behind[axis] = slice(k, None), slice(None, -k)
-            out[tuple(ahead)] |= mask[tuple(behind)]
-            out[tuple(behind)] |= mask[tuple(ahead)]
-        mask = out
-    return mask
+    from scipy.ndimage import maximum_filter
+
+    return maximum_filter(mask, 2 * steps + 1, mode="constant")
 
 
 @functools.cache
