@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: str | Path, profile: str | Path | None = 
 
 
 def _store(saved: checkpoint.Checkpoints, meter: Meter, meta: dict, step: int, state: TrainState) -> None:
-    saved.save(step, state, {**meta, **meter.stored(), "data_step": step})
+    saved.save(step, state, {**meta, **meter.stored()})
 
 
 def _log(saved: checkpoint.Checkpoints, logs: Logs, store: Callable, number: int, state: TrainState) -> None:

@@ -25,7 +25,7 @@ def final(config, workdir):
     run = make_run(config, workdir)
     with checkpoint.Checkpoints(workdir, config.keep) as saved:
         state, meta, step = saved.restore(sharding.abstract(run.shapes, run.shardings))
-    assert step == meta["data_step"] == int(state.step) == config.num_steps
+    assert step == int(state.step) == config.num_steps
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
     lines = [{name: value for name, value in line.items() if name not in OF_TIME} for line in lines]
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
