@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from unclip_jax.data.images import SUFFIXES, center_crop_resize, open_image
-from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, hashed
 from unclip_jax.errors import UserError
 from unclip_jax.storage import read_text, sha256
 
@@ -92,7 +92,7 @@ class Folder(Source):
     def digest(self, num: int) -> str:
         """Of names, captions and the bytes of the files."""
         records = self.records[:num]
-        return digest(itertools.chain(*records, contents([self.path / file for file, _ in records])))
+        return hashed(itertools.chain(*records, contents([self.path / file for file, _ in records])))
 
 
 def contents(files: Sequence[Path]) -> list[bytes]:

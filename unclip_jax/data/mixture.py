@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unclip_jax.data.source import Source, digest
+from unclip_jax.data.source import Source, hashed
 from unclip_jax.errors import UserError, is_number
 
 PERIOD = 1000  # records after which the pattern of parts comes again
@@ -76,7 +76,7 @@ class Mixture(Source):
         return part.caption(number)
 
     def digest(self, num: int) -> str:
-        return digest(part.digest(num) for part in self.parts)
+        return hashed(part.digest(num) for part in self.parts)
 
     def _place(self, i: int) -> tuple[Source, int]:
         """(the part that record i is of, its number there)."""

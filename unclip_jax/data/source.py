@@ -60,7 +60,7 @@ class Source(abc.ABC):
         return ""
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
+def hashed(parts: Iterable[str | bytes]) -> str:
     """16 hexadecimal digits of a SHA-256 of texts and bytes one after the other, each with its length."""
     whole = hashlib.sha256()
     for part in parts:

@@ -2,7 +2,7 @@
 
 from unclip_jax.data.folder import held_out
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
-from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, hashed
 from unclip_jax.errors import UserError
 
 PREPARE = "prepare it with: tfds build NAME --data_dir=DIR --file_format=array_record"
@@ -76,7 +76,7 @@ class Tfds(Source):
 
     def digest(self, num: int) -> str:
         """Of the data set's name, configuration and version."""
-        return digest([self.full_name, self.image_key, self.caption_key])
+        return hashed([self.full_name, self.image_key, self.caption_key])
 
 
 def _builder(name: str, data_dir: str):

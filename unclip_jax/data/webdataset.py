@@ -13,7 +13,7 @@ import numpy as np
 from unclip_jax.data.folder import SPLITS
 from unclip_jax.data.images import BadImage, center_crop_resize, decode_image
 from unclip_jax.data.shards import Files
-from unclip_jax.data.source import EmptySplit, Source, check_arguments, digest
+from unclip_jax.data.source import EmptySplit, Source, check_arguments, hashed
 from unclip_jax.data.tar_index import open_index
 from unclip_jax.data.tar_scan import CUT, DOTTED, SEEN, UNREAD
 from unclip_jax.errors import UserError
@@ -84,12 +84,12 @@ class WebDataset(Source):
         def told(i: int) -> str:
             shard, entry = self._entry(i)
             try:
-                return digest(self._read(shard, int(entry[k]), int(entry[f"{k}_size"])) for k in ("image", "text"))
+                return hashed(self._read(shard, int(entry[k]), int(entry[f"{k}_size"])) for k in ("image", "text"))
             except BadImage:
                 return ""
 
         with ThreadPoolExecutor(8) as pool:
-            return digest(pool.map(told, range(min(num, len(self)))))
+            return hashed(pool.map(told, range(min(num, len(self)))))
 
     def _warn(self, path: str, packed: list[str]) -> None:
         """Tells of shards and records that whoever made them will miss."""

@@ -16,7 +16,7 @@ from PIL import Image
 from unclip_jax import data, gallery
 from unclip_jax.data import folder as data_folder
 from unclip_jax.data.images import FORMATS, SUFFIXES, BadImage, center_crop_resize, open_image
-from unclip_jax.data.source import digest
+from unclip_jax.data.source import hashed
 from unclip_jax.errors import UserError
 from unclip_jax.storage import read_json
 
@@ -56,7 +56,7 @@ class DrawnPictures:
 
     def __init__(self, draw: Callable[[Sequence[str], int], np.ndarray], captions: Sequence[str], size: int, about):
         self.draw, self.captions, self.size = draw, list(captions), size
-        self.about = {**about, "captions": digest(self.captions)}
+        self.about = {**about, "captions": hashed(self.captions)}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -111,7 +111,7 @@ class PictureFolder:
         self.files = self.files[:num]
         self.size = self._look()
         told = data_folder.contents([self.path / file for file in self.files])
-        self.about = {"images": self.path.resolve().name, "files": digest(self.files), "records": digest(told)}
+        self.about = {"images": self.path.resolve().name, "files": hashed(self.files), "records": hashed(told)}
 
     def _look(self) -> int:
         """The side of the middle squares, from the files' headers."""

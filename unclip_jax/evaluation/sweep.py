@@ -15,7 +15,8 @@ from unclip_jax.evaluation.pictures import Pictures
 from unclip_jax.evaluation.protocol import Measured, Protocol
 from unclip_jax.evaluation.reference import Reference
 from unclip_jax.evaluation.report import Report, Samples, Table, versions
-from unclip_jax.evaluation.work import Work, fingerprint
+from unclip_jax.evaluation.work import Work
+from unclip_jax.storage import digest
 
 MAX_POINTS = 200
 FIDELITY = ("FID", "FD-CLIP", "CMMD")
@@ -99,7 +100,7 @@ def run(
     found = [_facts(point, each) for point, each in zip(points, measured, strict=True)]
     networks = {key: network.identity for key, network in protocol.networks.items()}
     decides = {"metrics": list(protocol.metrics), "networks": networks, "bootstrap": protocol.replicates, **facts}
-    decided = fingerprint({**decides, "points": [point["pictures"] for point in found]})
+    decided = digest({**decides, "points": [point["pictures"] for point in found]})
     facts = {"kind": "pictures", "hash": decided, "versions": versions(), **decides, "warnings": said, "points": found}
     tables = [_one(measured[0])] if len(points) == 1 else [_many(points, measured)]
     frontier = _frontier(points, measured)

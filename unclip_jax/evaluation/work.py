@@ -9,7 +9,6 @@ all read them in the end.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import tempfile
@@ -22,15 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import new_file, write_text
+from unclip_jax.storage import digest, new_file, write_text
 
 BLOCK = 256  # pictures
 _OWN = re.compile(r"(real|drawn)-[0-9a-f]{16}(-\d{5}\.npz|\.json)")
-
-
-def fingerprint(settings: dict) -> str:
-    """16 hexadecimal digits that tell these JSON values from others."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Work:
@@ -56,7 +50,7 @@ class Work:
     def series(self, name: str, decides: dict, total: int) -> "Series":
         """What `decides` (JSON values) decides of `total` pictures, begun or not."""
         decides = {**decides, "total": total, "block": BLOCK}
-        name = f"{name}-{fingerprint(decides)}"
+        name = f"{name}-{digest(decides)}"
         about = self.path / f"{name}.json"
         if jax.process_index() == 0 and not about.exists():
             write_text(about, json.dumps(decides, indent=2) + "\n")
