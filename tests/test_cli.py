@@ -169,7 +169,7 @@ def test_a_failed_write_leaves_nothing(run, stack, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unclip_jax.data.images.save_png", fail)
+    monkeypatch.setattr("unclip_jax.data.images.png", fail)
     code, _, err = run(*sample(stack, "--out", "made"))
     assert code == 2 and len(err) == 1 and "No space left" in err[0]
     assert list(tmp_path.iterdir()) == []

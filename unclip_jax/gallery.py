@@ -14,7 +14,6 @@ import base64
 import contextlib
 import hashlib
 import html
-import io
 import json
 import os
 import re
@@ -30,7 +29,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax.errors import UserError
-from unclip_jax.storage import write_text
+from unclip_jax.storage import write_text, writing
 
 INDEX = "pictures.json"
 GRID = "grid.png"
@@ -101,13 +100,18 @@ def check_file(out: str | os.PathLike, suffix: str, overwrite: bool = False) -> 
 
 def write_image(path: Path, image: np.ndarray, metadata: Mapping | None = None) -> None:
     """Writes u8[H, W, 3] as PNG, whole or not at all; its folder is made."""
-    from unclip_jax.data.images import save_png
+    from unclip_jax.data import images
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(path, image, metadata)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+    content = images.png(image, metadata)
+    with writing(path) as stream:
+        stream.write(content)
+
+
+def data_uri(image: np.ndarray) -> str:
+    """u8[H, W, 3] as the address of a PNG that is in itself."""
+    from unclip_jax.data import images
+
+    return "data:image/png;base64," + base64.b64encode(images.png(image)).decode()
 
 
 def write(
@@ -165,10 +169,9 @@ def labelled_grid(pictures: Sequence[Picture], columns: int) -> np.ndarray:
 
 def _figure(picture: Picture, facts: Mapping) -> str:
     """One picture of the page: as data, every text escaped."""
-    data = base64.b64encode(_png(picture.image)).decode()
     told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
     return (
-        f'<figure><img alt="{_text(picture.label)}" src="data:image/png;base64,{data}">'
+        f'<figure><img alt="{_text(picture.label)}" src="{data_uri(picture.image)}">'
         f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
     )
 
@@ -246,14 +249,6 @@ def _animate(folder: Path, images: Sequence[np.ndarray]) -> None:
     webp, gif = (folder / name for name in ANIMATIONS)
     frames[0].save(webp, save_all=True, append_images=frames[1:], duration=times, loop=0, lossless=True)
     frames[0].save(gif, save_all=True, append_images=frames[1:], duration=times, loop=0)
-
-
-def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _text(value) -> str:

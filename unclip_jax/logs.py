@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from unclip_jax import distributed, optim, sharding, tasks, track
 from unclip_jax.data import images
+from unclip_jax.gallery import write_image
 from unclip_jax.meter import Meter
 from unclip_jax.storage import new_file
 
@@ -134,8 +135,7 @@ class Checks:
         pictures = np.asarray(self.draw(params, self.run.frozen, self.batch))
         path = self.run.workdir / "previews" / f"step_{number:07d}.png"
         if distributed.is_main():
-            path.parent.mkdir(exist_ok=True)
-            images.save_png(path, images.grid(pictures, min(len(pictures), size)), {"step": str(number)})
+            write_image(path, images.grid(pictures, min(len(pictures), size)), {"step": str(number)})
         return path
 
     def evaluate(self, params) -> dict[str, float]:

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import new_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -210,17 +209,18 @@ def _wrap(text: str, font, width: int, lines: int = 2) -> list[str]:
     return out or [""]
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping | None = None) -> None:
-    """Writes u8[H, W, 3] as PNG, whole or not at all; the same picture and metadata give the same bytes.
+def png(image: np.ndarray, metadata: Mapping | None = None) -> bytes:
+    """u8[H, W, 3] as PNG; the same picture and metadata give the same bytes.
 
     Args:
       metadata: text chunks in this order; values that are not text are written as JSON with sorted keys.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"save_png takes u8[H, W, 3], got {image.dtype}{list(image.shape)}")
+        raise ValueError(f"a PNG is made of u8[H, W, 3], not {image.dtype}{list(image.shape)}")
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-    with new_file(path) as stream:
-        Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()

@@ -21,7 +21,7 @@ from unclip_jax import gallery
 from unclip_jax.data.images import open_image
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.pictures import PictureFolder
-from unclip_jax.evaluation.report import Report, Table, data_uri, html, read
+from unclip_jax.evaluation.report import Report, Table, html, read
 from unclip_jax.metrics.intervals import wilson
 from unclip_jax.storage import write_text
 
@@ -141,7 +141,7 @@ def _shown(folder: PictureFolder, file: str) -> str:
     if max(pixels.shape[:2]) <= SIDE // 2:  # small pictures are enlarged without smoothing
         scale = SIDE // max(pixels.shape[:2])
         pixels = np.asarray(Image.fromarray(pixels).resize((image.width * scale, image.height * scale), 0))
-    return data_uri(pixels)
+    return gallery.data_uri(pixels)
 
 
 def _votes(file: str, page: str, trials: int) -> tuple[str, dict[int, str]]:

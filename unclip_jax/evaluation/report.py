@@ -4,8 +4,6 @@ The page is whole in itself: pictures and plots are inside, no script, nothing i
 (captions, names of files) is escaped.
 """
 
-import base64
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 import unclip_jax
 from unclip_jax import gallery
@@ -133,7 +130,7 @@ def page(report: Report) -> str:
     for title, images, captions in report.samples:
         captions = list(captions) or [""] * len(images)
         cells = [
-            f'<figure><img alt="" src="{data_uri(image)}"><figcaption>{escape(text)}</figcaption></figure>'
+            f'<figure><img alt="" src="{gallery.data_uri(image)}"><figcaption>{escape(text)}</figcaption></figure>'
             for image, text in zip(images, captions, strict=False)
         ]
         parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(cells)}</div>')
@@ -154,13 +151,6 @@ def html(title: str, body: str, policy: str, style: str = STYLE) -> str:
         f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
         f"<style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
-
-
-def data_uri(image: np.ndarray) -> str:
-    """u8[H, W, 3] as the address of a PNG that is in itself."""
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _html_table(table: Table) -> str:
