@@ -29,7 +29,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax.errors import UserError
-from unclip_jax.storage import write_text, writing
+from unclip_jax.storage import check_writable, write_text, writing
 
 INDEX = "pictures.json"
 GRID = "grid.png"
@@ -276,13 +276,10 @@ def _writable(out: str | os.PathLike) -> Path:
     if path.is_symlink() and not path.exists():
         raise UserError(f"out={str(out)!r} is a link to nothing", "give another --out, or remove the link")
     try:
-        above = path if path.is_dir() else path.absolute().parent
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise UserError(f"out={str(out)!r} cannot be made: {above} is a file", "give another --out")
-        with tempfile.TemporaryFile(dir=above):  # permissions alone do not tell, least of all to root
-            pass
+        check_writable(path if path.is_dir() else path.absolute().parent)
+    except NotADirectoryError as error:
+        what = f"out={str(out)!r} cannot be made: {error.filename} is a file"
+        raise UserError(what, "give another --out") from error
     except OSError as error:
         raise UserError(
             f"out={str(out)!r} is not writable ({error.strerror or error})", "give another --out"

@@ -1,6 +1,7 @@
 """Files and directories that are there whole or not at all, and texts read with a bound on their size."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -56,6 +57,17 @@ def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) ->
         raise UserError(f"{kind} {out} could not be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError unless files can be written into a folder or, where it is not there, above it; makes nothing."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    with tempfile.TemporaryFile(dir=there):  # permissions alone do not tell, least of all to root
+        pass
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """`unclip train`."""
 
-import os
 from pathlib import Path
 
 from unclip_jax.cli.arguments import command, done
 from unclip_jax.errors import UserError
+from unclip_jax.storage import check_writable
 
 
 def add(commands) -> None:
@@ -26,15 +26,13 @@ def run(args) -> int:
     """Trains one stage; 0, or 75 when it was stopped and saved."""
     from unclip_jax.config import load_config
 
-    if args.profile is not None and not _can_hold(Path(args.profile).expanduser()):
-        raise UserError(f"--profile={args.profile!r} must be a folder that can be written", "choose another")
+    if args.profile is not None:
+        try:
+            check_writable(Path(args.profile).expanduser())
+        except OSError as error:
+            what = f"--profile={args.profile!r} must be a folder that can be written"
+            raise UserError(what, "choose another") from error
     config = load_config(args.config, args.overrides)
     from unclip_jax.train import train as loop
 
     return loop(config, args.workdir, args.profile)
-
-
-def _can_hold(folder: Path) -> bool:
-    """Whether files can be written into a folder, or it can be made."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
-    return there.is_dir() and os.access(there, os.W_OK)

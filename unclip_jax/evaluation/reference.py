@@ -17,7 +17,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.features import Network
 from unclip_jax.evaluation.work import Series
 from unclip_jax.metrics import distances
-from unclip_jax.storage import new_file
+from unclip_jax.storage import writing
 
 
 class Reference(NamedTuple):
@@ -54,12 +54,8 @@ def save(file: Path, real: Reference, about: Mapping, networks: Mapping[str, Net
     facts = {"pictures": dict(about), "networks": {key: network.identity for key, network in networks.items()}}
     arrays = {f"{key}_features": features.astype(np.float32) for key, features in real.by_network.items()}
     arrays |= {"mu": real.moments.mean, "sigma": real.moments.covariance, "n": np.array(real.n)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(file) as stream:
-            np.savez(stream, about=np.array(json.dumps(facts, sort_keys=True)), **arrays)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
+    with writing(file) as stream:
+        np.savez(stream, about=np.array(json.dumps(facts, sort_keys=True)), **arrays)
 
 
 def load(

@@ -11,7 +11,6 @@ all read them in the end.
 import dataclasses
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax.errors import UserError
-from unclip_jax.storage import digest, new_file, write_text
+from unclip_jax.storage import check_writable, digest, write_text, writing
 
 BLOCK = 256  # pictures
 _OWN = re.compile(r"(real|drawn)-[0-9a-f]{16}(-\d{5}\.npz|\.json)")
@@ -34,8 +33,7 @@ class Work:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            check_writable(path)
         except OSError as error:
             raise UserError(f"work={str(path)!r} is not writable ({error.strerror or error})") from None
 
@@ -103,8 +101,5 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    try:
-        with new_file(file) as stream:
-            np.savez(stream, **arrays)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error})") from error
+    with writing(file) as stream:
+        np.savez(stream, **arrays)
