@@ -153,9 +153,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, with `run` the function for them; UserError for what is unknown or out of range."""
+    """The arguments, with `run` the function for them, and `flags` that the command has; UserError for what is unknown
+    or out of range."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    own = vars(args).pop("parser")  # of the command
+    args.flags = [flag for action in own._actions for flag in action.option_strings]
     block = getattr(args, "block", None)  # "config" or "data": whose keys may be given one by one
     overrides = [a for a in rest if block and a.startswith(f"--{block}.")]
     unknown = [a for a in rest if a not in overrides]

@@ -33,13 +33,8 @@ def command(commands, run, name: str, about: str, **kwargs) -> Parser:
     """A command `name` that runs `run(args)`."""
     sub = commands.add_parser(name, help=about, description=about, **kwargs)
     sub.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, parser=sub)
     return sub
-
-
-def done(sub: Parser) -> None:
-    """Remembers the flags, for suggestions."""
-    sub.set_defaults(flags=[flag for action in sub._actions for flag in action.option_strings])
 
 
 def add_model(sub: Parser) -> None:

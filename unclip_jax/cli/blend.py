@@ -2,7 +2,7 @@
 
 import os
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, checked_text, command, done, frames, load
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, checked_text, command, frames, load
 from unclip_jax.cli.pictures import at_most, finish, name_of, read_picture
 from unclip_jax.errors import UserError
 
@@ -24,7 +24,6 @@ def add(commands) -> None:
     add_output(sub)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

@@ -2,7 +2,7 @@
 
 import json
 
-from unclip_jax.cli.arguments import MAX_PICTURES, command, count, done, listed, seed
+from unclip_jax.cli.arguments import MAX_PICTURES, command, count, listed, seed
 from unclip_jax.errors import UserError
 
 REPORT = "write the report, with every unreadable record of those read, and up to 100 that an index of tars left out"
@@ -18,7 +18,6 @@ def add(commands) -> None:
     sub.add_argument("--cols", type=count, default=6, help="pictures a row (6)")
     sub.add_argument("--out", required=True, metavar="FILE.png")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
-    done(sub)
     sub = command(what, check, "check", "Read records, and tell what is in them and which cannot be read.")
     _add_source(sub)
     sub.add_argument("--num", type=count, default=1000, help="records, evenly over the source (1000)")
@@ -26,7 +25,6 @@ def add(commands) -> None:
     sub.add_argument("--out", metavar="FILE.json", help=REPORT)
     sub.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
-    done(sub)
     sub = command(what, embed, "embed", "Work out CLIP's embeddings once, to train priors from.")
     _add_source(sub, split=False)
     sub.add_argument("--clip", required=True, metavar="DIR", help="workdir of a CLIP run, or a stack")
@@ -34,7 +32,6 @@ def add(commands) -> None:
     sub.add_argument("--batch-size", type=count, default=64, help="pictures embedded at once (64)")
     sub.add_argument("--states", action="store_true", help="keep caption states, for priors that take them")
     sub.add_argument("--out", required=True, metavar="DIR", help="an unfinished one is gone on with")
-    done(sub)
 
 
 def _add_source(sub, split: bool = True) -> None:

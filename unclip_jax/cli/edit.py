@@ -6,7 +6,6 @@ from unclip_jax.cli.arguments import (
     add_settings,
     checked_text,
     command,
-    done,
     frames,
     load,
     share,
@@ -26,7 +25,6 @@ def add(commands) -> None:
     add_output(sub)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import unclip_jax
-from unclip_jax.cli.arguments import add_model, add_settings, command, count, done, listed, load, number_from
+from unclip_jax.cli.arguments import add_model, add_settings, command, count, listed, load, number_from
 from unclip_jax.errors import UserError
 
 NUM = 200
@@ -63,7 +63,6 @@ def add(commands) -> None:
     others = len(sub._actions)
     add_settings(sub)
     sub.set_defaults(sampling=[action.dest for action in sub._actions[others:]])
-    done(sub)
     # None until given, so that `task_of` knows what was; it fills in the rest.
     usual = {a.dest: a.default for a in sub._actions if a.default not in (None, argparse.SUPPRESS)}
     sub.set_defaults(**dict.fromkeys(usual), usual=usual)

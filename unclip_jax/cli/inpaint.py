@@ -2,7 +2,7 @@
 
 import argparse
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of, share
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, prompts_of, share
 from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 from unclip_jax.errors import UserError
 
@@ -23,7 +23,6 @@ def add(commands) -> None:
     add_output(sub)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

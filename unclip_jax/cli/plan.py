@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from unclip_jax.cli.arguments import command, count, done
+from unclip_jax.cli.arguments import command, count
 from unclip_jax.environment import meanwhile
 from unclip_jax.errors import UserError
 
@@ -25,7 +25,6 @@ def add(commands) -> None:
     sub.add_argument("--out", metavar="FILE.json", help="write the numbers")
     sub.add_argument("--overwrite", action="store_true", help="replace what is there")
     sub.set_defaults(block="config")
-    done(sub)
 
 
 def run(args) -> int:

@@ -7,7 +7,6 @@ from unclip_jax.cli.arguments import (
     checked_text,
     command,
     count,
-    done,
     listed,
     load,
 )
@@ -24,7 +23,6 @@ def add(commands) -> None:
     add_output(sub)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

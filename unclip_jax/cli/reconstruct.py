@@ -1,6 +1,6 @@
 """`unclip reconstruct`."""
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, counts, done, load
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, counts, load
 from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 from unclip_jax.errors import UserError
 
@@ -16,7 +16,6 @@ def add(commands) -> None:
     sub.add_argument("--data-num", type=count, default=4096, metavar="N", help="pictures to measure them on (4096)")
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

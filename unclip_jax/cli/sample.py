@@ -3,7 +3,7 @@
 import argparse
 import itertools
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, prompts_of
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, prompts_of
 from unclip_jax.cli.pictures import at_most, finish
 from unclip_jax.cli.programs import keep
 from unclip_jax.errors import UserError
@@ -33,7 +33,6 @@ def add_sample(commands) -> None:
     sub.add_argument("--compile-only", action="store_true", help=about)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def add_demo(commands) -> None:
@@ -44,7 +43,6 @@ def add_demo(commands) -> None:
     add_model(sub)
     add_settings(sub)
     sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True, compile_only=False)
-    done(sub)
 
 
 def sample(args) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unclip_jax.cli.arguments import command, done
+from unclip_jax.cli.arguments import command
 from unclip_jax.errors import UserError
 from unclip_jax.storage import check_writable
 
@@ -19,7 +19,6 @@ def add(commands) -> None:
     )
     sub.add_argument("--profile", metavar="DIR", help="trace a few steps with jax's profiler into this folder")
     sub.set_defaults(block="config")
-    done(sub)
 
 
 def run(args) -> int:

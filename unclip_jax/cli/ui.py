@@ -2,7 +2,7 @@
 
 import argparse
 
-from unclip_jax.cli.arguments import command, count, done
+from unclip_jax.cli.arguments import command, count
 from unclip_jax.cli.programs import keep
 
 
@@ -15,7 +15,6 @@ def add(commands) -> None:
     sub.add_argument("--port", type=port, default=7860, help="1 … 65535 (7860)")
     sub.add_argument("--low-memory", action="store_true", help="one stage's weights on the device at a time")
     sub.add_argument("--dtype", help="of the weights: float32 or bfloat16 (on a CPU float32, elsewhere as stored)")
-    done(sub)
 
 
 def run(args) -> None:

@@ -1,6 +1,6 @@
 """`unclip vary`."""
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, done, load, share
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, share
 from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 
 
@@ -17,7 +17,6 @@ def add(commands) -> None:
     add_output(sub)
     add_model(sub)
     add_settings(sub)
-    done(sub)
 
 
 def run(args) -> None:

@@ -1,6 +1,6 @@
 """`unclip export` and `unclip convert`."""
 
-from unclip_jax.cli.arguments import command, done, listed
+from unclip_jax.cli.arguments import command, listed
 from unclip_jax.errors import UserError
 
 
@@ -19,7 +19,6 @@ def add_export(commands) -> None:
     )
     sub.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     sub.add_argument("--overwrite", action="store_true", help="replace the stack that is there")
-    done(sub)
 
 
 def add_convert(commands) -> None:
@@ -36,7 +35,6 @@ def add_convert(commands) -> None:
     sub.add_argument("--sha256", metavar="HEX", help="refuse a PATH, one file of weights, that has another")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is written")
     sub.add_argument("--overwrite", action="store_true", help="replace what such a command made there")
-    done(sub)
 
 
 def export(args) -> None:
