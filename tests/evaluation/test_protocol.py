@@ -198,6 +198,13 @@ def test_other_pictures_of_the_same_names_and_sizes_are_not_taken_for_them(tmp_p
     assert pictures.RealPictures(first, 4, {}).captions() == [f"number {k}" for k in range(4)]
 
 
+def test_a_real_picture_is_made_once(monkeypatch):
+    made, make = [], shapes.Shapes.__getitem__
+    monkeypatch.setattr(shapes.Shapes, "__getitem__", lambda self, i: made.append(i) or make(self, i))
+    block = pictures.RealPictures(shapes.Shapes("test", 16), 4, {}).block(1, 3)
+    assert made == [1, 2] and len(block.images) == len(block.captions) == 2
+
+
 def test_embeddings_are_not_measured_as_pictures(monkeypatch):
     class Embedded(list):
         clip_identity = "a"

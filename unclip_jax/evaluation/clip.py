@@ -1,6 +1,7 @@
 """What CLIP's embeddings know: retrieval both ways, zero-shot classification with prompt ensembling, a linear probe."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def tables(
     see = lambda images: extract(images)["features"]  # noqa: E731
     labels = labeller(own.source, classes)
     prompts = probes.class_prompts(labels[0], templates) if labels else []
-    examples = [own.source[i] for i in _readable(own.source, num, seed)]
+    examples = [record for _, record in itertools.islice(_readable(own.source, seed), num)]
     captions = [example["caption"] for example in examples]
     z_txt = features.embed_texts(model, own.params, own.tokenizer, [*captions, *prompts], size)  # compiled once
     found = [_retrieval(see([example["image"] for example in examples]), z_txt[: len(captions)])]
@@ -104,11 +105,7 @@ def labeller(source, classes: Sequence[str] | None) -> tuple[list[str], Callable
 def _labelled(source, label, classes: int, num: int, seed: int):
     """The first `num` pictures that have a class, in an order that the seed decides: (pictures, classes)."""
     images, labels = [], []
-    for i in np.random.default_rng(seed).permutation(len(source))[: 20 * num].tolist():
-        try:
-            record = source[i]
-        except BadImage:
-            continue
+    for i, record in _readable(source, seed, 20 * num):
         found = label(source, i, record)
         if found is not None:
             images.append(record["image"])
@@ -122,15 +119,11 @@ def _labelled(source, label, classes: int, num: int, seed: int):
     return images, labels
 
 
-def _readable(source, num: int, seed: int) -> list[int]:
-    """`num` examples in an order that the seed decides, without damaged ones."""
-    found = []
-    for i in np.random.default_rng(seed).permutation(len(source)).tolist():
+def _readable(source, seed: int, tries: int | None = None) -> Iterator[tuple[int, dict]]:
+    """(number, record) in an order that the seed decides, without damaged ones; of the first so many, None: of all."""
+    for i in np.random.default_rng(seed).permutation(len(source))[:tries].tolist():
         try:
-            source[i]
+            record = source[i]
         except BadImage:
             continue
-        found.append(i)
-        if len(found) == num:
-            break
-    return found
+        yield i, record

@@ -80,7 +80,10 @@ class RealPictures:
         return self.num
 
     def block(self, start: int, stop: int) -> PictureBlock:
-        read = lambda i: (self.source[i]["image"], self.source[i]["caption"])  # noqa: E731
+        def read(i):
+            record = self.source[i]
+            return record["image"], record["caption"]
+
         return _readable(read, start, stop, self.num, max(MAX_BAD, self.source.max_bad))
 
     def captions(self) -> list[str]:
