@@ -127,6 +127,11 @@ def test_mistakes_are_user_errors(folder, tmp_path):
     refused("holds no embeddings", path=str(tmp_path))
     refused("data.split='tset' was not embedded.*test", split="tset")
     meta = json.loads((folder / "embeddings.json").read_text())
-    for name, change in {"version": {"version": 9}, "not what": {"fields": {"z": ["O", [1]]}}, "holds 0": {}}.items():
+    for change in ({"z": ["O", [1]]}, {"z": ["<f4", [0]]}, {"z": 4}, None):
+        (tmp_path / "embeddings.json").write_text(json.dumps({**meta, "fields": change}))
+        refused("not what", path=str(tmp_path))
+    for name, change in {"version": {"version": 9}, "not what": {"splits": {"train": "9"}}, "holds 0": {}}.items():
         (tmp_path / "embeddings.json").write_text(json.dumps({**meta, **change}))
         refused(name, path=str(tmp_path))
+    (tmp_path / "embeddings.json").write_text("{")
+    refused("not readable JSON", path=str(tmp_path))

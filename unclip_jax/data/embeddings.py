@@ -4,7 +4,6 @@
     train-00000.arrayrecord …    records of fixed size: the fields' bytes, little-endian, one after the other
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 
 from unclip_jax.data.images import BadImage
 from unclip_jax.data.source import Source
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_whole, suggest
+from unclip_jax.storage import read_json
 
 META = "embeddings.json"
 VERSION = 1
@@ -85,16 +85,23 @@ def pack(arrays: dict[str, np.ndarray]) -> bytes:
 
 def read_meta(folder: Path) -> dict:
     """The checked contents of embeddings.json."""
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if meta["version"] != VERSION:
-            what = f"{folder / META} has version {meta['version']!r}, and {VERSION} is read here"
-            raise UserError(what, "make it anew")
-        for name, (dtype, shape) in meta["fields"].items():
-            assert re.fullmatch(r"<[fi]\d|\|b1", dtype) and all(isinstance(n, int) and n > 0 for n in shape), name
-        assert all(isinstance(n, int) for n in meta["splits"].values()) and isinstance(meta["clip_identity"], str)
-    except OSError as e:
-        raise UserError(f"{folder} holds no embeddings ({e.strerror or e})", "make them with: unclip data embed") from e
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as e:
-        raise UserError(f"{folder / META} is not what `unclip data embed` writes ({e})", "make it anew") from e
+    file = folder / META
+    if not file.is_file():
+        raise UserError(f"{folder} holds no embeddings", "make them with: unclip data embed")
+    meta = read_json(file, "what `unclip data embed` writes", fix="make it anew")
+    if meta.get("version") != VERSION:
+        raise UserError(f"{file} has version {meta.get('version')!r}, and {VERSION} is read here", "make it anew")
+    if not _is_sound(meta):
+        raise UserError(f"{file} is not what `unclip data embed` writes", "make it anew")
     return meta
+
+
+def _is_sound(meta: dict) -> bool:
+    try:
+        dtypes, shapes = zip(*meta["fields"].values(), strict=True)
+        sizes = all(is_whole(n, 1) for shape in shapes for n in shape)
+        lengths = all(is_whole(n, 0) for n in meta["splits"].values())
+        known = all(re.fullmatch(r"<[fi]\d|\|b1", dtype) for dtype in dtypes)
+        return known and sizes and lengths and isinstance(meta["clip_identity"], str)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
