@@ -139,7 +139,8 @@ def test_the_cache_is_used_and_a_damaged_one_replaced(few, monkeypatch, tmp_path
 def test_an_unwritable_cache_is_no_error(few, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(icons.Icons("train", 16)._drawings) == len(few)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert len(icons.Icons("train", 16)._drawings) == len(few)
 
 
 @pytest.mark.parametrize(

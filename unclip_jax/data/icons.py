@@ -11,8 +11,8 @@ held-out split takes whole bases, so that no kind of a held-out emoji was seen i
 import functools
 import hashlib
 import io
-import logging
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +21,6 @@ import numpy as np
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.storage import new_file, user_cache
-
-log = logging.getLogger(__name__)
 
 RECORDS_PER_BASE = {"train": 16, "test": 4, "heldout": 4}
 HELD_OUT_PERCENT = 10
@@ -240,7 +238,6 @@ def _drawings(icons: tuple[dict, ...], size: int) -> np.ndarray:
             return cached
     except (OSError, ValueError, EOFError):
         pass
-    log.info("rendering %d drawings at %d pixels into %s", len(icons), size, path)
     with ThreadPoolExecutor() as pool:
         drawings = np.stack(list(pool.map(lambda icon: _render(icon["path"], size), icons)))
     try:
@@ -248,5 +245,5 @@ def _drawings(icons: tuple[dict, ...], size: int) -> np.ndarray:
         with new_file(path) as stream:
             np.save(stream, drawings, allow_pickle=False)
     except OSError as e:
-        log.warning("cannot keep the rendered drawings (%s); the next start renders them again", e)
+        warnings.warn(f"the rendered icons cannot be kept, so the next start renders them again ({e})", stacklevel=2)
     return drawings
