@@ -34,9 +34,9 @@ import numpy as np
 
 from benchmarks.mfu_sizes import STAGES, Size
 from unclip_jax import config as configs
+from unclip_jax.meter import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
-GIB = 1 << 30
 TRIES = 2  # sizes of a stage, each of which is compiled
 # Of the card's memory; jax's own default, three quarters, leaves one idle. jax refuses the old name beside the new one.
 FRACTION, OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+GIB = 1 << 30
 # Dense bf16 FLOP/s of a chip, as in the data sheets that `plan.chips.CHIPS` names.
 FLOPS = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12, "a100": 312e12, "h100": 989e12, "h200": 989e12}
 # The chip by the start of jax's device_kind. Others have no MFU.

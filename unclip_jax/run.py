@@ -20,6 +20,7 @@ from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_number, is_whole, said_of, suggest
 from unclip_jax.fingerprint import by_path
+from unclip_jax.meter import GIB
 from unclip_jax.storage import read_text
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.train_step import TrainState, init_state
@@ -31,7 +32,6 @@ MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", 
 # What configs of older versions did not say, and what was done without.
 UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
 TOKENIZER_CAPTIONS = 20_000
-GIB = 1 << 30
 MOST_STEPS = 2**31 - 1  # the step is an i32
 PRIORS = ("prior_diffusion", "prior_ar")
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}

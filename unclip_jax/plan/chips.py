@@ -10,9 +10,7 @@ import jax
 
 from unclip_jax.environment import meanwhile
 from unclip_jax.errors import UserError, suggest
-from unclip_jax.meter import FLOPS
-
-GIB = 1 << 30
+from unclip_jax.meter import FLOPS, GIB
 
 
 class Chip(NamedTuple):

@@ -1,6 +1,6 @@
 """Reports of `steps` and rankings of `search` for reading; every time in them is a prediction."""
 
-from unclip_jax.plan.chips import GIB
+from unclip_jax.meter import GIB
 from unclip_jax.plan.steps import Report
 
 
