@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from unclip_jax import data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, suggest
+from unclip_jax.settings import role_of, upsampler_names
 from unclip_jax.stack import ROLES
 from unclip_jax.tokenizer import Tokenizer
 
@@ -51,14 +52,14 @@ def collect(
         raise UserError("a stack needs a prior to draw from prompts", "give --prior, --prior-ar, or both")
     runs = {"clip": clip, "prior": prior, "prior_ar": prior_ar, "decoder": decoder}
     runs = {name: path for name, path in runs.items() if path is not None}
-    runs |= {f"upsampler_{k + 1}" if k else "upsampler": path for k, path in enumerate(upsamplers)}
+    runs |= zip(upsampler_names(len(upsamplers)), upsamplers, strict=True)
     diffusing = [name for name in runs if name not in ("clip", "prior_ar")]
     for name in analytic:
         if name not in diffusing:
             raise UserError(f"analytic={name!r} is no stage with a sampler of diffusion", suggest(name, diffusing))
     stages, frozen, vocabulary = {}, None, None
     for name, path in runs.items():
-        stage = tasks.load_stage(path, ROLES[name if name in ROLES else "upsampler"])
+        stage = tasks.load_stage(path, ROLES[role_of(name)])
         facts = stage.extra
         if name == "clip":
             frozen, vocabulary = tasks.freeze(stage), stage.tokenizer_json

@@ -23,7 +23,7 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.diffusion.guide import is_one
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.fetch import fetched
-from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of
+from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of, role_of
 from unclip_jax.stack import OnDemand
 from unclip_jax.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Runner:
     @property
     def upsamplers(self) -> list[str]:
         """The stages that enlarge, in the order they run."""
-        return [name for name in self.tasks if name.startswith("upsampler")]
+        return [name for name in self.tasks if role_of(name) == "upsampler"]
 
     @property
     def size(self) -> int:
@@ -93,7 +93,7 @@ class Runner:
         used = {}
         prior = self._prior(changes)
         for name in [n for n in self.tasks if n != "clip" and (n == prior or n not in PRIORS.values())]:
-            config, own = self.configs[name], changes.of(_role(name))
+            config, own = self.configs[name], changes.of(role_of(name))
             if "steps" in own and own["steps"] > config.diffusion.num_steps:
                 trained = config.diffusion.num_steps
                 raise UserError(f"{name}: {own['steps']} steps are more than the {trained} it was trained with")
@@ -285,10 +285,6 @@ class Runner:
 def fold(keys: jax.Array, number: int) -> jax.Array:
     """Each picture's key for stage `number`."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
-def _role(stage: str) -> str:
-    return "upsampler" if stage.startswith("upsampler") else stage
 
 
 def _square(image, number: int, side: int) -> np.ndarray:

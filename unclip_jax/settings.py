@@ -86,6 +86,16 @@ SETTINGS = {
 }
 
 
+def upsampler_names(count: int) -> list[str]:
+    """The stages of so many upsamplers, as they run: "upsampler", "upsampler_2", …"""
+    return ["upsampler", *(f"upsampler_{k}" for k in range(2, count + 1))][:count]
+
+
+def role_of(stage: str) -> str:
+    """The key of SETTINGS for a stage: its name, for upsamplers "upsampler"."""
+    return "upsampler" if stage.startswith("upsampler") else stage
+
+
 def prior_of(used) -> str | None:
     """The stage of the prior among the settings of the stages that draw; None where there is none."""
     return next((name for name in PRIORS.values() if name in used), None)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from unclip_jax import tasks as task_registry
 from unclip_jax.errors import UserError
 from unclip_jax.nn.drawing import foreseen, placed
-from unclip_jax.settings import PRIORS
+from unclip_jax.settings import PRIORS, role_of, upsampler_names
 from unclip_jax.weights import Stage, describe_stack, load_stack
 
 ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
@@ -115,7 +115,7 @@ def _chain(configs: Mapping[str, ConfigDict], path: Path) -> dict[str, str]:
     upsamplers = sorted(by_task.pop("upsampler", []), key=lambda name: configs[name].data.size)
     if by_task:
         raise UserError(f"stack {path}: task {sorted(by_task)[0]!r} is unknown", "update unclip_jax")
-    chain |= {f"upsampler_{k + 1}" if k else "upsampler": name for k, name in enumerate(upsamplers)}
+    chain |= zip(upsampler_names(len(upsamplers)), upsamplers, strict=True)
     return chain
 
 
@@ -139,7 +139,7 @@ def _check_sizes(path: Path, made: Mapping[str, Any]) -> None:
     """Each upsampler draws what the one before it, times its factor, has for a side."""
     side = made["decoder"].image_size
     for name, task in made.items():
-        if name.startswith("upsampler"):
+        if role_of(name) == "upsampler":
             if task.image_size != side * task.factor:
                 made_of = f"makes {task.factor * side} pixels of {side}, and was made for {task.image_size}"
                 raise UserError(f"stack {path}: {name} {made_of}", "export stages whose sizes follow each other")
