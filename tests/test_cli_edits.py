@@ -216,62 +216,6 @@ def test_sample_writes_a_page_on_request(run, stack, quick, tmp_path):  # noqa: 
 RED, GREEN = (200, 30, 40), (20, 180, 60)
 
 
-def halves(mode="RGB", left=RED, right=GREEN, size=(6, 4)):
-    image = Image.new(mode, size, left)
-    image.paste(right, (size[0] // 2, 0, *size))
-    return image
-
-
-def deep(path):
-    """16-bit grey, 0 and full."""
-    x = np.zeros((4, 6), np.uint16)
-    x[:, 3:] = 65535
-    Image.fromarray(x).save(path)
-
-
-def clear(path):
-    image = halves("RGBA", (*RED, 255), (*GREEN, 0))
-    image.save(path)
-
-
-def turned(path):
-    """Stored upright, to be shown turned by 90 degrees clockwise."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    halves().save(path, exif=exif)
-
-
-READ = {
-    "rgb.png": (lambda p: halves().save(p), RED, GREEN),
-    "clear.png": (clear, RED, (255, 255, 255)),
-    "deep.png": (deep, (0, 0, 0), (255, 255, 255)),
-    "grey.png": (lambda p: halves("L", 10, 200).save(p), (10, 10, 10), (200, 200, 200)),
-    "bits.png": (lambda p: halves("1", 0, 1).save(p), (0, 0, 0), (255, 255, 255)),
-    "palette.gif": (lambda p: halves().quantize(4).save(p), RED, GREEN),
-    "cmyk.jpg": (lambda p: halves("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (32, 16)).save(p, quality=100),
-                 (255, 0, 0), (0, 255, 0)),
-    "cmyk.tif": (lambda p: halves("CMYK", (0, 255, 255, 0), (255, 0, 255, 0)).save(p), (255, 0, 0), (0, 255, 0)),
-    "lossless.webp": (lambda p: halves().save(p, lossless=True), RED, GREEN),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", READ)
-def test_every_kind_of_picture_becomes_rgb(name, tmp_path):
-    make, left, right = READ[name]
-    make(tmp_path / name)
-    image = read_picture(tmp_path / name)
-    height, width, _ = image.shape
-    assert image.dtype == np.uint8 and image.shape[2] == 3 and width > height
-    np.testing.assert_allclose(image[1, 1].astype(int), left, atol=3)
-    np.testing.assert_allclose(image[1, -1].astype(int), right, atol=3)
-
-
-def test_a_photo_is_turned_as_its_exif_says(tmp_path):
-    turned(tmp_path / "t.jpg")
-    image = read_picture(tmp_path / "t.jpg")
-    assert image.shape == (6, 4, 3) and image[0, 0, 0] > 150 > image[-1, 0, 0]
-
-
 def test_of_an_animation_the_first_frame_is_taken_with_a_warning(tmp_path):
     frames = [Image.new("RGB", (6, 4), colour) for colour in (RED, GREEN)]
     for name in ("a.gif", "a.webp"):
@@ -304,7 +248,7 @@ REFUSED = {
     "empty.png": (lambda p: p.write_bytes(b""), "is empty"),
     "text.png": (lambda p: p.write_text("a red circle"), "not a picture"),
     "vector.svg": (lambda p: p.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a picture"),
-    "cut.jpg": (lambda p: (halves(size=(600, 400)).save(p), p.write_bytes(p.read_bytes()[:900])), "damaged"),
+    "cut.jpg": (lambda p: (Image.new("RGB", (600, 400), RED).save(p), p.write_bytes(p.read_bytes()[:900])), "damaged"),
     "bomb.png": (bomb, "bomb.png"),
     "large.png": (large, "10000x10000 pixels"),
     "missing.png": (lambda p: None, "exist"),

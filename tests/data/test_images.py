@@ -89,6 +89,8 @@ def test_modes_become_rgb(tmp_path):
         image.save(tmp_path / name, **kw)
         return _colour(tmp_path / name)
 
+    assert saved(Image.new("RGB", (4, 4), (200, 30, 40)), "rgb.png") == (200, 30, 40)
+    assert saved(Image.new("RGB", (4, 4), (200, 30, 40)), "rgb.webp", lossless=True) == (200, 30, 40)
     assert saved(Image.new("RGBA", (4, 4), (200, 0, 0, 0)), "clear.png") == (255, 255, 255)
     assert saved(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "half.png") == (127, 127, 127)
     assert saved(Image.new("LA", (4, 4), (0, 0)), "la.png") == (255, 255, 255)
@@ -98,24 +100,27 @@ def test_modes_become_rgb(tmp_path):
     assert saved(Image.fromarray(np.full((4, 4), 257 * 99, np.uint16)), "16.tif") == (99, 99, 99)
     assert saved(Image.fromarray(np.full((4, 4), 0.2, np.float32)), "f.tif") == (51, 51, 51)
     assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "cmyk.tif") == (255, 0, 0)
+    assert saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "cmyk.jpg", quality=100) == (255, 0, 0)
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert saved(palette, "p.png") == (10, 20, 30)
+    assert saved(palette, "p.png") == saved(palette, "p.gif") == (10, 20, 30)
     assert saved(palette, "p_clear.png", transparency=1) == (255, 255, 255)
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     assert saved(frames[0], "a.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)
     assert saved(frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True) == (255, 0, 0)
 
 
-def test_exif_turns_the_picture(tmp_path):
-    image = Image.new("RGB", (8, 4), "blue")
-    image.paste("red", (0, 0, 4, 4))
+@pytest.mark.parametrize("name", ["turned.png", "turned.jpg"])
+def test_exif_turns_the_picture(name, tmp_path):
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown a quarter turn clockwise: left becomes top
-    image.save(tmp_path / "turned.png", exif=exif)
-    turned = images.open_image(tmp_path / "turned.png")
-    assert turned.size == (4, 8)
-    assert turned.getpixel((2, 0)) == (255, 0, 0) and turned.getpixel((2, 7)) == (0, 0, 255)
+    image.save(tmp_path / name, exif=exif)
+    turned = images.open_image(tmp_path / name)
+    assert turned.size == (16, 32)
+    np.testing.assert_allclose(turned.getpixel((8, 0)), (255, 0, 0), atol=3)
+    np.testing.assert_allclose(turned.getpixel((8, 31)), (0, 0, 255), atol=3)
 
 
 def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
