@@ -44,13 +44,13 @@ def verdict(image: np.ndarray, scene: shapes.Scene, colour: str) -> dict[str, bo
     if not seen:
         return dict.fromkeys(("colour", "shape", "place", "one", "all"), False)
     now = seen[0]
-    told = {
+    right = {
         "colour": now.colour == colour,
         "shape": now.shape == was.shape,
         "place": float(np.hypot(now.x - was.x, now.y - was.y)) < NEAR,
         "one": len(seen) == 1,
     }
-    return {**told, "all": all(told.values())}
+    return {**right, "all": all(right.values())}
 
 
 def inversion(stack: UnCLIP, num: int, steps: int, batch_size: int) -> dict:

@@ -129,15 +129,15 @@ def index(folder: Path, records: int) -> dict:
     for n in range(1, shards):
         (folder / f"{n:05d}.tar").unlink(missing_ok=True)
         (folder / f"{n:05d}.tar").hardlink_to(first)
-    told, kept = {}, tempfile.mkdtemp(dir=folder.parent)
+    seconds, kept = {}, tempfile.mkdtemp(dir=folder.parent)
     for what in ("make", "open"):
         begin = time.perf_counter(), time.process_time()
         source = WebDataset(str(folder), "all", SIDE, index=f"{kept}/index")
-        told[what], told[f"{what}_cpu"] = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        seconds[what], seconds[f"{what}_cpu"] = time.perf_counter() - begin[0], time.process_time() - begin[1]
     begin = time.perf_counter()
     for i in np.random.default_rng(0).integers(len(source), size=1000).tolist():
         _ = source.index.train[i % len(source.index.train)].tolist()
-    return {"records": len(source), **told, "thousand": time.perf_counter() - begin}
+    return {"records": len(source), **seconds, "thousand": time.perf_counter() - begin}
 
 
 def main(argv=None) -> None:

@@ -213,8 +213,8 @@ def alone(stage: str, nth: int, args) -> dict:
     if done.returncode == 0 and lines and lines[-1].startswith("{"):
         return json.loads(lines[-1])
     print(done.stderr[-3000:], file=sys.stderr, flush=True)
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return {"error": f"exit code {done.returncode}: {said[-1][:300] if said else 'nothing was said'}"}
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return {"error": f"exit code {done.returncode}: {lines[-1][:300] if lines else 'nothing was said'}"}
 
 
 def too_large(row: dict) -> bool:

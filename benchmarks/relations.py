@@ -61,13 +61,13 @@ def shares(pipe: UnCLIP, num: int, heldout: bool) -> dict[str, tuple[float, floa
     tokens, mask = pipe.tokenizer.encode(prompts)
     cond = {"tokens": tokens, "mask": mask}
     look = lambda image: pipe.run("clip", ({**cond, "image": image},), {}, BATCH, False)  # noqa: E731
-    told, other = look(true), look(turned)["z_img"]
-    own = told.pop("z_img")
+    encoded, other = look(true), look(turned)["z_img"]
+    own = encoded.pop("z_img")
     nearer = lambda z: np.asarray((unit(z) * (unit(own) - unit(other))).sum(-1) > 0)  # noqa: E731
-    rows, drawn = {"CLIP": nearer(told["z_txt"])}, {}
+    rows, drawn = {"CLIP": nearer(encoded["z_txt"])}, {}
     for kind, stage in PRIORS.items():
         if stage in pipe.tasks:
-            given = {**cond, **told}, picture_keys(0, num, 1)
+            given = {**cond, **encoded}, picture_keys(0, num, 1)
             drawn[kind] = pipe.run(stage, given, pipe.settings(prior=kind)[stage], BATCH, False)
             rows[f"prior, {kind}"] = nearer(drawn[kind])
     noise = np.random.default_rng(0).standard_normal(true.shape).astype(np.float32)
@@ -80,7 +80,7 @@ def shares(pipe: UnCLIP, num: int, heldout: bool) -> dict[str, tuple[float, floa
         return denoise(noise, jnp.full((n,), time)).pred
 
     def closer(z, keep=True):
-        rows = {**cond, **told, "z_img": z}
+        rows = {**cond, **encoded, "z_img": z}
         parts = [slice(at, at + BATCH) for at in range(0, num, BATCH)]
         some = lambda part: {name: value[part] for name, value in rows.items()}  # noqa: E731
         x0 = [made(pipe.params["decoder"], some(part), noise[part], keep) for part in parts]

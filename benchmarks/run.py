@@ -64,7 +64,7 @@ def turns(sides: Mapping[str, Callable], repeats: int, clock=time.perf_counter, 
         try:
             found["first"][side] = timed(side)
         except Exception as error:  # whatever a compiler or a full card raises
-            found["failed"][side] = told(error)
+            found["failed"][side] = in_a_line(error)
     runs = {side: [] for side in found["first"]}
     if found["first"].get("peer", 0) > LONG and device is devices.CPU:
         runs["peer"].append(found["first"]["peer"])
@@ -75,7 +75,7 @@ def turns(sides: Mapping[str, Callable], repeats: int, clock=time.perf_counter, 
     return {**found, **runs}
 
 
-def told(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """In one short line of the table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200].replace("|", "/")
@@ -247,8 +247,8 @@ def table(args: argparse.Namespace, chosen: list, device: Device) -> None:
                 report["rows"][row.name] = {"peer": row.package, "of": row.what, **found}
                 print(line(row, found, device, card and peak_flops(card)), flush=True)
         except Exception as error:  # the next row may do
-            report["rows"][row.name] = {"peer": row.package, "of": row.what, "failed": told(error)}
-            print(f"| {row.name} | {row.what} | {row.package} | failed: {told(error)} |", flush=True)
+            report["rows"][row.name] = {"peer": row.package, "of": row.what, "failed": in_a_line(error)}
+            print(f"| {row.name} | {row.what} | {row.package} | failed: {in_a_line(error)} |", flush=True)
         device.free()
         if args.json and not args.warm:
             args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def remat(device: Device) -> str:
     return "dots" if device is CPU else "none"
 
 
-def told(batch: int, device: Device, px: int | None = None) -> str:
+def described(batch: int, device: Device, px: int | None = None) -> str:
     """Shapes and counts, for the table."""
     parts = [f"{px} px"] * (px is not None) + [f"batch {batch}"]
     return ", ".join(parts + [f"{device.train_steps} steps"] * (device.train_steps > 1))
@@ -109,7 +109,7 @@ def prior_training(s: dict, device: Device, batch: int) -> Row:
         return diffusers_stage(s, "prior", device, training=True)
 
     return Row(
-        "prior-train-step", "diffusers", told(batch, device), peer, theirs,
+        "prior-train-step", "diffusers", described(batch, device), peer, theirs,
         lambda _: our_training(our_task(s, "prior", device, remat=remat(device)), data, device),
     )  # fmt: skip
 
@@ -143,7 +143,7 @@ def prior_training_of_dalle2_pytorch(s: dict, device: Device, batch: int) -> Row
         return their_training(models, loss, device)
 
     return Row(
-        "prior-train-step-dalle2-pytorch", "DALLE2-pytorch", told(batch, device), peer, theirs,
+        "prior-train-step-dalle2-pytorch", "DALLE2-pytorch", described(batch, device), peer, theirs,
         lambda _: our_training(our_task(s, "prior", device, remat=remat(device)), data, device),
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def decoder_training(s: dict, device: Device, batch: int) -> Row:
     def peer():
         return diffusers_stage(s, "decoder", device, training=True)
 
-    return Row("decoder-train-step", "diffusers", told(batch, device, side), peer, theirs, ours)
+    return Row("decoder-train-step", "diffusers", described(batch, device, side), peer, theirs, ours)
 
 
 def clip_training(s: dict, device: Device, batch: int) -> Row:
@@ -223,4 +223,4 @@ def clip_training(s: dict, device: Device, batch: int) -> Row:
         batch = {"image": image, "tokens": tokens, "mask": tokens > 0}
         return our_training(ClipTask(clip), batch, device, average=False)
 
-    return Row("clip-train-step", "open_clip", told(batch, device, vision["image_size"]), peer, theirs, ours)
+    return Row("clip-train-step", "open_clip", described(batch, device, vision["image_size"]), peer, theirs, ours)

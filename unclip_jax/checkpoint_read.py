@@ -33,9 +33,9 @@ class _Raised(logging.Filter):
     """Leaves out tracebacks of Orbax's threads and tasks, one for each array; what went wrong is raised as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = record.pathname + record.getMessage()
-        told += logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-        return record.levelno < logging.ERROR or "orbax" not in told
+        text = record.pathname + record.getMessage()
+        text += logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        return record.levelno < logging.ERROR or "orbax" not in text
 
 
 def _quiet() -> None:

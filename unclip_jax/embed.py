@@ -74,8 +74,8 @@ def embed(
         records = []
         with contextlib.closing(batches(own, start_step=first)) as stream:
             given = (sharding.put_batch(next(stream), place, batch_size) for _ in range(count))
-            told = (encode(frozen.params, batch) for batch in given)
-            for number, arrays in enumerate(fetched(told), first):
+            encoded = (encode(frozen.params, batch) for batch in given)
+            for number, arrays in enumerate(fetched(encoded), first):
                 rows = min(batch_size, len(own) - number * batch_size)
                 records += [pack({name: arrays[name][k] for name in names}) for k in range(rows)]
         return records
@@ -87,8 +87,8 @@ def embed(
             if not file.exists():
                 _write_records(file, shard(own, first, min(SHARD_BATCHES, total - first)))
     with contextlib.closing(batches(next(iter(sources.values())))) as stream:
-        told = jax.eval_shape(encode, frozen.params, next(stream))
-    fields = {name: (told[name].dtype.str, list(told[name].shape[1:])) for name in names}
+        shapes = jax.eval_shape(encode, frozen.params, next(stream))
+    fields = {name: (shapes[name].dtype.str, list(shapes[name].shape[1:])) for name in names}
     meta |= {"fields": fields, "z_img": _moments(out, splits[0], *fields["z_img"])}
     write_text(out / META, json.dumps(meta, indent=2) + "\n")
     (out / UNFINISHED).unlink()
@@ -101,8 +101,8 @@ def _encoder(frozen: tasks.FrozenCLIP, names: Sequence[str]) -> Callable[[Any, M
 
     @jax.jit
     def encode(params, batch):
-        told = ask(frozen.model, params, batch)
-        return {name: wide(told[name]) for name in names}
+        encoded = ask(frozen.model, params, batch)
+        return {name: wide(encoded[name]) for name in names}
 
     return encode
 

@@ -169,10 +169,10 @@ def labelled_grid(pictures: Sequence[Picture], columns: int) -> np.ndarray:
 
 def _figure(picture: Picture, facts: Mapping) -> str:
     """One picture of the page: as data, every text escaped."""
-    told = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
+    rows = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in {**picture.about, **facts}.items())
     return (
         f'<figure><img alt="{_text(picture.label)}" src="{data_uri(picture.image)}">'
-        f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{told}</dl></figcaption></figure>\n"
+        f"<figcaption><bdi>{_text(picture.label)}</bdi><dl>{rows}</dl></figcaption></figure>\n"
     )
 
 

@@ -66,10 +66,10 @@ def script() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is usual:  # else whoever started it has it ignored
             signal.signal(number, _stop)
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    threading.Thread(target=_insist, args=(heard,), daemon=True).start()
+    read, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    threading.Thread(target=_insist, args=(read,), daemon=True).start()
     sys.unraisablehook = _not_lost
     try:
         sys.exit(main())

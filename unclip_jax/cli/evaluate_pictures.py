@@ -187,8 +187,8 @@ def _warn_of_long(name: str, pipe: UnCLIP, captions: Sequence[str]) -> None:
         pipe.tokenizer.encode(captions)
     if lost:
         room = pipe.tokenizer.max_len - 2
-        said = f"{len(lost)} of {len(captions)} captions have more than the {room} tokens that {name} takes: cut"
-        warnings.warn(said, stacklevel=2)
+        text = f"{len(lost)} of {len(captions)} captions have more than the {room} tokens that {name} takes: cut"
+        warnings.warn(text, stacklevel=2)
 
 
 def _statistics(

@@ -98,14 +98,14 @@ class Folder(Source):
 def contents(files: Sequence[Path]) -> list[bytes]:
     """Each file's SHA-256, as bytes; nothing of one that cannot be read, which is told of when its picture is."""
 
-    def told(file: Path) -> bytes:
+    def content(file: Path) -> bytes:
         try:
             return bytes.fromhex(sha256(file))
         except OSError:
             return b""
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(told, files))
+        return list(pool.map(content, files))
 
 
 def held_out(file: str) -> bool:

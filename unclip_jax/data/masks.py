@@ -78,7 +78,7 @@ def known_at(images: np.ndarray, holes: np.ndarray | None, size: int) -> dict[st
     Returns: {"known": f32[N, size, size, 3] in [-1, 1], "keep": f32[N, size, size, 1]}; no "keep" without holes.
     """
     small = np.stack([center_crop_resize(Image.fromarray(image), size) for image in images])
-    told = {"known": to_float(small)}
+    rows = {"known": to_float(small)}
     if holes is not None:
-        told["keep"] = 1 - np.stack([square_hole(hole, size) for hole in holes])[..., None].astype(np.float32)
-    return told
+        rows["keep"] = 1 - np.stack([square_hole(hole, size) for hole in holes])[..., None].astype(np.float32)
+    return rows

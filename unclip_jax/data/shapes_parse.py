@@ -53,8 +53,8 @@ def _phrases() -> dict[str, tuple]:
     table |= {w: ("position", "center") for w in ("centered", "centred")}
     for colour in BACKGROUNDS:
         for word in {colour, colour.replace("gray", "grey")}:
-            said = [*BACKGROUND_WORDS, "on a plain {} background", "on the {} background", "{} background"]
-            table |= {s.format(word): ("background", colour) for s in said}
+            phrases = [*BACKGROUND_WORDS, "on a plain {} background", "on the {} background", "{} background"]
+            table |= {s.format(word): ("background", colour) for s in phrases}
     return table
 
 

@@ -95,10 +95,10 @@ def _things(objects, rng, full):
     if not full and rng.random() < 0.08:
         shapes = rng.random() < 0.5
         colours = not shapes
-    said = rng.random() < 0.5  # sizes, in half of the captions
+    sized = rng.random() < 0.5  # sizes, in half of the captions
     things = []
     for o in objects:
-        size = o.size if said and rng.random() < (0.3 if o.size == "medium" else 0.7) else None
+        size = o.size if sized and rng.random() < (0.3 if o.size == "medium" else 0.7) else None
         things.append(Thing(o.shape if shapes else None, o.colour if colours else None, size))
     return things
 

@@ -82,15 +82,15 @@ def _make(files, shards, folder: Path, wanted: dict) -> Index:
         names = f"a record is a picture ({', '.join(SUFFIXES)}) and a .txt or .json of the same name"
         fix = f"{names}, one after the other; the name ends at its first dot"
         raise UserError(what, "" if all(reason.startswith(UNREAD) for reason in missed.counts) else fix)
-    told = {"passed_over": dict(missed.counts), "listed": missed.listed()}
+    facts = {"passed_over": dict(missed.counts), "listed": missed.listed()}
     try:
-        _keep(folder, wanted, arrays, told)
+        _keep(folder, wanted, arrays, facts)
     except OSError as e:
         raise UserError(f"the index cannot be written to {folder} ({e.strerror or e})", "set data.index=DIR") from e
-    return Index(tuple(shards), arrays["train"], arrays["test"], **told)
+    return Index(tuple(shards), arrays["train"], arrays["test"], **facts)
 
 
-def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], told: dict) -> None:
+def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], facts: dict) -> None:
     """Writes the index, index.json last: whoever reads that finds its arrays, though others write at the same time.
 
     Of what the folder holds the arrays of an earlier index are removed, and nothing else.
@@ -110,7 +110,7 @@ def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], told: dict)
         with new_file(folder / _name(split, wanted)) as stream:
             np.save(stream, rows)
     with new_file(folder / "index.json") as stream:
-        stream.write(json.dumps({**wanted, **told}).encode())
+        stream.write(json.dumps({**wanted, **facts}).encode())
     for name in earlier - {_name(split, wanted) for split in SPLITS}:
         (folder / name).unlink(missing_ok=True)
 

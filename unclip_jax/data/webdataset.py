@@ -81,7 +81,7 @@ class WebDataset(Source):
     def digest(self, num: int) -> str:
         """Of the pictures' and captions' bytes."""
 
-        def told(i: int) -> str:
+        def of_record(i: int) -> str:
             shard, entry = self._entry(i)
             try:
                 return hashed(self._read(shard, int(entry[k]), int(entry[f"{k}_size"])) for k in ("image", "text"))
@@ -89,7 +89,7 @@ class WebDataset(Source):
                 return ""
 
         with ThreadPoolExecutor(8) as pool:
-            return hashed(pool.map(told, range(min(num, len(self)))))
+            return hashed(pool.map(of_record, range(min(num, len(self)))))
 
     def _warn(self, path: str, packed: list[str]) -> None:
         """Tells of shards and records that whoever made them will miss."""

@@ -80,9 +80,9 @@ def tally(verdicts: Sequence[dict[str, bool]]) -> dict:
     low, high = wilson(k, n)
     attributes = {}
     for key in KEYS:
-        said = [bool(v[key]) for v in verdicts if key in v]
-        if said:
-            attributes[key] = {"n": len(said), "right": round(sum(said) / len(said), 6)}
+        right = [bool(v[key]) for v in verdicts if key in v]
+        if right:
+            attributes[key] = {"n": len(right), "right": round(sum(right) / len(right), 6)}
     shares = {"right": round(k / n, 6), "low": round(low, 6), "high": round(high, 6)}
     return {"n": n, **shares, "attributes": attributes}
 

@@ -102,8 +102,8 @@ def analyse(votes: Sequence[str], key: str) -> Report:
     names_of = ("question", "a", "b", "ties", "share", "low", "high", "p")
     facts["results"] = [dict(zip(names_of, row, strict=True)) for row in rows]
     title = f"{names[0]} (A) against {names[1]} (B): {len(judges)} judges"
-    said = ["the interval takes every vote as independent; with few judges it is too narrow"]
-    return Report(title, {**facts, "warnings": said}, [Table("Votes", columns, rows)], warnings=said)
+    warnings = ["the interval takes every vote as independent; with few judges it is too narrow"]
+    return Report(title, {**facts, "warnings": warnings}, [Table("Votes", columns, rows)], warnings=warnings)
 
 
 def sign_test(k: int, n: int) -> float:

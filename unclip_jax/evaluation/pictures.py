@@ -113,8 +113,8 @@ class PictureFolder:
             raise UserError(f"num={num} is more than the {len(self.files)} pictures in {path}", "lower --num")
         self.files = self.files[:num]
         self.size = self._look()
-        told = data_folder.contents([self.path / file for file in self.files])
-        self.about = {"images": self.path.resolve().name, "files": hashed(self.files), "records": hashed(told)}
+        contents = data_folder.contents([self.path / file for file in self.files])
+        self.about = {"images": self.path.resolve().name, "files": hashed(self.files), "records": hashed(contents)}
 
     def _look(self) -> int:
         """The side of the middle squares, from the files' headers."""
@@ -173,9 +173,9 @@ def _listed(path: Path) -> tuple[list[str], list[str] | None]:
 
 def _from_index(path: Path) -> tuple[list[str], list[str]]:
     index = path / gallery.INDEX
-    told = read_json(index, "the index of drawn pictures", MAX_INDEX_BYTES)
+    facts = read_json(index, "the index of drawn pictures", MAX_INDEX_BYTES)
     try:
-        entries = told["pictures"]
+        entries = facts["pictures"]
         files, captions = [str(e["file"]) for e in entries], [str(e["prompt"]) for e in entries]
     except (KeyError, TypeError) as error:
         raise UserError(f"{index} is not as `unclip sample` writes it ({type(error).__name__})") from None

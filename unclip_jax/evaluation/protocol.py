@@ -156,33 +156,33 @@ class Protocol:
 
     def measure(self, drawn: Series, real: Reference | None) -> Measured:
         """The metrics over features that are there. real: None where no metric needs it."""
-        rows, said = [], []
+        rows, notes = [], []
         bad = int(drawn.whole("bad").sum())
         if bad > MAX_BAD * drawn.total:
             raise UserError(f"{bad} of {drawn.total} pictures cannot be read, more than {MAX_BAD:.0%}", "mend them")
         if bad:
-            said.append(f"{bad} of {drawn.total} drawn pictures could not be read and were left out")
+            notes.append(f"{bad} of {drawn.total} drawn pictures could not be read and were left out")
         for metric in self.wanted.values():
-            rows += metric.rows(self, drawn, real, said)
+            rows += metric.rows(self, drawn, real, notes)
         first = next(drawn.blocks())
-        for text in said:
+        for text in notes:
             warnings.warn(text, stacklevel=2)
-        return Measured(rows, said, first["samples"], first["sample_captions"].tolist())
+        return Measured(rows, notes, first["samples"], first["sample_captions"].tolist())
 
     def _named(self, name: str, by_clip: str) -> str:
         return name if self.main.name == "inception" else by_clip
 
-    def _fid(self, drawn, real, said):
+    def _fid(self, drawn, real, notes):
         features = drawn.whole(f"{self.main.name}_features").astype(np.float64)
         n, name = len(features), self._named("FID", "FD-CLIP")
         mine, theirs = distances.Moments.of(features), real.moments
         if n <= self.main.dim:
-            said.append(
+            notes.append(
                 f"{name} of {n} pictures with {self.main.dim} features: their covariance has not full rank, and the "
                 "value is far too high; compare it with none of another number of pictures, and prefer kid and cmmd"
             )
         if real.n and real.n != n:
-            said.append(f"{name}: {n} drawn and {real.n} real pictures; its bias depends on both numbers")
+            notes.append(f"{name}: {n} drawn and {real.n} real pictures; its bias depends on both numbers")
         value = distances.frechet(mine.mean, mine.covariance, theirs.mean, theirs.covariance)
         if self.replicates < 2:
             return [Row(name, value, None, None, n)]
@@ -197,14 +197,14 @@ class Protocol:
         note = "" if other is not None else "interval: of the drawn pictures alone"
         return [Row(name, value, *intervals.bootstrap(again, value, self.replicates), n, note)]
 
-    def _kid(self, drawn, real, said):
+    def _kid(self, drawn, real, notes):
         features = drawn.whole(f"{self.main.name}_features")
         mean, std = distances.kid(real.need("kid"), features, seed=self.seed)
         size = min(1000, real.n, len(features))
         note = f"x 1000; subsets of {size}, standard deviation {1000 * std:.4g}"
         return [Row(self._named("KID", "KID-CLIP"), 1000 * mean, None, None, len(features), note)]
 
-    def _precision_recall(self, drawn, real, said):
+    def _precision_recall(self, drawn, real, notes):
         features, theirs = drawn.whole(f"{self.main.name}_features"), real.need("precision_recall")
         n = len(features)
         if not 0.5 <= n / real.n <= 2:
@@ -218,11 +218,11 @@ class Protocol:
             rows.append(Row(named, value, *intervals.wilson(round(value * count), count), count, note))
         return rows
 
-    def _cmmd(self, drawn, real, said):
+    def _cmmd(self, drawn, real, notes):
         features = drawn.whole("clip_features")
         return [Row("CMMD", distances.cmmd(real.need("cmmd", "clip"), features), None, None, len(features))]
 
-    def _clip_score(self, drawn, real, said):
+    def _clip_score(self, drawn, real, notes):
         found = scores.clip_score(drawn.whole("clip_features"), drawn.whole("texts"))
         names = {"clip_score": "CLIP score (100 cos)", "clip_s": "CLIP-S (2.5 max(cos, 0))"}
         return [
@@ -230,14 +230,14 @@ class Protocol:
             for key, values in found.items()
         ]
 
-    def _is(self, drawn, real, said):
+    def _is(self, drawn, real, notes):
         logits = drawn.whole("inception_logits")
         splits = min(10, len(logits))
         mean, std = scores.inception_score(logits, splits, self.seed)
         note = f"{splits} parts, standard deviation {std:.4g}"
         return [Row("Inception score", mean, None, None, len(logits), note)]
 
-    def _shapes_oracle(self, drawn, real, said):
+    def _shapes_oracle(self, drawn, real, notes):
         found, rows = drawn.whole("verdicts"), []
         for k, key in enumerate(("right", *KEYS)):
             asked = found[:, k] >= 0

@@ -204,10 +204,10 @@ def compare(first: str, second: str) -> Report:
     both = [key for key in found[0] if key in found[1]]
     if not both:
         raise UserError(f"{first} and {second} have no metric and setting in common")
-    said = []
+    warnings = []
     for key in ("data", "networks", "num", "reference"):
         if sides[0].get(key) != sides[1].get(key):
-            said.append(f"{key} differs: these numbers are not comparable, unless that is what you compare")
+            warnings.append(f"{key} differs: these numbers are not comparable, unless that is what you compare")
     rows, numbers = [], []
     for label, name in both:
         a, b = (side[label, name] for side in found)
@@ -216,10 +216,10 @@ def compare(first: str, second: str) -> Report:
         rows.append([label or "–", name, _with_range(a), _with_range(b), float(change), apart])
         numbers.append({"point": label, "name": name, "first": a, "second": b, "change": change, "intervals": apart})
     facts = {"kind": "comparison", "files": [Path(f).name for f in (first, second)], "results": numbers}
-    facts |= {"versions": [side.get("versions") for side in sides], "warnings": said}
+    facts |= {"versions": [side.get("versions") for side in sides], "warnings": warnings}
     columns = ["setting", "metric", Path(first).name, Path(second).name, "change", "95% intervals"]
     title = f"{Path(first).name} and {Path(second).name}"
-    return Report(title, facts, [Table("Numbers", columns, rows)], warnings=said)
+    return Report(title, facts, [Table("Numbers", columns, rows)], warnings=warnings)
 
 
 def _apart(a: Mapping, b: Mapping) -> str:

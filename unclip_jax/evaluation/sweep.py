@@ -96,12 +96,13 @@ def run(
     if not distributed.is_main():
         return None
     measured = [protocol.measure(series, real) for series in seen]
-    said = list(dict.fromkeys(text for each in measured for text in each.warnings))
+    warnings = list(dict.fromkeys(text for each in measured for text in each.warnings))
     found = [_facts(point, each) for point, each in zip(points, measured, strict=True)]
     networks = {key: network.identity for key, network in protocol.networks.items()}
     decides = {"metrics": list(protocol.metrics), "networks": networks, "bootstrap": protocol.replicates, **facts}
     decided = digest({**decides, "points": [point["pictures"] for point in found]})
-    facts = {"kind": "pictures", "hash": decided, "versions": versions(), **decides, "warnings": said, "points": found}
+    facts = {"kind": "pictures", "hash": decided, "versions": versions(), **decides}
+    facts |= {"warnings": warnings, "points": found}
     tables = [_one(measured[0])] if len(points) == 1 else [_many(points, measured)]
     frontier = _frontier(points, measured)
     samples = [
@@ -110,7 +111,7 @@ def run(
     ]
     title = f"{points[0].label}: {len(points[0].pictures)} pictures" if len(points) == 1 else f"{len(points)} settings"
     plots = [("Fit and fidelity", frontier)] if frontier else []
-    return Report(f"Evaluation of {title}", facts, tables, plots, samples, said)
+    return Report(f"Evaluation of {title}", facts, tables, plots, samples, warnings)
 
 
 def _facts(point: Point, measured: Measured) -> dict:

@@ -70,8 +70,8 @@ class ClipTask:
 
     def loss(self, params, batch, rng):
         loss, seen, scale = self._compare(params, batch)
-        told = {"accuracy": seen.image_hit.mean(), "temperature": 1 / scale}
-        return loss, {**told, "bias": params["logit_bias"]} if self.loss_name == "sigmoid" else told
+        metrics = {"accuracy": seen.image_hit.mean(), "temperature": 1 / scale}
+        return loss, {**metrics, "bias": params["logit_bias"]} if self.loss_name == "sigmoid" else metrics
 
     def _compare(self, params, batch):
         image, text, scale = self.embed(params, batch)
