@@ -159,9 +159,9 @@ def read_hlo(text: str) -> Traffic:
             else:
                 _own(label, one, body, channels)
         for kind, group, size in channels.values():
-            total = collectives.setdefault((kind, group), [0, 0.0])
-            total[0] += int(times)
-            total[1] += times * size
+            sums = collectives.setdefault((kind, group), [0, 0.0])
+            sums[0] += int(times)
+            sums[1] += times * size
 
     visit(entry, 1.0)
     rows = [Collective(kind, group, int(n), size) for (kind, group), (n, size) in sorted(collectives.items())]

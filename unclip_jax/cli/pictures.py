@@ -64,7 +64,7 @@ def beside(paths, squares, drawn, columns, inputs=None) -> list:
         label, facts = inputs[p] if inputs else (name, {})
         facts = {"image": name, **facts}
         row = [Picture(square, label, {**facts, "role": "input"})]
-        row += [Picture(image, label, {**facts, **more}) for image, (label, more) in zip(own, columns, strict=True)]
+        row += [Picture(image, title, {**facts, **more}) for image, (title, more) in zip(own, columns, strict=True)]
         rows.append((name, row))
     return rows
 
