@@ -59,6 +59,13 @@ def seen(pipe):
     return make
 
 
+def test_none_is_no_setting(pipe):
+    nothing = {"sampler": None, "guidance": None, "steps": None}
+    assert pipe.exact_settings(nothing) == pipe.exact_settings({})
+    with pytest.raises(UserError, match="has no eta"):
+        pipe.variations([np.zeros((8, 8, 3), np.uint8)], eta=0.5, sampler="ddpm")
+
+
 def test_eta_zero_gives_what_ddim_draws_from_the_latents(pipe, images, latents):
     """By hand through the decoder's task; whatever the seed."""
     assert latents.noise.shape == (2, 16, 16, 3)

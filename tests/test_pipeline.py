@@ -362,6 +362,19 @@ def photo(side=40):
     return np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), np.uint8)
 
 
+@pytest.mark.parametrize("public", [True, False])
+def test_a_public_clip_is_shown_pictures_as_it_was_trained(pipe, public):
+    """One that wants other pixels than ours, such as a converted one: bicubic, where ours see means."""
+    clip = pipe.tasks["clip"]
+    vision = {**clip.model.vision, **({"mean": (0.4, 0.5, 0.6)} if public else {})}
+    made = dataclasses.replace(clip, model=clip.model.clone(vision=vision))
+    look = dataclasses.replace(pipe, tasks={**pipe.tasks, "clip": made})._look([photo()])
+    seen, small = Image.fromarray(photo()), pipe.tasks["decoder"].image_size
+    want = to_float(center_crop_resize(seen, vision["image_size"], bicubic=public))
+    np.testing.assert_array_equal(look["image"][0], want)
+    np.testing.assert_array_equal(look["small"][0], to_float(center_crop_resize(seen, small)))
+
+
 def test_variations_are_drawn_from_the_embedding_of_the_middle_square(pipe):
     """By hand: CLIP sees the square, the decoder sees z_img and no caption."""
     image = photo()

@@ -73,7 +73,7 @@ class Edits(Runner):
         check_numbers(seed, num, batch_size)
         if eta is not None and not is_number(eta, 0, 1):
             raise UserError(f"eta={eta!r} must be a number in 0 … 1, or None to draw from white noise")
-        if eta is not None and settings.get("sampler", "ddim") != "ddim":
+        if eta is not None and settings.get("sampler") not in (None, "ddim"):
             raise UserError(f"sampler={settings['sampler']!r} has no eta", "leave out the sampler, or eta")
         cond = self._look(images)
         if eta is None:
@@ -185,7 +185,8 @@ class Edits(Runner):
     def exact_settings(self, settings: Mapping, guidance: float = 1.0) -> dict[str, dict]:
         """The settings of each stage with which x_T gives its picture back, unless others were given."""
         steps = min(STEPS, self.configs["decoder"].diffusion.num_steps)
-        used = self.settings(**{"sampler": "ddim", "guidance": guidance, "steps": steps, **settings})
+        given = {name: value for name, value in settings.items() if value is not None}
+        used = self.settings(**{"sampler": "ddim", "guidance": guidance, "steps": steps, **given})
         used["decoder"] = {**used["decoder"], "caption": False, "least": LEAST}
         return used
 

@@ -134,11 +134,11 @@ class Runner:
         check_numbers(batch_size=batch_size)
         return self._encode(self._look(images), batch_size, progress)["z_img"]
 
-    def squares(self, images: Sequence[np.ndarray], side: int) -> np.ndarray:
-        """The middle squares of pictures, u8[N, side, side, 3]."""
+    def squares(self, images: Sequence[np.ndarray], side: int, bicubic: bool = False) -> np.ndarray:
+        """The middle squares of pictures, u8[N, side, side, 3]; see `center_crop_resize`."""
         if not np.iterable(images) or not len(images):
             raise UserError("images must hold at least one picture")
-        return np.stack([_square(image, k, side) for k, image in enumerate(images)])
+        return np.stack([_square(image, k, side, bicubic) for k, image in enumerate(images)])
 
     @property
     def _vision(self) -> Mapping | None:
@@ -156,14 +156,17 @@ class Runner:
         return dict(zip(("tokens", "mask"), self.tokenizer.encode(list(texts)), strict=True))
 
     def _look(self, images) -> dict:
-        """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption."""
+        """Rows of pictures at CLIP's size, "image", and the decoder's, "small", with the empty caption.
+
+        A CLIP that wants pixels normalised by other numbers than ours is a public one, and wants bicubic resizing too.
+        """
         vision = self._vision
         if vision is None:
             what = "CLIP has no image tower" if "clip" in self.tasks else "decoder knows no CLIP"
             raise UserError(f"this stack's {what}, so it cannot look at pictures", "draw from prompts")
-        sides = {"image": vision["image_size"], "small": self.tasks["decoder"].image_size}
-        pictures = {name: to_float(self.squares(images, side)) for name, side in sides.items()}
-        return {**pictures, **self._captions([""] * len(images))}
+        seen = self.squares(images, vision["image_size"], bicubic="mean" in vision)
+        small = self.squares(images, self.tasks["decoder"].image_size)
+        return {"image": to_float(seen), "small": to_float(small), **self._captions([""] * len(images))}
 
     def _encode(self, cond: Mapping, batch_size: int, progress: bool) -> dict:
         """What CLIP says of the rows of `_look`, and their tokens."""
@@ -287,8 +290,8 @@ def fold(keys: jax.Array, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def _square(image, number: int, side: int) -> np.ndarray:
+def _square(image, number: int, side: int, bicubic: bool) -> np.ndarray:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
-    return center_crop_resize(Image.fromarray(image), side)
+    return center_crop_resize(Image.fromarray(image), side, bicubic)

@@ -63,6 +63,15 @@ def test_center_crop_takes_the_middle_square_and_averages_areas():
     assert images.center_crop_resize(Image.new("RGB", (1, 500)), 8).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("side", [16, 23, 31])
+def test_bicubic_is_what_public_clips_are_shown(side):
+    """Pillow's, antialiased, as transformers' processor has it (resample 3)."""
+    x = np.random.default_rng(1).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    want = Image.fromarray(x).resize((11, 11), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(images.center_crop_resize(Image.fromarray(x), 11, bicubic=True), want)
+    assert (images.center_crop_resize(Image.fromarray(x), 11) != np.asarray(want)).any()
+
+
 def test_random_crops_are_windows_and_reach_every_place():
     x = np.arange(25).reshape(5, 5, 1)
     seen = set()

@@ -35,6 +35,13 @@ def test_a_pixel_is_in_the_hole_if_it_takes_anything_from_there(size):
     np.testing.assert_array_equal(square_hole(hole, size), (small != changed).any(-1))
 
 
+@pytest.mark.parametrize(("side", "size"), [(1024, 16), (4096, 64), (1000, 7)])
+def test_a_hole_of_one_pixel_is_not_lost(side, size):
+    hole = np.zeros((side, side), bool)
+    hole[side // 3, side - 1] = True
+    assert square_hole(hole, size).sum() == 1
+
+
 def test_a_hole_is_enlarged_with_its_picture():
     hole = np.random.default_rng(0).integers(0, 2, (4, 4)).astype(bool)
     np.testing.assert_array_equal(square_hole(hole, 8), hole.repeat(2, 0).repeat(2, 1))

@@ -106,6 +106,12 @@ def test_rescaling_brings_the_spread_of_each_sample_back(batch, phi):
         assert phi < 1 or got[i].std() == pytest.approx(c[i].std(), rel=1e-4)
 
 
+def test_a_prediction_without_spread_is_rescaled_to_itself(batch):
+    """What a new network says, whose last layer is zero."""
+    nothing = lambda xt, model_time: Out(0 * xt)  # noqa: E731
+    assert not np.asarray(guide(nothing, 3.0, 0.7)(*batch).pred).any()
+
+
 def test_no_rescaling_is_plain_guidance_to_the_bit(batch):
     both = denoiser(BOTH)
     plain = guide(both, 3.0)(*batch).pred

@@ -177,6 +177,8 @@ def test_codes_are_drawn_as_often_as_their_probabilities_say():
     assert shares(top_p=0.7) == near([2 / 3, 1 / 3, 0, 0]) and shares(top_p=0.7)[2:].sum() == 0
     assert shares(top_p=0.76)[2] > 0 and shares(top_p=0.76)[3] == 0
     assert shares(top_p=1e-3)[0] == 1 == shares(temperature=0)[0]
+    even = jax.jit(lambda key: draw_code(jnp.zeros((200, 8)), jax.random.split(key, 200), top_p=0.5))
+    assert len(np.unique(even(jax.random.key(1)))) == 4
 
 
 def test_evaluate_compares_with_what_costs_nothing(measured):

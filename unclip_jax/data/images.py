@@ -59,11 +59,15 @@ def gaussian_blur(x: jax.Array, sigma: float) -> jax.Array:
     return x
 
 
-def center_crop_resize(image: Image.Image, size: int) -> np.ndarray:
-    """The largest centred square of an RGB picture as u8[size, size, 3]; area means where it shrinks."""
+def center_crop_resize(image: Image.Image, size: int, bicubic: bool = False) -> np.ndarray:
+    """The largest centred square of an RGB picture as u8[size, size, 3].
+
+    Where it shrinks, a pixel is the mean of the whole pixels around its place (Pillow's BOX), or by `bicubic`, as
+    public CLIPs want pictures; where it grows, always the latter.
+    """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    method = Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC
+    method = Image.Resampling.BICUBIC if bicubic or side < size else Image.Resampling.BOX
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), method, box=box), np.uint8)
 

@@ -53,7 +53,7 @@ def square_hole(hole: np.ndarray, size: int) -> np.ndarray:
     top, left = (hole.shape[0] - side) // 2, (hole.shape[1] - side) // 2
     square = Image.fromarray(np.uint8(255) * hole[top : top + side, left : left + side])
     method = Image.Resampling.BOX if side >= size else Image.Resampling.NEAREST
-    return np.asarray(square.resize((size, size), method)) > 0
+    return np.asarray(square.convert("F").resize((size, size), method)) > 0  # in u8 a small share would round to none
 
 
 def holes_at(images, holes, size: int) -> np.ndarray:

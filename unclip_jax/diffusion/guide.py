@@ -85,4 +85,5 @@ def mix(c: jax.Array, u: jax.Array, scale: float | jax.Array, rescale: float = 0
     if isinstance(rescale, (int, float)) and rescale == 0:
         return mixed
     spread = lambda x: jnp.std(x, axis=tuple(range(1, x.ndim)), keepdims=True)  # noqa: E731
-    return mixed * (1 - rescale + rescale * spread(c) / spread(mixed))
+    least = jnp.finfo(mixed.dtype).tiny  # a new network's prediction is zero everywhere
+    return mixed * (1 - rescale + rescale * spread(c) / jnp.maximum(spread(mixed), least))

@@ -181,8 +181,9 @@ def draw_code(logits: jax.Array, keys: jax.Array, temperature: float = 1.0, top_
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / temperature
     if top_p < 1:
-        falling = -jnp.sort(-jax.nn.softmax(logits), axis=-1)
-        before = jnp.cumsum(falling, axis=-1) - falling
-        least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(jax.nn.softmax(logits) >= least, logits, -jnp.inf)
+        order = jnp.argsort(-logits, axis=-1)  # of equal ones the first come first
+        falling = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
+        kept = jnp.cumsum(falling, axis=-1) - falling < top_p
+        kept = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(kept, logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
