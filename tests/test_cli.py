@@ -356,6 +356,21 @@ def test_what_goes_wrong_later_is_one_line_too(run, stack, tmp_path, monkeypatch
     assert got == code and len(err) == 1 and words in err[0] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("file", "code", "words"), [
+    ("jax/_src/xla_bridge.py", 2, "JAX_PLATFORMS=cuda). Fix: unset JAX_PLATFORMS"), ("other.py", 1, "internal error"),
+])  # fmt: skip
+def test_a_platform_without_its_plugin_is_told(run, stack, tmp_path, monkeypatch, file, code, words):
+    """jax fails `assert _default_backend is not None` there, without a word."""
+
+    def stream(*_, **__):
+        exec(compile("assert None is not None", file, "exec"))
+
+    monkeypatch.setattr(UnCLIP, "stream", stream)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    got, _, err = run(*sample(stack, "--out", "made"))
+    assert got == code and len(err) == 1 and words in err[0]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="of signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_that_is_stopped_leaves_at_once_and_nothing_behind(number, stack, tmp_path):

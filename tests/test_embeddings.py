@@ -6,10 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny_stack
 from unclip_jax import data, tasks
 from unclip_jax.data import loader
+from unclip_jax.data.folder import held_out
 from unclip_jax.data.show import contact_sheet
 from unclip_jax.embed import embed
 from unclip_jax.errors import UserError
@@ -111,6 +113,15 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(folder, tmp_path, monkeyp
         np.testing.assert_array_equal(a[i]["z_img"], b[i]["z_img"])
     with pytest.raises(UserError, match="holds finished embeddings"):
         embed(out, tiny_stack.path(), WORDS, ("train",), 32)
+
+
+def test_a_split_that_is_empty_is_left_out_by_name(tmp_path):
+    name = next(f"{k}.png" for k in range(9) if not held_out(f"{k}.png"))
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "few" / name)
+    (tmp_path / "few" / name).with_suffix(".txt").write_text("black")
+    with pytest.raises(UserError, match="the split 'test' of .* is empty. Fix: leave it out: --splits train$"):
+        embed(tmp_path / "out", tiny_stack.path(), {"source": "folder", "path": str(tmp_path / "few"), "size": 16})
 
 
 def test_mistakes_are_user_errors(folder, tmp_path):

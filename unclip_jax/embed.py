@@ -19,6 +19,7 @@ from tqdm import tqdm
 from unclip_jax import data, sharding, tasks
 from unclip_jax.data import loader
 from unclip_jax.data.embeddings import META, VERSION, pack
+from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError
 from unclip_jax.fetch import fetched
 from unclip_jax.storage import read_json, write_text
@@ -27,6 +28,15 @@ from unclip_jax.tokenizer import Tokenizer
 
 SHARD_BATCHES = 64
 UNFINISHED = "unfinished.json"
+
+
+def _split(source: Mapping, split: str, splits: Sequence[str]) -> Source:
+    """The source of one split; UserError where it is empty."""
+    try:
+        return data.make(**{**source, "split": split})
+    except EmptySplit as error:
+        rest = ",".join(name for name in splits if name != split)
+        raise UserError(str(error).partition(". Fix:")[0], f"leave it out: --splits {rest or 'all'}") from None
 
 
 def embed(
@@ -53,7 +63,7 @@ def embed(
     frozen = tasks.load_clip(clip)
     if frozen.model.vision is None:
         raise UserError(f"the CLIP in {clip} has no image tower", "give one that has")
-    sources = {split: data.make(**{**source, "split": split}) for split in splits}
+    sources = {split: _split(source, split, splits) for split in splits}
     if any(own.clip_identity for own in sources.values()):
         raise UserError("these are embeddings already, of the CLIP that made them", "give a source of pictures")
     mesh = sharding.make_mesh()

@@ -381,6 +381,15 @@ def test_a_folder_of_pictures_is_measured_as_it_is(run, tmp_path):
     assert rows["FD-CLIP"]["low"] is None
 
 
+def test_pictures_of_no_prompt_are_those_of_variations_without_what_was_given(tmp_path):
+    folder(tmp_path / "varied", captions=False, count=3)
+    entries = [{"file": "0.png", "role": "input", "image": "a"}]
+    entries += [{"file": f"{k}.png", "role": "variation", "image": "a"} for k in (1, 2)]
+    (tmp_path / "varied/pictures.json").write_text(json.dumps({"pictures": entries}))
+    own = pictures.PictureFolder(str(tmp_path / "varied"))
+    assert own.files == ["1.png", "2.png"] and own.captions is None
+
+
 def spoilt(path: Path):
     folder(path)
     (path / "3.png").write_bytes((path / "3.png").read_bytes()[:60])

@@ -38,6 +38,12 @@ def tables(report):
     return {table.title: table for table in report.tables}
 
 
+@pytest.mark.parametrize("num", [0, -1, 2.5, "5"])
+def test_a_number_of_examples_that_is_none_is_refused(num):
+    with pytest.raises(UserError, match=f"num={num!r} must be a whole number of at least 1"):
+        stages.measure("nowhere", num)
+
+
 @pytest.mark.slow
 def test_clip_is_measured_by_what_its_embeddings_say(runs):
     report = stages.measure(runs["clip"], num=16, seed=3)

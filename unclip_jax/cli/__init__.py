@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 
 import unclip_jax
@@ -141,8 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
             _say("error: not enough memory. Fix: give a smaller --batch-size, or add --low-memory")
             return 2
-        if "Unable to initialize backend" in what:
-            _say(f"error: JAX finds no such device ({error}). Fix: unset JAX_PLATFORMS, or install what it asks for")
+        if "Unable to initialize backend" in what or _no_plugin(error):
+            asked = str(error) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            _say(f"error: JAX finds no such device ({asked}). Fix: unset JAX_PLATFORMS, or install what it asks for")
             return 2
         if isinstance(error, OSError) and error.strerror:
             where = f"{str(error.filename)[:100]!r} cannot be used" if error.filename else "a file cannot be used"
@@ -150,6 +152,12 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         _say(f"error: internal error, {what[:300]}. Fix: run again with --debug, and report what it shows")
         return 1
+
+
+def _no_plugin(error: Exception) -> bool:
+    """Whether jax fails an assertion, without a word, for want of the plugin that JAX_PLATFORMS asks for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and frames[-1].filename.endswith("xla_bridge.py")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -157,7 +157,7 @@ def seed(text: str) -> int:
 
 def scale(text: str) -> float:
     """A guidance."""
-    return _number(text, float, 0, 1e6, "a number of at least 0 (1 is no guidance)")
+    return _number(text, float, 0, 1e6, "a number in 0 … 1000000 (1 is no guidance)")
 
 
 def share(text: str) -> float:

@@ -1,6 +1,7 @@
 """`unclip data show`, `check` and `embed`: data sources looked at, gone through, and embedded."""
 
 import json
+import shlex
 
 from unclip_jax.cli.arguments import MAX_PICTURES, command, count, listed, seed
 from unclip_jax.errors import UserError
@@ -38,7 +39,7 @@ def _add_source(sub, split: bool = True) -> None:
     sub.epilog = "Any number of --data.key=value are arguments of the source, such as --data.index=DIR."
     sub.add_argument("source", help="shapes, icons, folder, webdataset or tfds")
     if split:
-        sub.add_argument("--split", default="train")
+        sub.add_argument("--split", default="train", help="of its records (train); of pictures of your own also all")
     sub.add_argument("--size", type=count, default=64, help="side of the pictures in pixels (64)")
     sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--path", help="of the source: a folder, tar shards, or a data set's name")
@@ -88,7 +89,8 @@ def embed(args) -> None:
     from unclip_jax.embed import embed as write
 
     out = write(args.out, args.clip, _source(args), args.splits, args.batch_size, args.states)
-    print(f"{out}: train a prior from it with --config.data.source=embeddings --config.data.path={out}")
+    path = shlex.quote(str(out))
+    print(f"{out}: train a prior from it with --config.data.source=embeddings --config.data.path={path}")
 
 
 def _source(args) -> dict:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, prompts_of, share
+from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, part, prompts_of
 from unclip_jax.cli.pictures import at_most, beside, finish, read_picture
 from unclip_jax.errors import UserError
 
@@ -17,7 +17,7 @@ def add(commands) -> None:
     sub.add_argument("--mask", metavar="PNG", help="of the picture's size: white is painted anew, black stays")
     sub.add_argument("--box", type=box, metavar="X0,Y0,X1,Y1", help="paint this box, in pixels of IMAGE")
     sub.add_argument("--outpaint", type=borders, metavar="L,T,R,B", help="paint so many more pixels at the sides")
-    sub.add_argument("--strength", type=share, metavar="S", help="begin from IMAGE with so much noise, 0 … 1 (1: none)")
+    sub.add_argument("--strength", type=part, metavar="S", help="begin from IMAGE with so much noise, above 0 … 1 (1)")
     sub.add_argument("--resample", type=count, metavar="N", help="passes of RePaint over each stretch of steps")
     sub.add_argument("--num", type=count, default=4, help="pictures (4)")
     add_output(sub)

@@ -1,5 +1,7 @@
 """`unclip export` and `unclip convert`."""
 
+import shlex
+
 from unclip_jax.cli.arguments import command, listed
 from unclip_jax.errors import UserError
 
@@ -48,7 +50,7 @@ def export(args) -> None:
     out = collect(args.out, *stages, args.dtype, args.overwrite, args.analytic, args.prior_ar)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {size / 1e6:.1f} MB")
-    print(f'draw with: unclip sample "a red circle" --model {args.out} --out out/sample')
+    print(f'draw with: unclip sample "a red circle" --model {shlex.quote(args.out)} --out out/sample')
 
 
 def convert(args) -> None:

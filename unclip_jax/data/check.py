@@ -34,7 +34,7 @@ def survey(source, num: int | None = None) -> dict:
             sides.append(min(record["pixels"]))
     index = getattr(source, "index", None)
     return {
-        "source": source.name, "licence": source.licence, "records": total, "read": len(numbers),
+        "source": source.name, "licence": source.licence, "split": source.split, "records": total, "read": len(numbers),
         "readable": len(numbers) - len(bad), "bad": bad,
         "passed_over": getattr(index, "passed_over", {}), "passed_over_records": getattr(index, "listed", []),
         "caption_words": _spread(words), "distinct_captions": len(captions), "pixels": _spread(sides),
@@ -45,7 +45,7 @@ def table(report: dict) -> str:
     """The report for reading."""
     lines = [
         f"source             {report['source']} ({report['licence']})",
-        f"records            {report['records']}",
+        f"records            {report['records']} of the split '{report['split']}'",
         f"read               {report['read']}, of them {len(report['bad'])} cannot be read",
         f"captions           {report['distinct_captions']} distinct; words {_told(report['caption_words'])}",
         f"shorter side       {_told(report['pixels'])}",

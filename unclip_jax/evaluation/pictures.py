@@ -171,14 +171,15 @@ def _listed(path: Path) -> tuple[list[str], list[str] | None]:
     return [file for file, _ in found], [caption for _, caption in found] if has_texts else None
 
 
-def _from_index(path: Path) -> tuple[list[str], list[str]]:
+def _from_index(path: Path) -> tuple[list[str], list[str] | None]:
+    """Files and their prompts, as they are drawn; None where some are of no prompt (variations, edits)."""
     index = path / gallery.INDEX
     facts = read_json(index, "the index of drawn pictures", MAX_INDEX_BYTES)
     try:
-        entries = facts["pictures"]
-        files, captions = [str(e["file"]) for e in entries], [str(e["prompt"]) for e in entries]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{index} is not as `unclip sample` writes it ({type(error).__name__})") from None
+        entries = [entry for entry in facts["pictures"] if entry.get("role") != "input"]
+        files, prompts = [str(entry["file"]) for entry in entries], [entry.get("prompt") for entry in entries]
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{index} is not as `unclip sample` writes it", "draw the folder again") from None
     if unsafe := [file for file in files if Path(file).name != file]:
         raise UserError(f"{index} names {unsafe[0]!r}, which is outside the folder", "do not trust it")
     if missing := [file for file in files if not (path / file).is_file()]:
@@ -186,7 +187,7 @@ def _from_index(path: Path) -> tuple[list[str], list[str]]:
         raise UserError(what, "copy the whole folder again")
     if not files:
         raise UserError(f"{index} names no pictures")
-    return files, captions
+    return files, None if None in prompts else [str(prompt) for prompt in prompts]
 
 
 def _readable(read: Callable[[int], tuple], start: int, stop: int, total: int, max_bad: float) -> PictureBlock:

@@ -22,6 +22,7 @@ from unclip_jax.evaluation import sweep as sweeps
 from unclip_jax.evaluation.report import Report, Table, versions
 from unclip_jax.evaluation.trained import TrainedStage, load
 from unclip_jax.metrics import probes
+from unclip_jax.settings import check_numbers
 from unclip_jax.storage import read_text
 
 BUCKETS = 10
@@ -54,6 +55,7 @@ def measure(
       sweep: for the prior, "guidance=1,2" and "steps=5,25".
       classes, templates: files for CLIP's zero-shot classification, one a line.
     """
+    check_numbers(seed, num)
     task, points, lines = _asked(where, stage, sweep, {"classes": classes, "templates": templates})
     own = load(where, step, stage, source, path)
     count = -(-num // own.batch_size)
@@ -71,6 +73,7 @@ def measure(
     facts["results"] = [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]} for t in more]
     first = Table("Metrics", ["metric", "value"], [[name, float(v)] for name, v in metrics.items()])
     few = f", which has {len(own.source)} pictures: they come several times" if n > len(own.source) else ""
+    few += " in a batch, where recall takes all but one of each for others" * (task == "clip" and bool(few))
     return Report(f"{task} at step {own.step}, {n} examples of '{split}'{few}", facts, [first, *more])
 
 
