@@ -23,6 +23,14 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.weights import Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+ABSENT = object()  # in place of a value: the key is left out
+
+
+def changed(stage, change):
+    """The stage with other values in its config."""
+    config = {**flatten_dict(stage.config.to_dict()), **flatten_dict(change)}
+    config = {path: value for path, value in config.items() if value is not ABSENT}
+    return Stage(stage.params, ConfigDict(unflatten_dict(config)), 0, {})
 
 
 def count(shapes, prefix=""):
@@ -208,12 +216,20 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
     ],
 )
 def test_what_diffusers_cannot_express_is_refused_and_nothing_written(stages, tmp_path, stage, change, said):
-    config = flatten_dict(stages[stage].config.to_dict())
-    config = ConfigDict(unflatten_dict({**config, **flatten_dict(change)}))
-    stack = files.save(tmp_path / "stack", {**stages, stage: Stage(stages[stage].params, config, 0, {})})
-    with pytest.raises(UserError, match=re.escape(said)):
+    stack = files.save(tmp_path / "stack", {**stages, stage: changed(stages[stage], change)})
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
         karlo.write_stack(stack, tmp_path / "out")
+    assert "Fix:" in str(refused.value)
     assert list(tmp_path.iterdir()) == [stack]
+
+
+def test_a_key_left_out_is_written_as_the_task_reads_it(folder, stages, tmp_path):
+    """The bound of a prior's x0 is 5, what decoders and upsamplers predict the noise."""
+    left_out = {"prior": "clip_x0", "decoder": "target", "upsampler": "target"}
+    short = {name: changed(stages[name], {"objective": {key: ABSENT}}) for name, key in left_out.items()}
+    out = karlo.write_stack(files.save(tmp_path / "stack", short), tmp_path / "out")
+    for name in left_out:
+        assert karlo._scheduler(out, name) == karlo._scheduler(folder, name), name
 
 
 def test_a_folder_in_use_is_refused(folder, stages, tmp_path):

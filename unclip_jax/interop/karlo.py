@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 import unclip_jax
+from unclip_jax import tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, hf_clip_write, karlo_json
 from unclip_jax.interop.files import Source, open_weights, spare_others
@@ -232,7 +233,8 @@ def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict
 
 def _write_upsampler(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
     if config.objective.get("last_steps") != 1:
-        raise UserError("the upsampler must have a second network for its last step, to be written for diffusers")
+        what = "the upsampler must have a second network for its last step, to be written for diffusers"
+        raise UserError(what, "export it as a stack of unclip_jax")
     model = {**config.model.to_dict(), "out_channels": arrays["net/out/bias"].shape[0]}
     config_json = karlo_json.upsampler_json(model, config.data.size)
     parts = {f"{part}/config.json": config_json for part in PARTS["upsampler"]}
@@ -241,11 +243,12 @@ def _write_upsampler(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> di
 
 def _write_scheduler(name: str, config: ConfigDict) -> dict[str, dict]:
     part, prediction, variance = SCHEDULERS[name]
-    target = config.objective.get("target", "x0")
+    task, objective, fix = tasks.TASKS[config.task], config.objective, "export it as a stack of unclip_jax"
+    target = objective.get("target", getattr(task, "target", "x0"))
     if config.diffusion.name != "cosine" or target != {"sample": "x0", "epsilon": "eps"}[prediction]:
         what = f"the {name} has the schedule {config.diffusion.name} and the target {target}; diffusers' is for cosine"
-        raise UserError(f"{what} and {prediction}", "export it as a stack of unclip_jax")
-    bound = config.objective.get("clip_x0", 1.0)
+        raise UserError(f"{what} and {prediction}", fix)
+    bound = objective.get("clip_x0", getattr(task, "clip_x0", 1.0))
     if bound is None:
         raise UserError(f"the {name}'s objective.clip_x0=None must be a number", "set one, Karlo's is 5.0")
     content = karlo_json.scheduler_json(config.diffusion.num_steps, bound, prediction, variance)
