@@ -223,6 +223,9 @@ def _write_prior(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[s
 def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
     if config.objective.get("inpaint"):
         raise UserError("a decoder with channels for inpainting cannot be written for diffusers", "export one without")
+    if not config.objective.get("empty_caption"):
+        what = "the decoder must drop captions by the empty one, to be written for diffusers, whose guidance is from it"
+        raise UserError(what, "train it with configs/karlo/decoder.py")
     model = {**config.model.to_dict(), "embed_dim": len(arrays["null_image"])}
     model["unet"]["out_channels"] = arrays["net/out/bias"].shape[0]
     size = config.objective.get("image_size", config.data.size)
@@ -234,6 +237,10 @@ def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict
 def _write_upsampler(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict[str, dict]:
     if config.objective.get("last_steps") != 1:
         what = "the upsampler must have a second network for its last step, to be written for diffusers"
+        raise UserError(what, "export it as a stack of unclip_jax")
+    enlarge = config.objective.get("enlarge", tasks.TASKS[config.task].enlarge)
+    if enlarge != "bicubic":
+        what = f"the upsampler's objective.enlarge={enlarge!r} must be 'bicubic' to be written for diffusers"
         raise UserError(what, "export it as a stack of unclip_jax")
     model = {**config.model.to_dict(), "out_channels": arrays["net/out/bias"].shape[0]}
     config_json = karlo_json.upsampler_json(model, config.data.size)
@@ -248,6 +255,9 @@ def _write_scheduler(name: str, config: ConfigDict) -> dict[str, dict]:
     if config.diffusion.name != "cosine" or target != {"sample": "x0", "epsilon": "eps"}[prediction]:
         what = f"the {name} has the schedule {config.diffusion.name} and the target {target}; diffusers' is for cosine"
         raise UserError(f"{what} and {prediction}", fix)
+    shift = config.diffusion.get("shift", 1.0)
+    if shift != 1:
+        raise UserError(f"the {name}'s diffusion.shift={shift} must be 1, as diffusers shifts no schedule", fix)
     bound = objective.get("clip_x0", getattr(task, "clip_x0", 1.0))
     if bound is None:
         raise UserError(f"the {name}'s objective.clip_x0=None must be a number", "set one, Karlo's is 5.0")
