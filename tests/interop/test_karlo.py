@@ -214,11 +214,15 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
         ("decoder", {"objective": {"empty_caption": False}}, "the decoder must drop captions by the empty one"),
         ("decoder", {"objective": {"empty_caption": ABSENT}}, "the decoder must drop captions by the empty one"),
         ("decoder", {"model": {"add_text_embedding": False}}, "add_text_embedding=False must be True"),
+        ("decoder", {"model": {"add_text_embedding": ABSENT}}, "add_text_embedding=False must be True"),
         ("decoder", {"model": {"unet": {"patch": 2}}}, "patch=2 must be 1"),
+        ("decoder", {"model": {"unet": {"positions": True}}}, "positions=True must be False"),
+        ("decoder", {"model": {"unet": {"outer": 8}}}, "outer=8 must be 0"),
         ("upsampler", {"diffusion": {"shift": 2.0}}, "the upsampler's diffusion.shift=2.0 must be 1"),
         ("upsampler", {"objective": {"last_steps": 0}}, "a second network for its last step"),
         ("upsampler", {"objective": {"enlarge": "linear"}}, "objective.enlarge='linear' must be 'bicubic'"),
         ("upsampler", {"model": {"attention": (8,)}}, "must be ()"),
+        ("upsampler", {"model": {"positions": True}}, "positions=True must be False"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused_and_nothing_written(stages, tmp_path, stage, change, said):

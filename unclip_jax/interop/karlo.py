@@ -226,7 +226,7 @@ def _write_decoder(config: ConfigDict, arrays: Mapping[str, np.ndarray]) -> dict
     if not config.objective.get("empty_caption"):
         what = "the decoder must drop captions by the empty one, to be written for diffusers, whose guidance is from it"
         raise UserError(what, "train it with configs/karlo/decoder.py")
-    model = {**config.model.to_dict(), "embed_dim": len(arrays["null_image"])}
+    model = {**config.model.to_dict(), "embed_dim": len(arrays.get("null_image", ()))}
     model["unet"]["out_channels"] = arrays["net/out/bias"].shape[0]
     size = config.objective.get("image_size", config.data.size)
     decoder, text_proj = karlo_json.decoder_json(model, size)

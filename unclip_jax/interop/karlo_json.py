@@ -190,7 +190,7 @@ def decoder(config: Mapping, text_proj: Mapping) -> tuple[dict[str, Any], int]:
 
 def decoder_json(model: Mapping, size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keywords of `Decoder` and the side of its images → decoder/config.json, text_proj/config.json."""
-    _needs("decoder", model, text=None, add_text_embedding=True)
+    _needs("decoder", {"add_text_embedding": False, **model}, text=None, add_text_embedding=True)
     unet, width = model["unet"], model["context_width"]
     _needs("decoder", unet, out_channels=6)
     heads = dict(attention_head_dim=unet.get("head_channels", 64), cross_attention_dim=width)
@@ -275,7 +275,7 @@ def _unet(name: str, v: Mapping) -> dict[str, Any]:
 
 
 def _unet_json(name: str, unet: Mapping, size: int) -> dict[str, Any]:
-    _needs(name, unet, patch=1)
+    _needs(name, unet, patch=1, outer=0, positions=False, extra=0)
     attends = [size >> level in unet.get("attention", ()) for level in range(len(unet["multipliers"]))]
     return dict(
         sample_size=size,
