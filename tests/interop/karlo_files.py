@@ -150,11 +150,11 @@ def publish(folder, contents, fill):
     return stages
 
 
-def save(out, stages):
-    """A stack of such stages, and of a CLIP of captions only: a pipeline cannot be without its captions' half."""
+def save(out, stages, vision=None):
+    """A stack of such stages, and of a CLIP, by default of captions only: a pipeline cannot be without that half."""
     words, width = tiny_stack.tokenizer(), 8
     text = {"width": width, "layers": 1, "heads": 1}
-    config = clip_config({"embed_dim": width, "vision": None, "text": text}, words, words.vocab_size)
+    config = clip_config({"embed_dim": width, "vision": vision, "text": text}, words, words.vocab_size)
     shapes = jax.eval_shape(tasks.make(config).init, jax.random.key(0))
     clip = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return save_stack(out, {"clip": (clip, config, 0, {}), **stages}, words.to_json(), "float32")

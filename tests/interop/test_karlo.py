@@ -242,6 +242,25 @@ def test_a_key_left_out_is_written_as_the_task_reads_it(folder, stages, tmp_path
         assert karlo._scheduler(out, name) == karlo._scheduler(folder, name), name
 
 
+@pytest.mark.parametrize(("task", "more"), [("upsampler", "upsampler_2"), ("prior_ar", "prior_ar")])
+def test_a_stage_without_a_place_in_the_pipeline_is_refused_by_name(stages, tmp_path, task, more):
+    stage = changed(stages["upsampler"], {"task": task})
+    stack = files.save(tmp_path / "stack", {**stages, more: stage})
+    with pytest.raises(UserError, match=f"the stack's {more} has no place .* Fix: .* `unclip export`"):
+        karlo.write_stack(stack, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [stack]
+
+
+def test_without_a_prior_it_is_a_pipeline_of_variations_and_needs_the_image_tower(stages, tmp_path):
+    rest = {name: stage for name, stage in stages.items() if name != "prior"}
+    with pytest.raises(UserError, match="whose CLIP must have an image tower"):
+        karlo.write_stack(files.save(tmp_path / "blind", rest), tmp_path / "out")
+    vision = {"image_size": 16, "patch": 8, "width": 8, "layers": 1, "heads": 1}
+    out = karlo.write_stack(files.save(tmp_path / "stack", rest, vision), tmp_path / "out")
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "UnCLIPImageVariationPipeline" and "image_encoder" in index
+
+
 def test_a_folder_in_use_is_refused(folder, stages, tmp_path):
     with pytest.raises(UserError, match=f"{folder} exists"):
         karlo.write_stack(files.save(tmp_path / "stack", stages), folder)

@@ -61,6 +61,7 @@ COMPONENTS = {
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
     **{part: ("diffusers", "UnCLIPScheduler") for part, *_ in SCHEDULERS.values()},
 }
+PLACES = ("clip", "prior_diffusion", "decoder", "upsampler")  # the tasks that a pipeline takes, one stage of each
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -92,14 +93,23 @@ def read_stack(source: Source, tokenizer: str | None = None) -> Converted:
 
 
 def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> Path:
-    """A folder that diffusers' UnCLIPPipeline.from_pretrained loads, from a stack of Karlo's kind; returns its path."""
+    """A folder that diffusers' UnCLIPPipeline.from_pretrained loads, from a stack of Karlo's kind; returns its path.
+
+    Without a prior it is UnCLIPImageVariationPipeline's.
+
+    Raises:
+      UserError: a stage that the pipeline has no place for or cannot express, or `out` exists; nothing is written then.
+    """
     out = Path(out).expanduser().resolve()
     spare_others(out, "model_index.json", OWN, overwrite)
-    names = {task: name for name, task in tasks_of(stack).items()}
+    names = {}
+    for name, task in tasks_of(stack).items():
+        names.setdefault(task, name)
     with new_directory(out, "pipeline of diffusers", "model_index.json", overwrite) as folder:
         words, (params, config, _, _) = load_one(stack, names.get("clip", "clip"))
         parts = hf_clip_write.write_halves(folder, params, config, words, dtype)
         del params
+        _check_places(names, tasks_of(stack), config)
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
                 _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(FLOATS[dtype]))
@@ -131,6 +141,17 @@ def read_stages(folder: Path) -> Iterator[tuple[str, Stage]]:
                 own = {entry.path: shapes[entry.path] for entry in table}
                 arrays |= read(table, own, weights.names, weights.take)
         yield name, Stage(unflatten_dict(arrays, sep="/"), config, 0, {})
+
+
+def _check_places(names: Mapping[str, str], stages: Mapping[str, str], clip: ConfigDict) -> None:
+    """Raises unless the pipeline takes every stage, of which `names` has the first of each task, and all it needs."""
+    for name, task in stages.items():
+        if names[task] != name or task not in PLACES:
+            what = f"the stack's {name} has no place in a pipeline of diffusers, which takes one each of"
+            raise UserError(f"{what} {', '.join(PLACES)}", "collect the stack without it, by `unclip export`")
+    if "prior_diffusion" not in names and clip.model.vision is None:
+        what = "a stack without a prior is written as UnCLIPImageVariationPipeline, whose CLIP must have an image tower"
+        raise UserError(what, "collect the stack with a prior, or with a CLIP that has one, by `unclip export`")
 
 
 def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype) -> None:
