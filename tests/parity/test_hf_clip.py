@@ -171,6 +171,17 @@ def test_a_clip_with_a_tokenizer_of_our_own_is_read_there(tmp_path):
     np.testing.assert_array_equal(z_again, z_txt)
 
 
+def test_in_bfloat16_the_temperature_stays_float32(theirs, ours, tmp_path):
+    """It is an exponent: rounded to 8 bits, all similarities would be a percent off."""
+    out = convert.convert_out("hf-clip", ours, tmp_path / "theirs", "bfloat16")
+    back, want = transformers.CLIPModel.from_pretrained(out, dtype=torch.float32), theirs[0].state_dict()
+    for name, tensor in back.state_dict().items():
+        wanted = want[name] if name == "logit_scale" else want[name].bfloat16().float()
+        np.testing.assert_array_equal(tensor.numpy(), wanted.numpy(), err_msg=name)
+    again = weights.load_stack(convert.convert_in("hf-clip", str(out), tmp_path / "again")).stages["clip"]
+    assert float(again.params["logit_scale"]) == want["logit_scale"].item()
+
+
 def test_defaults_of_the_configs_are_theirs():
     for defaults, config in (
         (hf_clip.TEXT_DEFAULTS, transformers.CLIPTextConfig()),

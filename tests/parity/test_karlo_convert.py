@@ -124,6 +124,17 @@ def test_diffusers_loads_what_is_converted_back_and_it_is_the_same(folders, stac
         assert stage.config == again.stages[name].config
 
 
+def test_diffusers_loads_bfloat16_with_statistics_in_float32(stack, tmp_path):
+    out = tmp_path / "half"
+    assert cli.main(["convert", "--to", "karlo", str(stack), str(out), "--dtype", "bfloat16"]) == 0
+    params = load_stack(stack, ["prior"]).stages["prior"].params
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline = UnCLIPPipeline.from_pretrained(out, dtype=dtype)
+        assert pipeline.prior.clip_std.dtype == pipeline.decoder.dtype == dtype
+        std = torch.tensor(np.array(params["std"]))[None].to(dtype)
+        assert torch.equal(pipeline.prior.clip_std, std)
+
+
 def test_a_stack_that_is_not_of_karlos_kind_is_not_written(tmp_path, capsys):
     assert cli.main(["convert", "--to", "karlo", "unclip_jax/bundled/shapes", str(tmp_path / "out")]) == 2
     assert "must be None, to be written for diffusers" in capsys.readouterr().err

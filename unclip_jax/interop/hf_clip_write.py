@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from unclip_jax import tasks, weights
+from unclip_jax import tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_tokenizer, stages
 from unclip_jax.interop.files import spare_others
 from unclip_jax.interop.hf_clip import ACTIVATIONS, OWN, TABLE, TEXT, VISION
-from unclip_jax.interop.layout import Entry, views
+from unclip_jax.interop.layout import Entry
 from unclip_jax.models.clip import CLIP, VisionTransformer
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.storage import new_directory
-from unclip_jax.tensors import write_arrays
 from unclip_jax.tokenizer import Tokenizer
 
 EMBEDDING = "textual/embed/embedding"
@@ -86,9 +85,7 @@ def _write_model(folder: Path, table: list[Entry], params: Mapping, order: np.nd
     ours = {path: np.asarray(stages.at(params, path)) for path, _, _ in table}
     if EMBEDDING in ours:
         ours[EMBEDDING] = ours[EMBEDDING][order]
-    arrays = views(table, ours)
-    kinds = {name: np.dtype(weights.FLOATS[dtype]) for name in arrays}
-    write_arrays(folder / "model.safetensors", arrays, kinds, {"format": "pt"})
+    stages.write_params(folder / "model.safetensors", table, ours, dtype)
 
 
 def _write_json(folder: Path, files: Mapping[str, dict]) -> None:
