@@ -182,6 +182,23 @@ def test_in_bfloat16_the_temperature_stays_float32(theirs, ours, tmp_path):
     assert float(again.params["logit_scale"]) == want["logit_scale"].item()
 
 
+def test_the_bias_of_a_sigmoid_loss_comes_back(tmp_path):
+    """transformers, which has no place for it, loads the rest."""
+    config = tiny_stack.configs()["clip"]
+    config.objective = {"loss": "sigmoid"}
+    params = tiny_stack.weights(config)
+    words = tiny_stack.tokenizer().to_json()
+    stack = weights.save_stack(tmp_path / "stack", {"clip": (params, config, 1, {})}, words, "float32")
+    out = convert.convert_out("hf-clip", stack, tmp_path / "theirs")
+    _, info = transformers.CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    again = weights.load_stack(convert.convert_in("hf-clip", str(out), tmp_path / "again")).stages["clip"]
+    assert again.params["logit_bias"] == params["logit_bias"] != 0
+    task = tasks.make(again.config)
+    assert task.loss_name == "sigmoid"
+    assert jax.tree.map(np.shape, again.params) == jax.tree.map(np.shape, params)
+
+
 def test_defaults_of_the_configs_are_theirs():
     for defaults, config in (
         (hf_clip.TEXT_DEFAULTS, transformers.CLIPTextConfig()),

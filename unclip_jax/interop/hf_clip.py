@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, is_number, suggest
 from unclip_jax.interop import stages
 from unclip_jax.interop.files import Source, joined, open_weights
 from unclip_jax.interop.layout import CONV, DENSE, SAME, Entry, blocks, norm, prefixed
@@ -55,9 +55,11 @@ VISION = prefixed("visual/", "vision_model.", [
 ]) + [Entry("image_projection/kernel", "visual_projection.weight", DENSE)]  # fmt: skip
 TEMPERATURE = Entry("logit_scale", "logit_scale", SAME)
 TABLE = [*TEXT, *VISION, TEMPERATURE]
+BIAS = Entry("logit_bias", "logit_bias", SAME)  # of the sigmoid loss; kept in config.json, as a CLIPModel has none
 TEXT_HALF = "clip_text_model"
 KINDS = ("clip", TEXT_HALF)  # the model types that are read
 OWN = "unclip_jax"  # the key of a config.json for what transformers has no name for
+_LARGEST = float(np.finfo(np.float32).max)
 IGNORED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
@@ -89,9 +91,13 @@ def read(source: Source, tokenizer: str | None = None) -> stages.Converted:
 def _read_whole(folder: Path, about: Mapping, tokenizer: str | None) -> tuple[dict, ConfigDict, Tokenizer]:
     text, vision = (block(about, *of) for of in (("text_config", TEXT_DEFAULTS), ("vision_config", VISION_DEFAULTS)))
     width = stages.whole({"projection_dim": 512, **about}, "projection_dim", "config.json")
-    config, words = _clip(text, vision, width, pixels(folder), folder, tokenizer, **_own(about))
+    config, words = _clip(text, vision, width, pixels(folder), folder, tokenizer, norm=_kept(about, "norm"))
+    bias, table, more = _kept(about, BIAS.name), TABLE, {}
+    if bias is not None:
+        config.objective = {"loss": "sigmoid"}
+        table, more = [*TABLE, BIAS], {BIAS.name: np.array(bias, np.float32)}
     with open_weights(folder) as arrays:
-        return stages.read_params(config, TABLE, arrays, IGNORED), config, words
+        return stages.read_params(config, table, joined(arrays, **more), IGNORED), config, words
 
 
 def read_halves(
@@ -209,7 +215,7 @@ def _config(folder: Path) -> dict:
     return config
 
 
-def _own(config: Mapping) -> dict:
-    """What `hf_clip_write` kept in a config for the way back."""
-    norm = (config.get(OWN) or {}).get("norm")
-    return {"norm": float(norm)} if isinstance(norm, (int, float)) else {}
+def _kept(config: Mapping, name: str) -> float | None:
+    """A number that `hf_clip_write` kept in a config for the way back; None where it kept none."""
+    value = (config.get(OWN) or {}).get(name)
+    return float(value) if is_number(value, -_LARGEST, _LARGEST) else None

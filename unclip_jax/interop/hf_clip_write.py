@@ -15,7 +15,7 @@ from unclip_jax import tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_tokenizer, stages
 from unclip_jax.interop.files import spare_others
-from unclip_jax.interop.hf_clip import ACTIVATIONS, OWN, TABLE, TEXT, VISION
+from unclip_jax.interop.hf_clip import ACTIVATIONS, BIAS, OWN, TABLE, TEXT, VISION
 from unclip_jax.interop.layout import Entry
 from unclip_jax.models.clip import CLIP, VisionTransformer
 from unclip_jax.models.text import TextEncoder
@@ -29,8 +29,8 @@ def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float3
     """A directory that `transformers.CLIPModel.from_pretrained` loads, from the CLIP of a stack or of a training run.
 
     A tokenizer of our own has its EOS moved (see `hf_tokenizer`). Pixels are to be normalised as
-    preprocessor_config.json says. transformers gives embeddings as projected; a `norm` of ours is kept in config.json
-    for the way back.
+    preprocessor_config.json says. transformers gives embeddings as projected and knows no bias; a `norm` of ours and
+    the bias of a sigmoid loss are kept in config.json for the way back.
 
     Raises:
       UserError: no CLIP there, or `out` exists; what `write` did not make is never overwritten.
@@ -43,6 +43,8 @@ def write(stack: str | os.PathLike, out: str | os.PathLike, dtype: str = "float3
         raise UserError(f"the CLIP of {stack} has no image tower", "convert the whole stack: --to karlo")
     words, order = _words(model, stage.tokenizer_json)
     files = {"config.json": _config(model, words, dtype), **hf_tokenizer.files(words)}
+    if model.bias:
+        files["config.json"][OWN][BIAS.name] = float(stage.params["logit_bias"])
     files["preprocessor_config.json"] = _preprocessor(model)
     with new_directory(out, "CLIP of transformers", "config.json", overwrite) as folder:
         _write_model(folder, TABLE, stage.params, order, dtype)
