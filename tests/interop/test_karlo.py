@@ -230,6 +230,7 @@ def test_missing_unknown_and_misshapen_arrays_are_named(folder, tmp_path):
         ("decoder", {"model": {"unet": {"patch": 2}}}, "patch=2 must be 1"),
         ("decoder", {"model": {"unet": {"positions": True}}}, "positions=True must be False"),
         ("decoder", {"model": {"unet": {"outer": 8}}}, "outer=8 must be 0"),
+        ("decoder", {"model": {"unet": {"attention": ()}}}, "attention=() must name a resolution"),
         ("upsampler", {"diffusion": {"shift": 2.0}}, "the upsampler's diffusion.shift=2.0 must be 1"),
         ("upsampler", {"objective": {"last_steps": 0}}, "a second network for its last step"),
         ("upsampler", {"objective": {"enlarge": "linear"}}, "objective.enlarge='linear' must be 'bicubic'"),
@@ -261,6 +262,13 @@ def test_a_stage_without_a_place_in_the_pipeline_is_refused_by_name(stages, tmp_
     with pytest.raises(UserError, match=f"the stack's {more} has no place .* Fix: .* `unclip export`"):
         karlo.write_stack(stack, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [stack]
+
+
+@pytest.mark.parametrize("left_out", ["decoder", "upsampler"])
+def test_a_stage_that_diffusers_cannot_be_without_is_named(stages, tmp_path, left_out):
+    rest = {name: stage for name, stage in stages.items() if name != left_out}
+    with pytest.raises(UserError, match=f"the stack has no {left_out}"):
+        karlo.write_stack(files.save(tmp_path / "stack", rest), tmp_path / "out")
 
 
 def test_without_a_prior_it_is_a_pipeline_of_variations_and_needs_the_image_tower(stages, tmp_path):

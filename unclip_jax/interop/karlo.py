@@ -156,6 +156,10 @@ def _check_places(names: Mapping[str, str], stages: Mapping[str, str], clip: Con
         if names[task] != name or task not in PLACES:
             what = f"the stack's {name} has no place in a pipeline of diffusers, which takes one each of"
             raise UserError(f"{what} {', '.join(PLACES)}", "collect the stack without it, by `unclip export`")
+    for task in ("decoder", "upsampler"):
+        if task not in names:
+            what = f"the stack has no {task}, without which diffusers loads no pipeline"
+            raise UserError(what, "collect the stack with one, by `unclip export`")
     if "prior_diffusion" not in names and clip.model.vision is None:
         what = "a stack without a prior is written as UnCLIPImageVariationPipeline, whose CLIP must have an image tower"
         raise UserError(what, "collect the stack with a prior, or with a CLIP that has one, by `unclip export`")

@@ -193,6 +193,9 @@ def decoder_json(model: Mapping, size: int) -> tuple[dict[str, Any], dict[str, A
     _needs("decoder", {"add_text_embedding": False, **model}, text=None, add_text_embedding=True)
     unet, width = model["unet"], model["context_width"]
     _needs("decoder", unet, out_channels=6)
+    if not unet.get("attention"):
+        what = "the decoder's attention=() must name a resolution, as the middle of diffusers' always has attention"
+        raise UserError(what, "export it as a stack of unclip_jax")
     heads = dict(attention_head_dim=unet.get("head_channels", 64), cross_attention_dim=width)
     text_proj = dict(
         clip_extra_context_tokens=model.get("image_tokens", 4),
