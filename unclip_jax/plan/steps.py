@@ -173,11 +173,13 @@ def plan_sample(run: Abstract, chip: str, compiled: bool = True) -> Report:
 @contextlib.contextmanager
 def quick():
     """Within it XLA tries less where programs are scheduled and fitted into memory, which takes much of compiling."""
-    names = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
-    before = {name: getattr(jax.config, name) for name in names}
+    options = {"jax_exec_time_optimization_effort": -1.0, "jax_memory_fitting_effort": -1.0}
+    if not all(hasattr(jax.config, name) for name in options):  # jax 0.11 has levels in their place
+        options = {"jax_optimization_level": "O1", "jax_memory_fitting_level": "O1"}
+    before = {name: getattr(jax.config, name) for name in options}
     try:
-        for name in names:
-            jax.config.update(name, -1.0)
+        for name, value in options.items():
+            jax.config.update(name, value)
         yield
     finally:
         for name, value in before.items():
