@@ -208,7 +208,7 @@ BAD = {
     "no border": (["in.png", "x", "--outpaint", "0,0,0,0"], "a number above 0"),
     "border too wide": (["in.png", "x", "--outpaint", "99999,0,0,0"], "none above 10000"),
     "no square": (["in.png", "x", "--outpaint", "4,0,0,0"], "36 x 32 pixels, and a square is needed"),
-    "strength 0": (["in.png", "--strength", "0"], "strength=0.0 must be above 0"),
+    "strength 0": (["in.png", "--strength", "0"], "'0' must be a number in 0 … 1, above 0"),
     "strength 2": (["in.png", "--strength", "2"], "--strength"),
     "too many": (["in.png", "x", *BOX, "--num", "10001"], "more than 10000 pictures"),
     "resample 0": (["in.png", "x", *BOX, "--resample", "0"], "--resample"),

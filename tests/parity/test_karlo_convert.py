@@ -124,15 +124,14 @@ def test_diffusers_loads_what_is_converted_back_and_it_is_the_same(folders, stac
         assert stage.config == again.stages[name].config
 
 
-def test_diffusers_loads_bfloat16_with_statistics_in_float32(stack, tmp_path):
+def test_diffusers_loads_bfloat16_whole(stack, tmp_path):
+    """Statistics too: of a mixture it leaves some arrays as they are where the package accelerate is missing."""
     out = tmp_path / "half"
     assert cli.main(["convert", "--to", "karlo", str(stack), str(out), "--dtype", "bfloat16"]) == 0
-    params = load_stack(stack, ["prior"]).stages["prior"].params
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = UnCLIPPipeline.from_pretrained(out, dtype=dtype)
-        assert pipeline.prior.clip_std.dtype == pipeline.decoder.dtype == dtype
-        std = torch.tensor(np.array(params["std"]))[None].to(dtype)
-        assert torch.equal(pipeline.prior.clip_std, std)
+        networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        assert len(networks) == 6 and {p.dtype for part in networks for p in part.parameters()} == {dtype}
 
 
 def test_a_stack_that_is_not_of_karlos_kind_is_not_written(tmp_path, capsys):

@@ -21,19 +21,12 @@ from unclip_jax.errors import UserError
 from unclip_jax.interop import hf_clip, hf_clip_write, karlo_json
 from unclip_jax.interop.files import Source, open_weights, spare_others
 from unclip_jax.interop.karlo_tables import TABLES
-from unclip_jax.interop.layout import read
-from unclip_jax.interop.stages import (
-    Converted,
-    clip_stage,
-    network_shapes,
-    provenance,
-    stated_licence,
-    whole,
-    write_params,
-)
+from unclip_jax.interop.layout import read, views
+from unclip_jax.interop.stages import Converted, clip_stage, network_shapes, provenance, stated_licence, whole
 from unclip_jax.models.clip import CLIP
 from unclip_jax.storage import new_directory, read_json
-from unclip_jax.weights import Stage, load_one, tasks_of
+from unclip_jax.tensors import write_arrays
+from unclip_jax.weights import FLOATS, Stage, load_one, tasks_of
 
 OWN = "_unclip_jax"  # the key of a model_index.json of ours; diffusers leaves such with an underscore alone
 PARTS = {"prior": ("prior",), "decoder": ("decoder", "text_proj"), "upsampler": ("super_res_first", "super_res_last")}
@@ -119,7 +112,7 @@ def write_stack(stack, out, dtype: str = "float32", overwrite: bool = False) -> 
         _check_places(names, tasks_of(stack), config)
         for name, task in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("upsampler", "upsampler")):
             if task in names:
-                _write_stage(name, load_one(stack, names[task])[1], folder, dtype)
+                _write_stage(name, load_one(stack, names[task])[1], folder, np.dtype(FLOATS[dtype]))
                 parts += [*PARTS[name], SCHEDULERS[name][0]]
         index = {"_class_name": "UnCLIPPipeline" if "prior" in parts else "UnCLIPImageVariationPipeline"}
         classes = {part: COMPONENTS[part] for part in parts if part in COMPONENTS and not (
@@ -165,14 +158,15 @@ def _check_places(names: Mapping[str, str], stages: Mapping[str, str], clip: Con
         raise UserError(what, "collect the stack with a prior, or with a CLIP that has one, by `unclip export`")
 
 
-def _write_stage(name: str, stage: Stage, folder: Path, dtype: str) -> None:
-    """One stage's JSON files and arrays."""
+def _write_stage(name: str, stage: Stage, folder: Path, dtype: np.dtype) -> None:
+    """One stage's JSON files and arrays, all in `dtype`: of a mixture diffusers would cast some alone."""
     ours = {path: np.asarray(a) for path, a in flatten_dict(stage.params, sep="/").items()}
     for path, content in _WRITE[name](stage.config, ours).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for part, table in TABLES[name]({path: a.shape for path, a in ours.items()}).items():
-        write_params(folder / part / WEIGHTS_FILE, table, ours, dtype)
+        arrays = views(table, ours)
+        write_arrays(folder / part / WEIGHTS_FILE, arrays, dict.fromkeys(arrays, dtype), {"format": "pt"})
 
 
 # Each reader gives a stage's config and what its network takes of the CLIP, as `network_shapes` wants them.
