@@ -80,21 +80,19 @@ def test_the_upsampler_may_be_left_out(run, tmp_path, published):
 @pytest.mark.parametrize("sees", [True, False])
 def test_a_hole_is_painted_from_a_prompt_alone(run, tmp_path, published, sees):
     """By the network for inpainting, which sees the rest of the picture, and by the other one; there is no prior."""
-    arrays = dict(published)
+    base = dict(published["base"])
     if sees:
-        base = dict(arrays.pop("base"))
         stem = base["input_blocks.0.0.weight"]
         base["input_blocks.0.0.weight"] = np.concatenate([stem, stem[:, :1], stem], axis=1)
-        arrays["base_inpaint"] = base
-    save(tmp_path / "theirs", arrays)
+    save(tmp_path / "theirs", {"base_inpaint" if sees else "base": base})
     assert run("theirs", "made") == (0, [])
     pipe = UnCLIP.load("made")
     assert pipe.tasks["decoder"].inpaint is sees and pipe.prompted
     rng = np.random.default_rng(0)
-    image, hole = rng.integers(0, 256, (16, 16, 3), np.uint8), np.zeros((16, 16), bool)
-    hole[4:12, 4:12] = True
+    image, hole = rng.integers(0, 256, (8, 8, 3), np.uint8), np.zeros((8, 8), bool)
+    hole[2:6, 2:6] = True
     other = np.where(hole[..., None], image, 255 - image)
-    options = dict(steps=2, upsample_steps=2, resample=1, progress=False, return_stages=True)
+    options = dict(steps=2, resample=1, progress=False, return_stages=True)
     drawn = pipe.inpaint([image, image, other], [hole] * 3, ["a cat", "the cat", "a cat"], 3, **options)
     first, *rest = drawn.images
     np.testing.assert_array_equal(first[~hole], image[~hole])
