@@ -27,3 +27,9 @@ gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_finish():
+    """What all imports made is there for good, so no sweep looks at it again."""
+    gc.collect()
+    gc.freeze()

@@ -47,11 +47,13 @@ def test_elsewhere_nothing_happens(error, monkeypatch):
     compiling.trim()
 
 
-def test_a_program_is_compiled_and_what_that_took_given_back(monkeypatch):
-    calls = []
+@pytest.mark.parametrize("seconds, trims", [(0.5 * compiling.LONG, 0), (2 * compiling.LONG, 1)])
+def test_a_program_is_compiled_and_what_a_long_one_took_is_given_back(seconds, trims, monkeypatch):
+    calls, clock = [], iter([100.0, 100.0 + seconds])
     monkeypatch.setattr(compiling, "trim", lambda: calls.append("trim"))
+    monkeypatch.setattr(compiling, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     double = compiling.compiled(jax.jit(lambda x: 2 * x).lower(3))
-    assert calls == ["trim"] and int(double(3)) == 6
+    assert len(calls) == trims and int(double(3)) == 6
 
 
 def test_what_runs_once_gives_the_same_though_it_is_optimised_less():

@@ -221,6 +221,18 @@ def state_of(workdir, which="params"):
     return step, params
 
 
+def events(file):
+    """Of TensorBoard's file: each is its length (u64), a checksum (u32), its bytes and another checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, begin, read = file.read_bytes(), 0, []
+    while begin < len(data):
+        end = begin + 12 + int.from_bytes(data[begin : begin + 8], "little")
+        read.append(Event.FromString(data[begin + 12 : end]))
+        begin = end + 4
+    return read
+
+
 def test_what_a_run_writes(task, tmp_path, capsys):
     config = toy.config(every__preview=5, every__eval=4, eval__batches=3, every__save=3, keep=2)
     workdir = tmp_path / "a" / "run"
@@ -242,7 +254,12 @@ def test_what_a_run_writes(task, tmp_path, capsys):
     assert losses[3]["checkpoint_seconds"] > losses[2]["checkpoint_seconds"] == 0  # every third step is saved
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert sorted(p.name for p in (workdir / "previews").iterdir()) == ["step_0000005.png", "step_0000008.png"]
-    assert any((workdir / "tb").iterdir())
+    (file,) = (workdir / "tb").iterdir()
+    version, begun, *told = events(file)
+    assert version.file_version == "brain.Event:2" and begun.step == 1 and begun.session_log.status == 1  # START
+    for event, line in zip(told, written, strict=True):
+        scalars = {value.tag: value.simple_value for value in event.summary.value}
+        assert {"step": event.step, **scalars} == pytest.approx(line, rel=1e-6)
     # The held-out metric is of the averaged weights, on the first batches of the split.
     measured = [line for line in written if "eval/error" in line]
     assert [line["step"] for line in measured] == [4, 8]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -39,12 +40,9 @@ class Logs:
         settings = {"desc": config.task, "unit": "step", "disable": not self.main, "mininterval": 1, "file": _Unheard()}
         self.bar = tqdm(total=config.num_steps, initial=start, **settings)
         if self.main:
-            from tensorboardX import SummaryWriter
-
             path = workdir / "metrics.jsonl"
             _keep_until(path, start)
-            self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+            self.file, self.board = path.open("a", encoding="utf-8"), Board(workdir / "tb", start)
             if project := config.get("track"):
                 self.mirror = track.Mirror(project, workdir, config.to_dict())
 
@@ -75,8 +73,7 @@ class Logs:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self.file.write(json.dumps({"step": number, **finite}) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, number)
+            self.board.scalars(number, values)
         if self.mirror:
             self.mirror.scalars(number, values)
 
@@ -93,6 +90,39 @@ class Logs:
             self.board.close()
         if self.mirror:
             self.mirror.close(failed=sys.exc_info()[0] is not None)
+
+
+class Board:
+    """Events for TensorBoard, written at once.
+
+    tensorboardX's SummaryWriter leaves that to a thread, which a full disk ends; scalars then wait for it for ever.
+
+    Args:
+      folder: where the file goes; made where it is missing.
+      start: steps done before; TensorBoard drops what earlier files say of those after.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        folder.mkdir(exist_ok=True)
+        self.event, self.summary = event_pb2.Event, summary_pb2.Summary
+        self.writer = EventsWriter(str(folder / "events"))
+        self._write(start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def scalars(self, number: int, values: Mapping[str, float]) -> None:
+        """Of step `number`."""
+        pairs = [self.summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(number, summary=self.summary(value=pairs))
+
+    def _write(self, number: int, **content) -> None:
+        self.writer.write_event(self.event(wall_time=time.time(), step=number, **content))
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self.writer.close()
 
 
 class Checks:

@@ -13,14 +13,15 @@ from ml_collections import ConfigDict
 
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
-from unclip_jax.interop import hf_tokenizer, stages
+from unclip_jax.interop import hf_tokenizer, layout, stages
 from unclip_jax.interop.files import spare_others
 from unclip_jax.interop.hf_clip import ACTIVATIONS, BIAS, OWN, TABLE, TEXT, VISION
-from unclip_jax.interop.layout import Entry
 from unclip_jax.models.clip import CLIP, VisionTransformer
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.storage import new_directory
+from unclip_jax.tensors import write_arrays
 from unclip_jax.tokenizer import Tokenizer
+from unclip_jax.weights import dtype_in
 
 EMBEDDING = "textual/embed/embedding"
 
@@ -83,11 +84,17 @@ def _words(model: CLIP, tokenizer_json: str) -> tuple[Tokenizer, np.ndarray]:
     return hf_tokenizer.renumbered(Tokenizer.from_json(tokenizer_json), model.text["vocab_size"])
 
 
-def _write_model(folder: Path, table: list[Entry], params: Mapping, order: np.ndarray, dtype: str) -> None:
+def _write_model(folder: Path, table: list[layout.Entry], params: Mapping, order: np.ndarray, dtype: str) -> None:
+    """model.safetensors; arrays named in `weights.STATISTICS` are f32 in any dtype, as in a stack."""
     ours = {path: np.asarray(stages.at(params, path)) for path, _, _ in table}
     if EMBEDDING in ours:
         ours[EMBEDDING] = ours[EMBEDDING][order]
-    stages.write_params(folder / "model.safetensors", table, ours, dtype)
+    arrays, kinds = {}, {}
+    for entry in table:
+        theirs = layout.views([entry], ours)
+        arrays |= theirs
+        kinds |= dict.fromkeys(theirs, dtype_in(entry.path.rpartition("/")[2], ours[entry.path].dtype, dtype))
+    write_arrays(folder / "model.safetensors", arrays, kinds, {"format": "pt"})
 
 
 def _write_json(folder: Path, files: Mapping[str, dict]) -> None:

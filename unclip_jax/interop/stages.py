@@ -19,9 +19,7 @@ from unclip_jax.errors import UserError, is_number, is_whole
 from unclip_jax.interop import layout
 from unclip_jax.interop.files import Weights
 from unclip_jax.models.clip import CLIP
-from unclip_jax.tensors import write_arrays
 from unclip_jax.tokenizer import Tokenizer
-from unclip_jax.weights import dtype_in
 
 # What pixels in [0, 1] are normalised with for the CLIPs of OpenAI, OpenCLIP and Karlo, where nothing else is said.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -85,20 +83,6 @@ def read_params(
 
         flat = layout.read(table, shapes, weights.names, take, ignored)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def write_params(file: Path, table: Iterable[layout.Entry], ours: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Writes a network's arrays by path to a safetensors file, turned along `table`.
-
-    Args:
-      dtype: "bfloat16" or "float32"; those named in `weights.STATISTICS` are f32 in any, as in a stack.
-    """
-    arrays, kinds = {}, {}
-    for entry in table:
-        theirs = layout.views([entry], ours)
-        arrays |= theirs
-        kinds |= dict.fromkeys(theirs, dtype_in(entry.path.rpartition("/")[2], ours[entry.path].dtype, dtype))
-    write_arrays(file, arrays, kinds, {"format": "pt"})
 
 
 def network_shapes(config: ConfigDict, clip: CLIP | None = None) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from unclip_jax import tasks
 from unclip_jax.errors import UserError
@@ -37,7 +38,8 @@ def search(config: ConfigDict, devices, chip: str, clip: ConfigDict | None = Non
     places = {policy: itertools.count() for policy in POLICIES}
     turns = [(not report.fits, next(places[report.remat]), at) for at, (report, *_) in enumerate(candidates)]
     tried = [at for *_, at in sorted(turns)[:COMPILED]] if chip in TPUS else []
-    best = [plan_train(run, chip, counts=counts) for _, run, counts in (candidates[at] for at in tried)]
+    shown = tqdm(tried, "compiling", unit=" steps", disable=None, leave=False)
+    best = [plan_train(run, chip, counts=counts) for _, run, counts in (candidates[at] for at in shown)]
     rest = [report for at, (report, *_) in enumerate(candidates) if at not in tried]
     return sorted(best, key=lambda r: (not r.fits, r.seconds_a_picture)) + rest
 
@@ -51,12 +53,13 @@ def _candidates(config: ConfigDict, devices, chip: str, clip) -> Iterator[tuple[
     run = abstract(changed, 1, clip)  # refused where no mesh and no batch would help
     for share in (1, 2, 4):
         plain = None  # counts of this batch without recomputation
-        for policy in POLICIES:
+        size = config.batch_size // share
+        for policy in tqdm(POLICIES, f"counting, batch {size}", unit=" policies", disable=None, leave=False):
             counts, changed = None, tasks.with_policy(config, policy)
             for fsdp in [n for n in range(1, count + 1) if count % n == 0]:
                 with changed.unlocked():
                     changed.mesh.update(data=-1, fsdp=fsdp, tensor=1)
-                    changed.batch_size = config.batch_size // share
+                    changed.batch_size = size
                 try:
                     run = abstract(changed, devices, clip, like=run)
                 except UserError:  # such as a batch that does not divide
