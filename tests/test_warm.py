@@ -17,9 +17,9 @@ HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_m
 @pytest.fixture
 def no_cache(tmp_path, monkeypatch):
     """JAX without its persistent cache, and a user's cache that is empty."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], None)
+    names = "compilation_cache_dir", "compilation_cache_max_size", "persistent_cache_min_compile_time_secs"
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "unclip_jax" / "programs"
@@ -40,8 +40,8 @@ def test_a_command_finds_all_that_was_compiled_before(no_cache, tmp_path, capsys
     assert [line.split()[:3] for line in lines] == [
         [stage, "batch", "4"] for stage in ("clip", "prior", "decoder", "upsampler")
     ]
-    assert total.startswith("4 programs") and total.endswith(str(no_cache))
-    assert no_cache.stat().st_mode & 0o777 == 0o700 and list(tmp_path.iterdir()) == [tmp_path / "cache"]
+    assert total.startswith("4 programs") and f" kept in {no_cache}" in total
+    assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
 
     jax.clear_caches()  # as in another process
     with events(HIT) as hits, events(MISS) as misses:
@@ -49,18 +49,39 @@ def test_a_command_finds_all_that_was_compiled_before(no_cache, tmp_path, capsys
     assert len(hits) >= 4 and not misses
 
 
-def test_nothing_is_kept_unless_asked_for(no_cache):
-    assert programs.keep() is None and not no_cache.exists()
-    no_cache.mkdir(parents=True)
-    assert programs.keep() == no_cache
+def test_programs_are_kept_in_a_folder_of_the_user_alone(no_cache):
+    folder = programs.keep()
+    assert folder.parent == no_cache and str(folder) == jax.config.jax_compilation_cache_dir
+    assert jax.config.jax_compilation_cache_max_size == programs.MAX_BYTES
+    assert {f.stat().st_mode & 0o777 for f in (no_cache, folder)} == {0o700}
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    assert str(programs.keep(make=True)) == "elsewhere"
+    assert str(programs.keep(needed=True)) == "elsewhere"
 
 
-def test_a_cache_that_cannot_be_made_is_told(no_cache):
+@pytest.mark.parametrize("name", ["", "of one processor"])
+def test_a_folder_where_others_may_write_is_not_read(name, no_cache, monkeypatch):
+    monkeypatch.setattr(programs, "_processor", lambda: "of one processor")
+    (no_cache / name).mkdir(parents=True)
+    (no_cache / name).chmod(0o770)
+    assert programs.keep() is None and jax.config.jax_compilation_cache_dir is None
+    with pytest.raises(UserError, match="others may write.* set JAX_COMPILATION_CACHE_DIR to a folder of your own"):
+        programs.keep(needed=True)
+
+
+def test_a_cache_that_cannot_be_made_is_told_where_it_is_needed(no_cache):
     no_cache.parent.parent.write_text("a file where the cache would be")
+    assert programs.keep() is None
     with pytest.raises(UserError, match="set JAX_COMPILATION_CACHE_DIR"):
-        programs.keep(make=True)
+        programs.keep(needed=True)
+
+
+@pytest.mark.parametrize("text", ["flags\t: fpu sse avx2\n", "Features\t: fp asimd\n", "", None])
+def test_other_processors_have_other_folders(text, tmp_path, monkeypatch):
+    here, file = programs._processor(), tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(f"processor\t: 0\n{text}")
+    monkeypatch.setattr(programs, "Path", lambda name: file)
+    assert programs._processor() != here
 
 
 def test_pictures_need_a_folder(capsys):

@@ -78,7 +78,7 @@ def compile_only(args, prompts) -> None:
     """Prints a line for each program."""
     from unclip_jax.warm import warm_up
 
-    folder = keep(make=True)
+    folder = keep(needed=True)
     args.low_memory = True  # so that no weights are read
     pipe, settings = load(args)
     made = warm_up(pipe, prompts, num=args.num, batch_size=args.batch_size, **settings)
