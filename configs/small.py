@@ -176,6 +176,7 @@ def upsampler(v: dict, data: dict, crop: int):
             weighting=v.get("weighting", "none"),
             vlb_weight=0.0,
             blur_share=0.0 if degrade else 0.5,
+            **({"inpaint": True} if v.get("inpaint") else {}),
         ),
         sampler=dict(name="ddim", steps=v["steps"], threshold=None),
         data=data,

@@ -2,8 +2,8 @@
 
     unclip train --config configs/shapes/upsampler.py --workdir runs/shapes/upsampler
 
-Variants: laptop (the bundled stack's), bsr (64 to 128 px, on 64-px crops, from variously degraded pictures), tiny (for
-tests).
+Variants: laptop (the bundled stack's), bsr (64 to 128 px, on 64-px crops, from variously degraded pictures), inpaint (with
+channels for a picture and its mask, to be fine-tuned with --config.init=runs/shapes/upsampler), tiny (for tests).
 """
 
 from configs import common, small
@@ -23,6 +23,7 @@ VARIANTS = {
     "tiny": dict(channels=16, multipliers=(1, 2), blocks=1, groups=4, batch_size=16, num_steps=50, steps=4),
 }
 VARIANTS["bsr"] = dict(VARIANTS["laptop"], size=128, degrade="bsr")
+VARIANTS["inpaint"] = dict(VARIANTS["laptop"], inpaint=True, num_steps=1000)
 
 
 def get_config(variant: str = ""):

@@ -10,6 +10,7 @@ from tests.interop.glide_files import small  # noqa: F401 (fixture)
 from unclip_jax import cli, tasks
 from unclip_jax.errors import UserError
 from unclip_jax.interop import glide, layout, stages
+from unclip_jax.interop.files import Source
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import load_stack
@@ -76,23 +77,50 @@ def test_the_upsampler_may_be_left_out(run, tmp_path, published):
     assert list(load_stack("made").stages) == ["decoder"] and UnCLIP.load("made").size == files.SIDES["decoder"]
 
 
+def for_inpainting(published):
+    """Arrays of the two networks for inpainting, whose first layers see four channels more."""
+    made = {stem: dict(content) for stem, content in published.items()}
+    for content in made.values():
+        stem = content["input_blocks.0.0.weight"]
+        content["input_blocks.0.0.weight"] = np.concatenate([stem, stem[:, :1], stem[:, :3]], axis=1)
+    return {f"{stem}_inpaint": content for stem, content in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("stems", "read"),
+    [
+        ("base upsample base_inpaint upsample_inpaint", "base upsample"),
+        ("base base_inpaint upsample_inpaint", "base upsample_inpaint"),
+        ("base_inpaint upsample upsample_inpaint", "base_inpaint upsample_inpaint"),
+        ("base_inpaint upsample", "base_inpaint upsample"),
+    ],
+)
+def test_the_upsampler_is_of_the_decoders_kind_where_there_are_both(tmp_path, published, stems, read):
+    arrays = {**published, **for_inpainting(published)}
+    save(tmp_path, {stem: arrays[stem] for stem in stems.split()})
+    stages_read = dict(glide.read_stack(Source(tmp_path, "theirs")).stages)
+    assert list(stages_read) == ["decoder", "upsampler"]
+    for stem, (name, (params, config, *_)) in zip(read.split(), stages_read.items(), strict=True):
+        inpaint = stem.endswith("_inpaint")
+        assert config.objective.get("inpaint", False) is inpaint
+        assert params["net"]["stem"]["kernel"].shape[2] == glide.CHANNELS[name] + 4 * inpaint
+        sampling = {"decoder": {"guidance": 5.0}, "upsampler": {"name": "ddpm"}}[name] if inpaint else {}
+        assert config.sampler.to_dict() == {**glide.STAGES[name]["sampler"], **sampling}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sees", [True, False])
 def test_a_hole_is_painted_from_a_prompt_alone(run, tmp_path, published, sees):
     """By the network for inpainting, which sees the rest of the picture, and by the other one; there is no prior."""
-    base = dict(published["base"])
-    if sees:
-        stem = base["input_blocks.0.0.weight"]
-        base["input_blocks.0.0.weight"] = np.concatenate([stem, stem[:, :1], stem], axis=1)
-    save(tmp_path / "theirs", {"base_inpaint" if sees else "base": base})
+    save(tmp_path / "theirs", for_inpainting(published) if sees else {"base": published["base"]})
     assert run("theirs", "made") == (0, [])
     pipe = UnCLIP.load("made")
-    assert pipe.tasks["decoder"].inpaint is sees and pipe.prompted
-    rng = np.random.default_rng(0)
-    image, hole = rng.integers(0, 256, (8, 8, 3), np.uint8), np.zeros((8, 8), bool)
-    hole[2:6, 2:6] = True
+    assert {task.inpaint for task in pipe.tasks.values()} == {sees} and pipe.prompted
+    side, rng = pipe.size, np.random.default_rng(0)
+    image, hole = rng.integers(0, 256, (side, side, 3), np.uint8), np.zeros((side, side), bool)
+    hole[side // 4 : -side // 4, side // 4 : -side // 4] = True
     other = np.where(hole[..., None], image, 255 - image)
-    options = dict(steps=2, resample=1, progress=False, return_stages=True)
+    options = dict(steps=2, resample=1, progress=False, return_stages=True, upsample_steps=2 if sees else None)
     drawn = pipe.inpaint([image, image, other], [hole] * 3, ["a cat", "the cat", "a cat"], 3, **options)
     first, *rest = drawn.images
     np.testing.assert_array_equal(first[~hole], image[~hole])

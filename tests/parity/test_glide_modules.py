@@ -107,24 +107,26 @@ def test_in_f64_and_what_would_differ(name):
             assert error(got, model(*given, wrong=wrong)) > 1e-3, wrong
 
 
-def test_the_base_for_inpainting_sees_the_known_part_then_where_it_is():
-    """In f64: GLIDE's channels are x, picture times mask, mask."""
-    rng, side = np.random.default_rng(2), files.SIDES["decoder"]
-    x, *given = pictures("decoder", torch.float64)
+@pytest.mark.parametrize("name", ["decoder", "upsampler"])
+def test_networks_for_inpainting_see_the_known_part_then_where_it_is(name):
+    """In f64: GLIDE's channels are x, picture times mask, mask, and then an upsampler's small picture."""
+    rng, side = np.random.default_rng(2), files.SIDES[name]
+    x, *given, low = pictures(name, torch.float64)
     known = torch.from_numpy(rng.uniform(-1, 1, (4, 3, side, side)))
     keep = torch.from_numpy(rng.integers(0, 2, (4, 1, side, side))).double()
-    model = ref.Text2ImUNet(files.MODELS["decoder"], VOCAB, files.LENGTH, seed=3)
-    model(torch.cat([x, x, x[:, :1]], 1).float(), *given)
+    model = ref.Text2ImUNet(files.MODELS[name], VOCAB, files.LENGTH, seed=3)
+    model(torch.cat([x, x, x[:, :1]], 1).float(), *given, None if low is None else low.float())
     with jax.enable_x64():
-        config = files.config("decoder", VOCAB, dtype="float64")
+        config = files.config(name, VOCAB, dtype="float64")
         config.objective.inpaint = True
-        task, params = tasks.make(config), glide.read_stage("decoder", config, arrays(model.state))
+        task, params = tasks.make(config), glide.read_stage(name, config, arrays(model.state))
         params = jax.tree.map(lambda a: a.astype(np.float64), params)
         batch = {"tokens": TOKENS, "mask": MASK, "known": nhwc(known), "keep": nhwc(keep), "image": nhwc(x)}
+        batch |= {} if low is None else {"low": nhwc(low)}
         got = jnp.concatenate(jax.jit(lambda p, b: task.x0_and_denoise(p, b)[1](b["image"], TIME))(params, batch), -1)
-    assert error(got, model(torch.cat([x, known * keep, keep], 1), *given)) < 1e-10
+    assert error(got, model(torch.cat([x, known * keep, keep], 1), *given, low)) < 1e-10
     for wrong in ([x, keep, known * keep], [x, known, keep], [x, known * keep, 1 - keep]):
-        assert error(got, model(torch.cat(wrong, 1), *given)) > 1e-3
+        assert error(got, model(torch.cat(wrong, 1), *given, low)) > 1e-3
 
 
 def test_guided_steps_of_the_base_with_learned_variance():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
+from tests.interop import glide_files
 from tests.tasks import stubs
 from unclip_jax import tasks
 from unclip_jax.data.images import gaussian_blur, resize
@@ -176,3 +177,52 @@ def test_the_network_has_six_channels_where_the_variance_is_learned():
     config.objective.vlb_weight = 0.001
     assert tasks.make(config).model.out_channels == 6
     assert dataclasses.replace(tasks.make(config), factor=4).factor == 4
+
+
+def test_a_network_for_inpainting_is_trained_with_holes_and_shown_what_is_known():
+    seen, n = [], 200
+    task = with_net(lambda x, time: (seen.append(x), x[..., :3])[1], inpaint=True)
+    truth = pictures(n)
+    task.loss({}, task.encode({}, {"image": truth}), jax.random.key(0))
+    known, keep = np.asarray(seen[0])[..., 6:9], np.asarray(seen[0])[..., 9:]
+    np.testing.assert_array_equal(known, truth * keep)
+    assert set(np.unique(keep)) == {0, 1} and 0.2 < keep.mean() < 0.8 and (keep == keep[:1]).mean() < 0.9
+
+    low, keys = pictures(2, SIDE // FACTOR), jax.random.split(jax.random.key(1), 2)
+    given = {"known": pictures(2, seed=1), "keep": np.ones((2, SIDE, SIDE, 1)) * (np.arange(SIDE) < 5)[:, None]}
+    seen.clear()
+    drawn = task.sample({}, {"low": low, **given}, keys)
+    kept = given["keep"][..., 0] == 1
+    np.testing.assert_array_equal(np.asarray(drawn)[kept], given["known"][kept])
+    with jax.disable_jit():
+        task.sample({}, {"low": low, **given}, keys)
+        task.sample({}, {"low": low}, keys)
+    shown = [np.asarray(x)[..., 6:] for x in seen[-2 * SAMPLER["steps"] :]]
+    for x in shown[: SAMPLER["steps"]]:
+        np.testing.assert_allclose(x, np.concatenate([given["known"] * given["keep"], given["keep"]], -1), atol=1e-6)
+    assert all((x == 0).all() for x in shown[SAMPLER["steps"] :])
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_one_that_begins_from_a_plain_one_begins_with_its_predictions(captioned):
+    config = tiny_stack.configs()["upsampler"]
+    if captioned:
+        config = glide_files.config("upsampler", 30)
+    plain = tasks.make(config)
+    config.objective.inpaint = True
+    task, key = tasks.make(config), jax.random.key(0)
+    params = jax.tree.map(lambda a: jax.random.normal(key, a.shape) / 8, jax.eval_shape(plain.init, key))
+    shapes = jax.tree.map(jnp.shape, task.adopt(params))
+    assert shapes == jax.tree.map(jnp.shape, jax.eval_shape(task.init, key)) and task.adopt(task.adopt(params))
+    assert plain.adopt(params) is params
+    side, factor = plain.image_size, plain.factor
+    batch = {"image": pictures(2, side), "low": pictures(2, side // factor), "known": pictures(2, side, 1)}
+    batch |= {"keep": np.ones((2, side, side, 1), np.float32), "tokens": np.ones((2, glide_files.LENGTH), int)}
+    batch["mask"] = batch["tokens"] > 0
+
+    def predicted(task, params):
+        return jax.jit(lambda p: task.x0_and_denoise(p, batch)[1](batch["image"], np.array([3, 700])))(params)
+
+    got, wanted = predicted(task, task.adopt(params)), predicted(plain, params)
+    assert np.abs(wanted[0]).max() > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, wanted)

@@ -1,18 +1,18 @@
 """GLIDE's released weights (Nichol et al. 2021, arXiv 2112.10741; github.com/openai/glide-text2im), read.
 
-    base.pt           text → 64 px       our `Decoder` without a CLIP
-    base_inpaint.pt   the same, which also sees a picture and where it is known; read where there is no base.pt
-    upsample.pt       64 px → 256 px     the same over six channels, as the network of an upsampler
+    base.pt       text → 64 px       our `Decoder` without a CLIP
+    upsample.pt   64 px → 256 px     the same over six channels, as the network of an upsampler
 
-Each is of one size, so their configs are written here. Each reads the caption by a Transformer of its own. Both files
-of glide-text2im's tokenizer, encoder.json.gz and vocab.bpe.gz, are needed too: a byte-level BPE of GPT-2's form, whose
-captions are lower case and have no mark at either end; its last piece pads.
+base_inpaint.pt and upsample_inpaint.pt are the same, which also see a picture and where it is known. Each is of one
+size, so their configs are written here. Each reads the caption by a Transformer of its own. Both files of the tokenizer
+of glide-text2im, encoder.json.gz and vocab.bpe.gz, are needed too: a byte-level BPE of GPT-2's form, whose captions are
+lower case and have no mark at either end; its last piece pads.
 """
 
 import functools
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
@@ -30,6 +30,7 @@ from unclip_jax.interop.layout import (
     FLAT,
     SAME,
     Entry,
+    Turn,
     UNetPart,
     blocks,
     interleaved,
@@ -39,17 +40,16 @@ from unclip_jax.interop.layout import (
     unet_levels,
     unet_part,
 )  # fmt: skip
+from unclip_jax.tasks.pictures import SHOWN
 from unclip_jax.tokenizer import MAX_JSON_BYTES, Tokenizer
 
 FILES = {"decoder": "base", "upsampler": "upsample"}
-INPAINT = "base_inpaint"
-CHANNELS = {"decoder": 3, "upsampler": 6}  # that each network sees
-MASKED = 4  # more are seen by those for inpainting
+CHANNELS = {"decoder": 3, "upsampler": 6}  # that each network sees, those for inpainting `SHOWN` more
 TOKENIZER = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # glide-text2im's names, transformers'
 LICENCE = "mit"  # of glide-text2im, code and weights
 TEXT = dict(text=dict(layers=16, heads=8), context_width=512, embed_dim=0)
 UNET = dict(channels=192, attention=(32, 16, 8), head_channels=64, dropout=0.1)
-# Sampling is that of glide-text2im's notebook; the share of dropped captions that of its tuning for guidance.
+# Sampling is that of glide-text2im's notebooks; the share of dropped captions that of its tuning for guidance.
 STAGES = {
     "decoder": dict(
         model=dict(unet=dict(UNET, multipliers=(1, 2, 3, 4), blocks=3), **TEXT),
@@ -66,6 +66,7 @@ STAGES = {
         data=dict(size=256),
     ),
 }
+INPAINTING = {"decoder": dict(guidance=5.0), "upsampler": dict(name="ddpm")}  # how their sampling differs
 EMBEDDINGS = {
     "embed/embedding": "token_embedding.weight",
     "position": "positional_embedding",
@@ -88,14 +89,19 @@ FUSED = {
     **{name: ("qkv", k, 3) for k, name in enumerate(("query", "key", "value"))},
     **{name: ("encoder_kv", k, 2) for k, name in enumerate(("context_key", "context_value"))},
 }
+# [O, 10, H, W] there: the noised picture, what is shown, the small picture; here what is shown comes last.
+SHOWN_FIRST = Turn(
+    lambda a, shape: CONV.here(a[:, [0, 1, 2, 7, 8, 9, 3, 4, 5, 6]], shape),
+    lambda a: CONV.there(a)[:, [0, 1, 2, 6, 7, 8, 9, 3, 4, 5]],
+)
 
 
 def read_stack(source: Source, tokenizer: str | None = None) -> stages.Converted:
     """A stack of GLIDE's base network and, where it is there, its upsampler, for `convert`.
 
     Args:
-      source: of `files.locate`: a directory with base.pt or base_inpaint.pt, and upsample.pt, or safetensors of the
-        same names.
+      source: of `files.locate`: a directory with base.pt and perhaps upsample.pt, or those for inpainting, or
+        safetensors of the same names; where there are both kinds, base.pt and then the upsampler of its kind.
       tokenizer: a folder with GLIDE's tokenizer, where the directory has none.
 
     Raises:
@@ -104,40 +110,43 @@ def read_stack(source: Source, tokenizer: str | None = None) -> stages.Converted
     folder = source.path
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a directory with base.pt", "give the whole directory")
-    files = {name: _find(folder, stem) for name, stem in FILES.items()}
-    if inpaint := files["decoder"] is None:
-        files["decoder"] = _find(folder, INPAINT)
-    if files["decoder"] is None:
-        raise UserError(f"{folder} has no base.pt and no {INPAINT}.pt", "give a directory with one of glide-text2im's")
+    found = {"decoder": _first(folder, "decoder", (False, True))}
+    if found["decoder"] is None:
+        what = f"{folder} has no base.pt and no base_inpaint.pt"
+        raise UserError(what, "give a directory with one of glide-text2im's")
+    inpaint = found["decoder"][1]
+    if upsampler := _first(folder, "upsampler", (inpaint, not inpaint)):
+        found["upsampler"] = upsampler
     words = load_tokenizer(Path(tokenizer).expanduser() if tokenizer else folder)
     facts = stages.provenance(source.name, "glide", stages.stated_licence(folder, {}) or LICENCE)
 
     def read():
-        for name, file in files.items():
-            if file is not None:
-                with open_weights(file) as weights:
-                    config = stage_config(name, words, inpaint and name == "decoder")
-                    yield name, (read_stage(name, config, weights), config, 0, facts)
+        for name, (file, inpaint) in found.items():
+            with open_weights(file) as weights:
+                config = stage_config(name, words, inpaint)
+                yield name, (read_stage(name, config, weights), config, 0, facts)
 
     return stages.Converted(read(), words.to_json())
 
 
 def stage_config(name: str, words: Tokenizer, inpaint: bool = False) -> ConfigDict:
-    """The config of the stage "decoder" or "upsampler", for captions of that tokenizer; a decoder may see a picture."""
+    """The config of the stage "decoder" or "upsampler", for captions of that tokenizer."""
     captions = dict(path="", vocab_size=words.vocab_size, max_len=words.max_len)
     config = ConfigDict(dict(task=name, clip="", clip_identity="", tokenizer=captions, **STAGES[name]))
     if inpaint:
         config.objective.inpaint = True
+        config.sampler.update(INPAINTING[name])
     return config
 
 
 def read_stage(name: str, config: ConfigDict, weights: Weights) -> dict:
     """The parameters of a stage, every array checked by name and shape."""
     shape = weights.shapes.get("input_blocks.0.0.weight", ())
-    stem = INPAINT if config.objective.get("inpaint") else FILES[name]
-    wanted = CHANNELS[name] + MASKED * (stem == INPAINT)
-    if len(shape) == 4 and shape[1] != wanted and shape[1] - CHANNELS[name] in (0, MASKED):
-        what = f"{stem} sees {shape[1]} channels and not {wanted}; networks for inpainting see {MASKED} more"
+    inpaint = config.objective.get("inpaint", False)
+    wanted = CHANNELS[name] + SHOWN * inpaint
+    if len(shape) == 4 and shape[1] != wanted and shape[1] - CHANNELS[name] in (0, SHOWN):
+        what = f"{_stem(name, inpaint)} sees {shape[1]} channels and not {wanted}"
+        what += f"; networks for inpainting see {SHOWN} more"
         raise UserError(what, "call each file what glide-text2im calls it")
     return stages.read_params(config, functools.partial(table, depth=config.model.unet.blocks), weights)
 
@@ -147,7 +156,8 @@ def table(shapes: Mapping[str, tuple[int, ...]], depth: int) -> list[Entry]:
     caption = [Entry(ours, theirs, SAME) for ours, theirs in EMBEDDINGS.items()]
     caption += blocks("transformer/blocks", "transformer.resblocks.{}", BLOCK, interleaved)
     caption += norm("final_norm/norm", "final_ln")
-    net = layer("stem", "input_blocks.0.0", CONV) + norm("out_norm", "out.0") + layer("out", "out.2", CONV)
+    stem = SHOWN_FIRST if shapes["net/stem/kernel"][2] == CHANNELS["upsampler"] + SHOWN else CONV
+    net = layer("stem", "input_blocks.0.0", stem) + norm("out_norm", "out.0") + layer("out", "out.2", CONV)
     net += layer("time/fc1", "time_embed.0") + layer("time/fc2", "time_embed.2")
     layers = dict.fromkeys(path.removeprefix("net/").rpartition("/")[0] for path in shapes if path.startswith("net/"))
     levels = unet_levels(layers)
@@ -207,6 +217,17 @@ def load_tokenizer(folder: Path, max_len: int = 128) -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return Tokenizer(bpe, max_len, pad=len(pieces) - 1, bos=None, eos=None)
+
+
+def _stem(name: str, inpaint: bool) -> str:
+    """What glide-text2im calls a stage's file."""
+    return FILES[name] + "_inpaint" * inpaint
+
+
+def _first(folder: Path, name: str, kinds: Iterable[bool]) -> tuple[Path, bool] | None:
+    """A stage's (file of weights, whether it is for inpainting), the first kind that is there."""
+    files = ((_find(folder, _stem(name, inpaint)), inpaint) for inpaint in kinds)
+    return next((pair for pair in files if pair[0]), None)
 
 
 def _find(folder: Path, stem: str) -> Path | None:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data.images import resize
-from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import guide, is_one
 from unclip_jax.diffusion.invert import ddim_invert
@@ -19,7 +18,7 @@ from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, respace
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
-from unclip_jax.models.unet import widen
+from unclip_jax.tasks import pictures
 from unclip_jax.tasks.pictures import image_loss, make_network, mean_loss, split_variance
 from unclip_jax.tasks.teacher import ask, ask_empty, drop_captions
 
@@ -36,8 +35,8 @@ class DecoderTask:
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
       empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo).
       vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
-      inpaint: the network also sees a known picture and where it is known, concat(xt, picture * keep, keep), as GLIDE's
-        (Nichol et al. 2021, arXiv 2112.10741); it is trained with random holes, and draws without a picture alike.
+      inpaint: the network also sees a known picture and where it is known (`pictures.shown`); it is trained with random
+        holes, and draws without a picture alike.
       sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, guidance, …).
     """
 
@@ -67,19 +66,15 @@ class DecoderTask:
         one, size = jnp.ones((1,), bool), self.image_size
         z, tokens = jnp.zeros((1, self.model.embed_dim)), jnp.zeros((1, text["max_len"]), jnp.int32)
         states = jnp.zeros((1, text["max_len"], text["width"]))
-        image = jnp.zeros((1, size, size, 7 if self.inpaint else 3))
+        image = jnp.zeros((1, size, size, 3 + pictures.SHOWN * self.inpaint))
         time = jnp.zeros((1,), jnp.int32)
         return self.model.init(rng, image, time, z, one, tokens, tokens == 0, one, z, states)["params"]
 
     def adopt(self, params):
         """The parameters of a decoder that may lack the channels for inpainting, which are then of no effect."""
-        patch = self.model.unet.get("patch", 1)
-        stems = {"stem": patch, "outer_stem": 1} if self.inpaint else {}
-        net = dict(params["net"])
-        for name, side in stems.items():
-            if name in net and net[name]["kernel"].shape[-2] == 3 * side**2:
-                net[name] = {**net[name], "kernel": widen(net[name]["kernel"], side, 4)}
-        return {**params, "net": net}
+        if not self.inpaint:
+            return params
+        return {**params, "net": pictures.adopt(params["net"], self.model.unet.get("patch", 1), 3)}
 
     def prepare(self, frozen, params, batches):
         return params
@@ -108,12 +103,8 @@ class DecoderTask:
         return batch["image"], self._denoise(params, cond, self._shown(batch), **train)
 
     def _shown(self, batch):
-        """What an inpainting network sees beside xt, f32[B, S, S, 4]: the known picture, and where it is known."""
-        if not self.inpaint:
-            return None
-        if "keep" not in batch:
-            return jnp.zeros((batch["tokens"].shape[0], self.image_size, self.image_size, 4))
-        return jnp.concatenate([batch["known"] * batch["keep"], batch["keep"]], axis=-1)
+        """What an inpainting network sees beside xt, for all rows of a batch."""
+        return pictures.shown(batch, batch["tokens"].shape[0], self.image_size) if self.inpaint else None
 
     def _denoise(self, params, cond, shown, **train):
         """The denoiser for all rows of `cond`, or for its first ones."""
@@ -134,8 +125,7 @@ class DecoderTask:
         keep_text = jax.random.uniform(text_rng, (b,)) >= self.text_drop
         train = dict(train=t is None, rngs={"dropout": dropout})
         if self.inpaint:
-            holes = random_holes(hole_rng, b, self.image_size)
-            batch = {**batch, "known": batch["image"], "keep": 1.0 - holes[..., None]}
+            batch = pictures.with_holes(batch, hole_rng)
         x0, denoise = self.x0_and_denoise(params, batch, keep_image, keep_text, **train)
         return image_loss(self, x0, denoise, t, t_rng, noise_rng)
 

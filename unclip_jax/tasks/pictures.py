@@ -1,13 +1,17 @@
-"""What the tasks that draw pictures share: the network of a config, its loss, and the loss without dropout."""
+"""What the tasks that draw pictures share: the network of a config, what it sees of a known picture, and its loss."""
 
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.data.masks import random_holes
 from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.loss import diffusion_loss
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.unet import widen
+
+SHOWN = 4  # channels that a network for inpainting sees beside all others: a picture's and where it is known
 
 
 def make_network(config, clip: CLIP | None) -> Decoder:
@@ -18,9 +22,43 @@ def make_network(config, clip: CLIP | None) -> Decoder:
         model["text"] = {**model["text"], **{name: captions[name] for name in ("vocab_size", "max_len")}}
     elif clip is None:
         raise UserError("model.text=None takes a CLIP's text states, and there is no CLIP", "give model.text")
-    extra = 4 if config.objective.get("inpaint") else 0
-    model["unet"] = {**model["unet"], "out_channels": 6 if config.objective.vlb_weight else 3, "extra": extra}
+    model["unet"] = {**model["unet"], **channels(config.objective)}
     return Decoder(**model)
+
+
+def channels(objective) -> dict[str, int]:
+    """The keywords of a `UNet` that an objective sets."""
+    return {"out_channels": 6 if objective.vlb_weight else 3, "extra": SHOWN if objective.get("inpaint") else 0}
+
+
+def shown(batch, rows: int, size: int) -> jax.Array:
+    """What a network for inpainting sees last, f32[rows, S, S, 4]: concat(picture * keep, keep), or that none is known.
+
+    As GLIDE's do (Nichol et al. 2021, arXiv 2112.10741).
+    """
+    if "keep" not in batch:
+        return jnp.zeros((rows, size, size, SHOWN))
+    return jnp.concatenate([batch["known"] * batch["keep"], batch["keep"]], axis=-1)
+
+
+def with_holes(batch, rng) -> dict:
+    """The batch of a network for inpainting, to train it: its images are known outside of random holes."""
+    b, side = batch["image"].shape[:2]
+    return {**batch, "known": batch["image"], "keep": 1.0 - random_holes(rng, b, side)[..., None]}
+
+
+def adopt(net, patch: int, seen: int) -> dict:
+    """A `UNet`'s parameters with the channels for inpainting where it lacks them, which are then of no effect.
+
+    Args:
+      patch: of the network.
+      seen: the channels that it sees without those.
+    """
+    net = dict(net)
+    for name, side in {"stem": patch, "outer_stem": 1}.items():
+        if name in net and net[name]["kernel"].shape[-2] == seen * side**2:
+            net[name] = {**net[name], "kernel": widen(net[name]["kernel"], side, SHOWN)}
+    return net
 
 
 def split_variance(out: jax.Array) -> Out:

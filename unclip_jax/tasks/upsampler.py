@@ -21,6 +21,7 @@ from unclip_jax.diffusion.tile import check_tiles, tiled
 from unclip_jax.errors import UserError
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import UNet
+from unclip_jax.tasks import pictures
 from unclip_jax.tasks.pictures import image_loss, make_network, mean_loss, split_variance
 
 
@@ -37,6 +38,7 @@ class UpsamplerTask:
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
       enlarge: how the small image is brought to the large one's size, "bicubic" or "linear" (GLIDE).
+      inpaint: the network also sees a known large picture and where it is known (`pictures.shown`), as the decoder's.
       sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …), and temperature, a factor on the
         first noise (GLIDE: 0.997).
     """
@@ -53,6 +55,7 @@ class UpsamplerTask:
     blur_share: float = 0.5
     last_steps: int = 0
     enlarge: str = "bicubic"
+    inpaint: bool = False
 
     @classmethod
     def from_config(cls, config, clip=None):
@@ -60,14 +63,15 @@ class UpsamplerTask:
         if "unet" in config.model:
             net = make_network(config, None)
         else:
-            net = UNet(**{**config.model.to_dict(), "out_channels": 6 if config.objective.vlb_weight else 3})
+            net = UNet(**{**config.model.to_dict(), **pictures.channels(config.objective)})
         sampler, schedule = config.sampler.to_dict(), make_schedule(**config.diffusion)
         if not is_one(sampler.get("guidance", 1)):
             raise UserError(f"sampler.guidance={sampler['guidance']}: an upsampler is not guided", "leave it out")
         return cls(net, schedule, config.data.size, sampler, **config.objective)
 
     def init(self, rng):
-        image, time = jnp.zeros((1, self.image_size, self.image_size, 6)), jnp.zeros((1,), jnp.int32)
+        side, time = self.image_size, jnp.zeros((1,), jnp.int32)
+        image = jnp.zeros((1, side, side, 6 + pictures.SHOWN * self.inpaint))
         cond = ()
         if self.captioned:
             tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
@@ -79,6 +83,18 @@ class UpsamplerTask:
     def captioned(self) -> bool:
         """Whether a caption enters."""
         return isinstance(self.model, Decoder)
+
+    def adopt(self, params):
+        """The parameters of an upsampler that may lack the channels for inpainting, which are then of no effect."""
+        if not self.inpaint or self.last_steps:
+            return params
+        if not self.captioned:
+            return pictures.adopt(params, self._unet("patch", 1), 6)
+        return {**params, "net": pictures.adopt(params["net"], self._unet("patch", 1), 6)}
+
+    def _unet(self, name: str, default=None):
+        """A keyword of the UNet."""
+        return self.model.unet.get(name, default) if self.captioned else getattr(self.model, name)
 
     def prepare(self, frozen, params, batches):
         return params
@@ -104,7 +120,9 @@ class UpsamplerTask:
 
     def _denoise(self, params, batch, size, tile=None, overlap=None, **options):
         """The denoiser for a batch {low, and tokens and mask of a caption}; `options` are the module's."""
-        enlarged, cond = resize(batch["low"], size, self.enlarge), ()
+        seen, cond = [resize(batch["low"], size, self.enlarge)], ()
+        if self.inpaint:
+            seen.append(pictures.shown(batch, batch["low"].shape[0], size))
         if self.captioned:
             args = (None, None, batch["tokens"], batch["mask"], None)
             cond = (self.model.apply({"params": params}, *args, method="condition"),)
@@ -115,15 +133,11 @@ class UpsamplerTask:
 
         if tile:
             network = tiled(network, *self.tiles(tile, overlap))
-        return lambda xt, time: split_variance(network(jnp.concatenate([xt, enlarged], axis=-1), time))
+        return lambda xt, time: split_variance(network(jnp.concatenate([xt, *seen], axis=-1), time))
 
     def tiles(self, tile, overlap=None) -> tuple[int, int, int]:
         """(tile, overlap, the network's factor), a quarter of the tile by default; UserError for what does not fit."""
-        if self.captioned:
-            patch, multipliers = self.model.unet.get("patch", 1), self.model.unet["multipliers"]
-        else:
-            patch, multipliers = self.model.patch, self.model.multipliers
-        align = patch * 2 ** (len(multipliers) - 1)
+        align = self._unet("patch", 1) * 2 ** (len(self._unet("multipliers")) - 1)
         overlap = tile // 4 if overlap is None else overlap
         check_tiles(tile, overlap, align)
         return tile, overlap, align
@@ -138,7 +152,10 @@ class UpsamplerTask:
         blurred = jax.random.uniform(blur_rng, (b, 1, 1, 1)) < self.blur_share
         low = jnp.where(blurred, gaussian_blur(batch["low"], self.blur), batch["low"])
         train = dict(train=t is None, rngs={"dropout": dropout})
-        x0, denoise = self.x0_and_denoise(params, {**batch, "low": low}, **train)
+        batch = {**batch, "low": low}
+        if self.inpaint:
+            batch = pictures.with_holes(batch, jax.random.fold_in(rng, 4))
+        x0, denoise = self.x0_and_denoise(params, batch, **train)
         return image_loss(self, x0, denoise, t, t_rng, noise_rng)
 
     def sample(self, params, cond, keys, **over):
