@@ -28,7 +28,8 @@ demo: $(VENV)/.core-installed
 test: $(VENV)/.dev-installed
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
-# Some minutes: alignment with the oracle's own prompts; drawn against real pictures; the same at several guidances.
+# Half an hour to two hours on a CPU: alignment with the oracle's own prompts; drawn against real pictures; the same at
+# several guidances.
 EVALUATE = $(BIN)/unclip evaluate --batch-size 40 --overwrite
 AGAINST = --data shapes --metrics fid,kid,precision_recall,cmmd,clip_score,shapes_oracle --work out/evaluation/work
 evaluate: $(VENV)/.core-installed

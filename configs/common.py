@@ -11,7 +11,7 @@ def base(task: str, **blocks) -> ConfigDict:
     """The defaults of a run of `task`, with `blocks` over them; a dict is merged into the dict it meets.
 
     Blocks: model (the network), diffusion (make_schedule), objective and sampler (the Task), data (data.make), loader
-    (loader.batches), tokenizer, optim (optim.make), mesh (make_mesh), every (in steps; 0 = never), eval.
+    (loader.batches), tokenizer, optim (optim.make), mesh (make_mesh), every (in steps; 0 = no preview, no eval), eval.
     """
     config = {
         "task": task,
