@@ -38,7 +38,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
         """Reads a stack directory, or the bundled stack of that name.
 
         Args:
-          path: "shapes", or a directory written by `unclip export`.
+          path: "shapes", or a directory written by `unclip export` or `unclip convert`.
           low_memory: read each stage's weights when it runs and let go of them after it.
           dtype: "float32" or "bfloat16" of the weights; None is float32 on a CPU and as stored elsewhere.
         """

@@ -35,7 +35,7 @@ def add(commands) -> None:
     sub.add_argument("--out", metavar="FILE.json", help="write the numbers, and FILE.md and FILE.html beside it")
     group = sub.add_argument_group("pictures against real ones")
     group.add_argument("--data", metavar="SOURCE[:SPLIT]", help="captions and real pictures: shapes, folder, …")
-    group.add_argument("--path", metavar="DIR", help="of the source 'folder'")
+    group.add_argument("--path", metavar="DIR", help="of the source: a folder, tar shards, or a data set's name")
     group.add_argument("--images", metavar="DIR", help="measure the pictures in this folder, and draw none")
     group.add_argument("--reference", metavar="FILE.npz", help="statistics of the real pictures; made with --data")
     group.add_argument("--inception", metavar="FILE|DIR", help="FID's Inception; without it CLIP's features are used")
