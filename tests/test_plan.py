@@ -328,12 +328,21 @@ def test_the_command_plans_the_papers_prior_on_gpus(capsys, tmp_path):
     assert code == 1 and "DOES NOT FIT" in said
 
 
+def test_the_exit_code_tells_of_every_step(capsys, monkeypatch):
+    planned, argv = steps.plan_sample, ("--config", "configs/shapes/upsampler.py:tiny", "--device", "h100:1")
+    assert run_cli(capsys, *argv, "--what", "both")[0] == 0
+    monkeypatch.setattr(steps, "plan_sample", lambda *args: dataclasses.replace(planned(*args), peak=1e12))
+    code, said, _ = run_cli(capsys, *argv, "--what", "both")
+    assert code == 1 and said.count("DOES NOT FIT") == 1
+
+
 BAD = {
     "topology": (["--topology", "v5q:4x4"], "CHIP one of v4, v5e"),
     "shape": (["--topology", "v5e:4by4"], "such as v5e:4x4"),
     "gpu": (["--device", "h100x8"], "did you mean 'h100'"),
     "count": (["--device", "h100:0"], "GPU or GPU:COUNT"),
     "neither": ([], "required"),
+    "search of drawing": (["--device", "h100:8", "--search", "--what", "sample"], "--search tries train steps"),
     "batch": (["--device", "h100:12", "--config.mesh.fsdp=12"], "batch_size=4096 must be a multiple of 12"),
     "config": (["--device", "h100:8", "--config.keep=0"], "keep=0 must be a whole number >= 1"),
     "clip": (["--device", "h100:8", "--clip", "configs/dalle2/decoder.py"], "--clip configs"),

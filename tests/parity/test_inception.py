@@ -126,6 +126,16 @@ def test_the_command_says_what_is_wrong(weights, tmp_path, capsys):
         assert len(err) == 1 and words in err[0] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--sha256", 64 * "0", "has the SHA-256"), ("--dtype", "bfloat16", "float32"), ("--tokenizer", "t", "no token")],
+)
+def test_no_flag_of_the_command_is_passed_over(weights, tmp_path, capsys, flag, value, words):
+    assert cli.main(["convert", "--from", "inception", str(weights), str(tmp_path / "out"), flag, value]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and words in err[0] and not (tmp_path / "out").exists()
+
+
 def test_what_a_conversion_says_of_itself(weights, tmp_path):
     out = interop.convert(Source(weights, weights.name), tmp_path / "made", width=WIDTH)
     about = json.loads((out / "inception.json").read_text())

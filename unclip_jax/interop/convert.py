@@ -50,14 +50,17 @@ def convert_in(
     Raises:
       UserError: whatever keeps the weights from being read, understood or written, in one line.
     """
-    if name in ALONE:
-        return ALONE[name](locate(source), Path(out), overwrite)
-    if name not in READERS:
+    if name not in (*READERS, *ALONE):
         raise UserError(f"format {name!r} is unknown", suggest(name, [*READERS, *ALONE]))
-    _check(out, overwrite)
+    if name in ALONE and (tokenizer is not None or dtype != "float32"):
+        raise UserError(f"{name} has no tokenizer, and is kept in float32", "leave out --tokenizer and --dtype")
+    if name in READERS:
+        _check(out, overwrite)
     found = locate(source)
     if sha256 is not None:
         check_sha256(found.path, sha256)
+    if name in ALONE:
+        return ALONE[name](found, Path(out), overwrite)
     likely = _formats_of(found.path)
     if likely and name not in likely:
         raise UserError(f"{source} is in another format than {name}", f"give --from {likely[0]}")
