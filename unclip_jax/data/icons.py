@@ -1,4 +1,4 @@
-"""OpenMoji's pictograms with captions: 3,953 named drawings that install as a package and render at any size.
+"""OpenMoji's pictograms with captions: some 3,950 named drawings that install as a package and render at any size.
 
 Drawings by the OpenMoji project, CC BY-SA 4.0. Not in the paper; chosen because its vocabulary is open ("a
 teddy bear", "a bowl with spoon") while a laptop can train on it.
