@@ -73,7 +73,7 @@ def measure(
     facts["results"] = [{"title": t.title, "columns": list(t.columns), "rows": [list(r) for r in t.rows]} for t in more]
     first = Table("Metrics", ["metric", "value"], [[name, float(v)] for name, v in metrics.items()])
     few = f", which has {len(own.source)} pictures: they come several times" if n > len(own.source) else ""
-    few += " in a batch, where recall takes all but one of each for others" * (task == "clip" and bool(few))
+    few += " in a batch, and recall takes the copies for other pictures" * (task == "clip" and bool(few))
     return Report(f"{task} at step {own.step}, {n} examples of '{split}'{few}", facts, [first, *more])
 
 
