@@ -2,8 +2,8 @@
 
     unclip train --config configs/shapes/upsampler.py --workdir runs/shapes/upsampler
 
-Variants: laptop (the bundled stack's), bsr (64 to 128 px, on 64-px crops, from variously degraded pictures), inpaint (with
-channels for a picture and its mask, to be fine-tuned with --config.init=runs/shapes/upsampler), tiny (for tests).
+Variants: laptop (the bundled stack's), bsr (64 to 128 px, on 64-px crops, from variously degraded pictures), inpaint
+(with channels for a picture and its mask, to be fine-tuned with --config.init=runs/shapes/upsampler), tiny (for tests).
 """
 
 from configs import common, small
