@@ -23,6 +23,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.storage import MAX_JSON_BYTES, refuse_stand_in
 
 CHUNK = 2**22  # elements of a host's array that are turned into bytes, or hashed, at once
+MOST_AXES = 64  # of an array
 DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "BOOL": np.bool_},
     **{f"I{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
@@ -99,6 +100,8 @@ def read_header(file: Path) -> dict[str, Place]:
             shape, kind = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
             if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or end < begin:
                 raise ValueError(f"{name} has impossible numbers")
+            if len(shape) > MOST_AXES or math.prod(n or 1 for n in shape) >= 2**60:  # which NumPy does not make
+                raise ValueError(f"{name} has an impossible shape")
             if kind is not None and end - begin != math.prod(shape) * kind.itemsize:
                 raise ValueError(f"{name} has {end - begin} bytes for the shape {shape}")
             places[name] = Place(str(entry["dtype"]), shape, 8 + length + begin)
