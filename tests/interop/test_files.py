@@ -169,12 +169,15 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
         (header({"a": entry(offsets=(8, 16))}, b"\0" * 16), "overlap or leave gaps"),
         (header({"a": entry(shape=(3,))}, b"\0" * 8), "8 bytes for the shape"),
         (header({"a": entry(shape=(-2,))}, b"\0" * 8), "impossible numbers"),
-        (header({"a": entry(shape=(2**62, 4))}, b"\0" * 8), "bytes for the shape"),
+        (header({"a": entry(shape=(2**62, 4))}, b"\0" * 8), "a has an impossible shape"),
+        (header({"a": entry(shape=(2**70, 0), offsets=(0, 0))}), "a has an impossible shape"),
+        (header({"a": entry(shape=(1,) * 65, offsets=(0, 4))}, b"\0" * 4), "a has an impossible shape"),
+        (header({"a": entry(shape=(9,) * 10**6)}, b"\0" * 8), "a has an impossible shape"),
         (header({"a": entry("F8_E4M3", offsets=(0, 2))}, b"\0" * 2), "a is of dtype F8_E4M3"),
         (header({"a": entry("C64", offsets=(0, 16))}, b"\0" * 16), "a is of dtype C64"),
         (header({"a": 1}), "no valid safetensors"),
     ],
-    ids=range(17),
+    ids=range(20),
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content, told):
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -256,6 +259,10 @@ def test_bad_torch_files_are_refused(tmp_path):
     for kind in (torch().complex64, torch().float8_e4m3fn):
         torch().save({"a": torch().zeros(2).to(kind)}, file)
         assert f"a is of dtype {str(kind).split('.')[1]}" in refused(open_weights, file)
+    odd = {0: torch().ones(2)}, {"a": torch().zeros(1).expand(10**11)}, {"a": torch().ones(2, device="meta")}
+    for state in (*odd, {"a": torch().nested.nested_tensor([torch().ones(2)])}):
+        torch().save(state, file)
+        assert "is no array under a name" in refused(open_weights, file)
     torch().save([1, 2], file)
     assert "no dict of arrays" in refused(open_weights, file)
     torch().save({"a": torch().tensor([1.0, float("nan")])}, file)

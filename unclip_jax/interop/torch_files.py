@@ -42,11 +42,26 @@ def arrays(file: Path) -> list[tuple[str, str, tuple[int, ...], Callable[[], np.
     if unsafe:
         what = f"{file} holds more than weights: {', '.join(unsafe[:5])}; reading it could run code"
         raise UserError(what, "give safetensors, or a file that torch.save made of a state_dict alone")
-    taker = _Taker(file)
+    taker, state = _Taker(file), _state(file, content)
+    for name, tensor in state.items():
+        if type(name) is not str or not _plain(tensor):
+            fix = "save a state_dict of plain tensors under names, by torch.save or as safetensors"
+            raise UserError(f"{file}: {str(name)[:100]!r} is no array under a name", fix)
     return [
         (name, _kind(tensor), tuple(tensor.shape), functools.partial(taker.take, name))
-        for name, tensor in _state(file, content).items()
+        for name, tensor in state.items()
     ]
+
+
+def _plain(tensor) -> bool:
+    """Whether NumPy can have it as it is; not a view that makes much of a few bytes, nor a shape alone."""
+    import torch
+
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return True  # which is told by its kind
+    if tensor.is_nested or tensor.is_neg() or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _kind(tensor) -> str:
