@@ -123,7 +123,7 @@ def stated_licence(folder: Path, config: Mapping) -> str:
     stated = config.get("license")
     card = folder / "README.md"
     if not stated and card.is_file() and card.stat().st_size <= MAX_CARD_BYTES:
-        head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        head = re.match(r"---[ \t\r]*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         line = re.search(r"^license:\s*([\w.+-]+)\s*$", head[1], re.MULTILINE) if head else None
         stated = line[1] if line else ""
     return stated if isinstance(stated, str) else ""
