@@ -132,12 +132,13 @@ def test_a_folder_of_others_keeps_all_that_it_holds(root, theirs):
 def test_a_damaged_index_in_the_cache_is_made_anew(root, tmp_path):
     content(open_all(root))
     (kept,) = (tmp_path / "cache" / "unclip_jax").iterdir()
-    for damage in ("", '{"version": 2}'):
+    for damage in ("", '{"version": 2}', "[" * 100_000):
         (kept / "index.json").write_text(damage)
         assert len(open_all(root)) == 150
     (kept / "index.json").unlink()
-    next(kept.glob("train-*.npy")).write_bytes(b"no array")
-    assert len(open_all(root)) == 150
+    for damage in (b"no array", b""):
+        next(kept.glob("train-*.npy")).write_bytes(damage)
+        assert len(open_all(root)) == 150
 
 
 def test_many_may_make_the_same_index_at_once(root, tmp_path):
@@ -253,6 +254,30 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
         assert content(open_all(tmp_path / "a.tar", index=str(tmp_path / "i"))) == {f"number {k}": k for k in range(5)}
 
 
+def _header(kind, size=0) -> bytes:
+    info = tarfile.TarInfo("q.png")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        _header(tarfile.XHDTYPE, 10**13), _header(tarfile.XHDTYPE, -1024), _header(tarfile.GNUTYPE_LONGNAME, 2**70),
+        _header(tarfile.REGTYPE, 2**80) + bytes(512),
+        (_header(tarfile.GNUTYPE_LONGNAME, 2) + b"n\0".ljust(512, b"\0")) * 3000,
+        _header(tarfile.XHDTYPE, 31) + b"31 GNU.sparse.map=1,2,3,a,b,c,d\n".ljust(512, b"\0") + _header(b"0"),
+    ],
+    ids=["huge pax", "negative pax", "huge name", "huge file", "names of names", "sparse"],
+)  # fmt: skip
+def test_a_hostile_header_ends_its_own_shard_alone(tmp_path, headers):
+    (tmp_path / "a.tar").write_bytes(shard(0, 5)[: 5 * 6 * tarfile.BLOCKSIZE] + headers + bytes(1024))
+    (tmp_path / "b.tar").write_bytes(shard(5, 5))
+    with pytest.warns(UserWarning, match="1 of 2 shards end too early: cut off in .*a.tar"):
+        source = open_all(tmp_path, index=str(tmp_path / "i"))
+    assert content(source) == {f"number {k}": k for k in range(10)}
+
+
 def test_the_home_folder_may_be_a_tilde(root, monkeypatch):
     monkeypatch.setenv("HOME", str(root.parent))
     for path in ("~/shards", "~/shards/*.tar", "~/shards/{00000..00002}.tar"):
@@ -264,6 +289,10 @@ def test_a_shard_that_cannot_be_opened_is_a_user_error(root):
     with pytest.raises(UserError, match="00003.tar cannot be read"):
         open_all(root)
     (root / "00003.tar").rmdir()
+    os.mkfifo(root / "00003.tar")
+    with pytest.raises(UserError, match="00003.tar cannot be read .it is no file"):
+        open_all(root)
+    (root / "00003.tar").unlink()
     (root / "00003.tar").symlink_to("nothing")
     with pytest.raises(UserError, match="a shard cannot be read .*00003.tar"):
         open_all(root)

@@ -1,5 +1,6 @@
 """Shards on disks by their paths, elsewhere by fsspec's addresses: which there are, when written, their bytes."""
 
+import errno
 import io
 import os
 
@@ -59,7 +60,11 @@ class Files:
         return int(found["size"]), str(next((found[name] for name in STAMPS if found.get(name)), ""))
 
     def open(self, address: str) -> io.IOBase:
-        return open(address, "rb") if self.local else self._system.open(address, "rb", block_size=1 << 20)
+        if not self.local:
+            return self._system.open(address, "rb", block_size=1 << 20)
+        if not os.path.isfile(address):  # a pipe would be waited for without end
+            raise OSError(errno.EINVAL, "it is no file", address)
+        return open(address, "rb")
 
     def read(self, address: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`; fewer at the end. Safe for threads."""

@@ -61,7 +61,7 @@ def open_index(files: Files, shards: Sequence[str], folder: str | os.PathLike | 
         if found == wanted:
             arrays = (np.load(folder / _name(split, wanted), mmap_mode="r") for split in SPLITS)
             return Index(tuple(shards), *arrays, passed_over, listed)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, RecursionError):
         pass  # none yet, or one of another version or other shards
     return _make(files, shards, folder, wanted)
 
@@ -102,7 +102,7 @@ def _keep(folder: Path, wanted: dict, arrays: dict[str, np.ndarray], facts: dict
         earlier = set()
         if not all(_OWN.fullmatch(file.name) for file in folder.iterdir()):
             raise UserError(f"data.index={str(folder)!r} holds something else", "give another folder") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         earlier = set()
         if folder.parent != user_cache():  # where nobody else writes
             raise UserError(f"data.index={str(folder)!r} holds another index.json", "give another folder") from None

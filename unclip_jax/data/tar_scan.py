@@ -31,6 +31,8 @@ SEEN, DOTTED = "of a key seen before", "with a second dot in the name"
 CUT, UNREAD = "cut off in", "shard unread:"  # begin what is said of whole shards
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 MAX_TEXT = 1 << 20
+# What tarfile lets through of headers with impossible sizes or numbers, or of a thousand headers for one member.
+HOSTILE = (ValueError, OverflowError, MemoryError, RecursionError)
 
 
 class Missed:
@@ -125,8 +127,8 @@ def _groups(files, shard: str, missed: Missed) -> Iterator[tuple[str, _Group]]:
                         yield "/".join(key), group
                     key, group = (folder, first), _Group()
                 group.add(kind, member)
-    except (tarfile.TarError, EOFError) as e:
-        missed.add(f"{CUT} {shard} ({e})")
+    except (tarfile.TarError, EOFError, *HOSTILE) as e:
+        missed.add(f"{CUT} {shard} ({e or type(e).__name__})")
     except OSError as e:
         raise UserError(f"{shard} cannot be read ({e.strerror or e})") from e
     if group:
