@@ -1,6 +1,7 @@
 """A user's folder: the three ways to give captions, stable splits, and every mistake told in one line."""
 
 import json
+import os
 import pickle
 import warnings
 
@@ -223,6 +224,22 @@ def test_mistakes_are_user_errors(root, case):
     with pytest.raises(UserError, match=match) as error:
         Folder(str(arrange(root)), "all", 4)
     assert "\n" not in str(error.value)
+
+
+def test_names_too_long_for_a_file_are_missing_files(root):
+    _jsonl(root, f'{GOOD}\n{GOOD.replace("b.png", "b" * 400)}')
+    with pytest.warns(UserWarning, match="names 1 files that do not exist: bbbb"):
+        assert Folder(str(root), "all", 4).records == [("b.png", "x")]
+
+
+def test_pipes_and_devices_are_told_of_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("/dev/zero")
+    source = Folder(str(tmp_path), "all", 4, captions=False)
+    for number in range(2):
+        with pytest.raises(BadImage, match="it is no file"):
+            source[number]
+    assert len(source.digest(2)) == 16
 
 
 def test_other_mistakes(root):

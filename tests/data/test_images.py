@@ -1,6 +1,7 @@
 """Pictures: value ranges, resampling and blur against answers computed another way, and hostile files."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -165,7 +166,8 @@ def test_hostile_files_are_errors_that_name_the_file(tmp_path):
         with pytest.raises(BadImage) as error:
             images.open_image(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value), name
-    for path in (tmp_path / "missing.png", tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "missing.png", tmp_path, tmp_path / "pipe.png", "/dev/zero"):
         with pytest.raises(UserError, match="cannot be read"):
             images.open_image(path)
 

@@ -100,7 +100,7 @@ def contents(files: Sequence[Path]) -> list[bytes]:
 
     def content(file: Path) -> bytes:
         try:
-            return bytes.fromhex(sha256(file))
+            return bytes.fromhex(sha256(file)) if file.is_file() else b""  # a device has no end
         except OSError:
             return b""
 
@@ -170,7 +170,7 @@ def _from_table(root: Path, table: Path) -> list[tuple[str, str]]:
             raise UserError(f"{table}:{number} holds half of a surrogate pair, which is no text")
         if not caption:
             empty.append(f"{table.name}:{number}")
-        elif (root / file).is_file():
+        elif os.path.isfile(root / file):  # of Path's, 3.11 raises for a name that is too long
             records.append((where.as_posix(), caption))
         else:
             missing.append(file)

@@ -91,6 +91,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     path = Path(path)
     try:
         size = path.stat().st_size
+        if not path.is_file() and not path.is_dir():
+            raise BadImage(f"{path} cannot be read (it is no file)")  # a pipe would be waited for without end
         if size > MAX_BYTES:
             raise BadImage(f"{path} has {size} bytes, a picture at most {MAX_BYTES}")
         with open(path, "rb") as f:
