@@ -152,6 +152,15 @@ def test_what_does_not_fit_is_named():
         assert name in told and str(shape) in told
 
 
+def test_more_layers_than_arrays_are_refused_before_their_names_are_made():
+    there = views(TABLE, ours())
+    endless = {path: (10**12, *shape[1:]) if shape[0] == LAYERS else shape for path, shape in SHAPES.items()}
+    assert f"the config has {10**12} layers" in refused(TABLE, endless, there, there.__getitem__)
+    wide = {"norm": (10**15,)}
+    assert "norm.weight has the shape" in refused([Entry("norm", "norm.weight", SAME)], wide, there, there.__getitem__,
+                                                  ignored=set(there))  # fmt: skip
+
+
 def test_a_convolution_in_another_order_of_axes_is_refused():
     there = views(TABLE, ours())
     there["conv.weight"] = there["conv.weight"].transpose(2, 3, 1, 0)

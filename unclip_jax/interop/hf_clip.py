@@ -182,7 +182,7 @@ def _tower(numbers: Mapping, where: str) -> dict[str, Any]:
     if tower["width"] % tower["heads"]:
         raise UserError(f"{where}: hidden_size={tower['width']} must be a multiple of its {tower['heads']} heads")
     act = numbers.get("hidden_act")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise UserError(f"{where}: hidden_act={act!r} is unknown", suggest(str(act), ACTIVATIONS))
     return {**tower, "activation": ACTIVATIONS[act]}
 
@@ -217,5 +217,6 @@ def _config(folder: Path) -> dict:
 
 def _kept(config: Mapping, name: str) -> float | None:
     """A number that `hf_clip_write` kept in a config for the way back; None where it kept none."""
-    value = (config.get(OWN) or {}).get(name)
+    own = config.get(OWN)
+    value = own.get(name) if isinstance(own, dict) else None
     return float(value) if is_number(value, -_LARGEST, _LARGEST) else None

@@ -104,6 +104,9 @@ def read(
     if {entry.path for entry in table} != set(shapes):
         wrong = sorted({entry.path for entry in table} ^ set(shapes))
         raise AssertionError(f"table and network differ in {wrong[:SHOWN]}")
+    layers = max((shapes[entry.path][0] for entry in table if "{}" in entry.name), default=0)
+    if layers > len(names):  # known before that many names are made
+        raise UserError(f"the config has {layers} layers, and the file {len(names)} arrays", "give the file's own config")
     wanted = expected(table, shapes)
     _refuse(set(wanted) - names, "lacks", "it may be of another size or version than its config says")
     _refuse(names - set(wanted) - set(ignored), "has unknown", "give the config that belongs to these weights")
@@ -114,8 +117,8 @@ def expected(table: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> d
     """{name: shape} of all that a network's file must hold, for arrays of these shapes here."""
     out = {}
     for path, name, turn in table:
-        # A turn only views its array, so none is made.
-        shape = turn.there(np.empty(_one(name, shapes[path]), np.int8)).shape
+        # A turn only views its array, so none is made; nor is room for one, as its sizes are a config's.
+        shape = turn.there(np.broadcast_to(np.int8(0), _one(name, shapes[path]))).shape
         shape = shape if turn.parts == 1 else (turn.parts * shape[0], *shape[1:])
         out |= dict.fromkeys(_names(name, shapes[path]), shape)
     return out

@@ -93,6 +93,8 @@ def _from_config(about: Mapping) -> tuple[dict, int, int]:
     if unknown or model.get("custom_text"):
         raise UserError(f"model_cfg: {min(unknown, default='custom_text')} is none of CLIP's settings", _ONLY)
     seen = about.get("preprocess_cfg") or {}
+    if not isinstance(seen, dict):
+        raise UserError(f"preprocess_cfg={seen!r} must be an object", "give the file that belongs to these weights")
     pixels = {
         name: stages.numbers(seen.get(name), 3, value, f"preprocess_cfg.{name}")
         for name, value in (("mean", stages.OPENAI_MEAN), ("std", stages.OPENAI_STD))

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unclip_jax import tasks
-from unclip_jax.errors import UserError, is_number, is_whole
+from unclip_jax.errors import UserError, is_number, is_whole, said_of
 from unclip_jax.interop import layout
 from unclip_jax.interop.files import Weights
 from unclip_jax.models.clip import CLIP
@@ -91,10 +91,8 @@ def network_shapes(config: ConfigDict, clip: CLIP | None = None) -> dict[str, tu
     Args:
       clip: that the stage learns against, where there is one.
     """
-    try:
+    with said_of("the config makes no network", "give the config that belongs to these weights"):
         shapes = jax.eval_shape(tasks.make(config, clip=clip).init, jax.random.key(0))
-    except ValueError as error:
-        raise UserError(f"the config makes no network ({error})") from None
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
 
 
