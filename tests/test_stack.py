@@ -1,5 +1,8 @@
 """A stack's weights as they come to the device that draws with them."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -36,6 +39,26 @@ def test_an_upsampler_that_does_not_follow_the_decoder_is_refused(change, tmp_pa
         config.update(change)
     save_stack(tmp_path / "s", stages, stack.tokenizer_json)
     with pytest.raises(UserError, match="upsampler makes .* pixels of 16, and was made for"):
+        open_stack(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("prior", "sampler", 0), ("upsampler", "data", 1.5), ("clip", "model", {"a": 1}), ("decoder", "objective", ["a"]),
+        ("decoder", "diffusion", {"name": "cosine", "num_steps": 2**50}), ("prior", "task", None), ("clip", None, []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configs_of_others_that_make_no_stage_are_refused(tmp_path, stage, key, value):
+    shutil.copytree(tiny_stack.path(), tmp_path / "s")
+    index = json.loads((tmp_path / "s/stack.json").read_text())
+    if key is None:
+        index["stages"][stage]["extra"] = value
+    else:
+        index["stages"][stage]["config"][key] = value
+    (tmp_path / "s/stack.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="stack|does not fit its network"):
         open_stack(tmp_path / "s")
 
 

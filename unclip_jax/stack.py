@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from unclip_jax import tasks as task_registry
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, said_of
 from unclip_jax.nn.drawing import foreseen, placed
 from unclip_jax.settings import PRIORS, role_of, upsampler_names
-from unclip_jax.weights import Stage, describe_stack, load_stack
+from unclip_jax.weights import COPY, Stage, describe_stack, load_stack
 
 ROLES = {name: name for name in ("clip", "prior_ar", "decoder", "upsampler")} | {"prior": "prior_diffusion"}
 
@@ -72,12 +72,13 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
       UserError: no stack there, one that is damaged as far as can be told, or stages that do not belong together.
     """
     described = describe_stack(path)
-    names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
-    stages = {stage: described.stages[name] for stage, name in names.items()}
-    _check_same_clip(described.path, stages)
-    configs = {stage: stages[stage].config for stage in names}
-    made = _make_tasks(configs)
-    _check_sizes(described.path, made)
+    with said_of(f"stack {described.path}: its configs make no stages", COPY):  # which anybody may have written
+        names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
+        stages = {stage: described.stages[name] for stage, name in names.items()}
+        _check_same_clip(described.path, stages)
+        configs = {stage: stages[stage].config for stage in names}
+        made = _make_tasks(configs)
+        _check_sizes(described.path, made)
     return Opened(described.tokenizer_json, made, configs, OnDemand(described.path, names, dtype))
 
 

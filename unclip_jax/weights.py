@@ -230,6 +230,7 @@ def _index(path: Path) -> dict:
             "update unclip_jax",
         )
     sound = all(type(c) is dict and type(s) is int and type(h) is str for c, s, h in entries)
+    sound = sound and all(type(entry.get("extra", {})) is dict for entry in stages.values())
     if not sound or not all(_STAGE.fullmatch(name) for name in stages):
         raise UserError(f"{path / 'stack.json'} is malformed (stage names, configs, steps or checksums)", COPY)
     return index

@@ -16,7 +16,7 @@ import jax
 from unclip_jax.diffusion.draw import check_setting
 from unclip_jax.diffusion.loss import x0_variance
 from unclip_jax.diffusion.schedule import respace
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, said_of, suggest
 from unclip_jax.fetch import fetched
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
@@ -95,12 +95,9 @@ def make(config, clip: CLIP | None = None) -> Task:
         the objective or the sampler outside its range.
     """
     check(config, clip is not None)
-    try:
+    with said_of(f"config of task {config.task} does not fit its network", "compare it with configs/"):
         task = TASKS[config.task].from_config(config, clip)
-    except TypeError as e:
-        what = f"config of task {config.task} does not fit its network: {e}"
-        raise UserError(what, "compare it with configs/") from e
-    check_task(task)
+        check_task(task)
     return task
 
 
