@@ -106,7 +106,8 @@ def read(
         raise AssertionError(f"table and network differ in {wrong[:SHOWN]}")
     layers = max((shapes[entry.path][0] for entry in table if "{}" in entry.name), default=0)
     if layers > len(names):  # known before that many names are made
-        raise UserError(f"the config has {layers} layers, and the file {len(names)} arrays", "give the file's own config")
+        what = f"the config has {layers} layers, and the file {len(names)} arrays"
+        raise UserError(what, "give the config that belongs to these weights")
     wanted = expected(table, shapes)
     _refuse(set(wanted) - names, "lacks", "it may be of another size or version than its config says")
     _refuse(names - set(wanted) - set(ignored), "has unknown", "give the config that belongs to these weights")
