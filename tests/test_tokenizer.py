@@ -169,6 +169,14 @@ def test_damaged_files_are_user_errors(tmp_path, content, match):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"max_len": 2**40}, {"max_len": float("nan")}, {"pad": None}, {"eos": "x"}, {"bos": -1}]
+)
+def test_numbers_that_no_array_can_hold_are_damage(own, change):
+    with pytest.raises(UserError, match=f"damaged .*{next(iter(change))}=.* must be a whole number"):
+        Tokenizer.from_json(json.dumps({**json.loads(own.to_json()), **change}))
+
+
 def test_other_mistakes_are_user_errors(own, tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path)

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_whole
 from unclip_jax.storage import read_text, write_text
 
 FORMAT = "unclip_jax.tokenizer"
@@ -25,6 +25,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_LEN = 77
 MAX_JSON_BYTES = 64 << 20
+MOST = 2**22  # tokens of a text, and numbers of pieces: far beyond every network's
 # How CLIP cuts text into words: its two marks, contractions, runs of letters, single digits, other runs.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -145,7 +146,11 @@ class Tokenizer:
             if not own:
                 return cls._clip(tokenizers.Tokenizer.from_str(text))
             bpe = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
-            return cls(bpe, content["max_len"], pad=content["pad"], bos=content["bos"], eos=content["eos"])
+            numbers = {name: content[name] for name in ("max_len", "pad", "bos", "eos")}
+            for name, value in numbers.items():
+                if not is_whole(value, 0, MOST) and not (value is None and name in ("bos", "eos")):
+                    raise ValueError(f"{name}={value!r} must be a whole number in 0 … {MOST}")
+            return cls(bpe, **numbers)
         except UserError:
             raise
         except Exception as e:  # the tokenizers library raises bare Exception
