@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -138,7 +139,8 @@ def test_mistakes_are_user_errors(folder, tmp_path):
     refused("holds no embeddings", path=str(tmp_path))
     refused("data.split='tset' was not embedded.*test", split="tset")
     meta = json.loads((folder / "embeddings.json").read_text())
-    for change in ({"z": ["O", [1]]}, {"z": ["<f4", [0]]}, {"z": 4}, None):
+    odd = [{"z": ["<f3", [1]]}, {"z": ["<f4", [1] * 99]}, {"z": ["<f4", [2**32, 2**32]]}]
+    for change in ({"z": ["O", [1]]}, {"z": ["<f4", [0]]}, {"z": 4}, None, *odd):
         (tmp_path / "embeddings.json").write_text(json.dumps({**meta, "fields": change}))
         refused("not what", path=str(tmp_path))
     for name, change in {"version": {"version": 9}, "not what": {"splits": {"train": "9"}}, "holds 0": {}}.items():
@@ -146,3 +148,7 @@ def test_mistakes_are_user_errors(folder, tmp_path):
         refused(name, path=str(tmp_path))
     (tmp_path / "embeddings.json").write_text("{")
     refused("not readable JSON", path=str(tmp_path))
+    shutil.copytree(folder, tmp_path / "cut")
+    for cut in (b"", b"no records" * 10_000):
+        next((tmp_path / "cut").glob("train-*")).write_bytes(cut)
+        refused("holds no records of 'train' that can be read", path=str(tmp_path / "cut"))

@@ -4,6 +4,7 @@
     train-00000.arrayrecord …    records of fixed size: the fields' bytes, little-endian, one after the other
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from unclip_jax.storage import read_json
 
 META = "embeddings.json"
 VERSION = 1
+MOST = 2**28  # numbers of a field
 
 
 class Embeddings(Source):
@@ -44,7 +46,12 @@ class Embeddings(Source):
         self.split, self.length = split, splits[split]
         self.files = sorted(str(file) for file in self.folder.glob(f"{split}-*.arrayrecord"))
         self._records = None
-        if (found := len(self.records)) != self.length:
+        try:
+            found = len(self.records)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} holds no records of '{split}' that can be read ({why})", "make it anew") from None
+        if found != self.length:
             raise UserError(
                 f"{path} holds {found} records of '{split}', and {self.length} were written", "make it anew"
             )
@@ -67,7 +74,11 @@ class Embeddings(Source):
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        data, arrays, at = self.records[i], {}, 0
+        try:
+            data, arrays, at = self.records[i], {}, 0
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:120]
+            raise BadImage(f"record {i} of {self.folder} cannot be read ({why})") from error
         for name, (dtype, shape) in self.fields.items():
             kind = np.dtype(dtype)
             count = int(np.prod(shape, dtype=np.int64))
@@ -101,7 +112,8 @@ def _is_sound(meta: dict) -> bool:
         dtypes, shapes = zip(*meta["fields"].values(), strict=True)
         sizes = all(is_whole(n, 1) for shape in shapes for n in shape)
         lengths = all(is_whole(n, 0) for n in meta["splits"].values())
-        known = all(re.fullmatch(r"<[fi]\d|\|b1", dtype) for dtype in dtypes)
-        return known and sizes and lengths and isinstance(meta["clip_identity"], str)
+        known = all(re.fullmatch(r"<f[248]|<i[248]|\|[bi]1", dtype) for dtype in dtypes)
+        small = all(len(shape) <= 8 and math.prod(shape) <= MOST for shape in shapes)
+        return known and sizes and small and lengths and isinstance(meta["clip_identity"], str)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
