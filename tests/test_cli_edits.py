@@ -94,6 +94,21 @@ def test_probe_prints_the_odds(run, stack, quick, photos):  # noqa: F811
     assert name == "a.png" and sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares)[::-1]
 
 
+def test_of_an_animation_cut_off_the_first_frame_is_taken(tmp_path):
+    frames = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (16, 16, 3), np.uint8)) for k in range(3)]
+    for name in ("a.gif", "a.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        whole = (tmp_path / name).read_bytes()
+        for at in range(len(whole) // 3, len(whole), 7):
+            (tmp_path / name).write_bytes(whole[:at])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert read_picture(tmp_path / name).shape == (16, 16, 3)
+                except UserError as error:
+                    assert "damaged" in str(error) or "not a picture" in str(error)
+
+
 def test_animations_go_there_and_back_in_the_order_of_the_frames(tmp_path):
     images = [np.full((20, 20, 3), value, np.uint8) for value in (0, 100, 200)]
     gallery.write(tmp_path / "made", [("way", [Picture(image, "frame") for image in images])], {}, animated=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -28,9 +29,10 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"picture {str(path)!r} must be the path of a file")
     with warnings.catch_warnings():  # what is too large is an error of our own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        picture = open_image(Path(path).expanduser())
-        with Image.open(Path(path).expanduser(), formats=FORMATS) as image:
-            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+        picture, frames = open_image(Path(path).expanduser()), 1
+        with contextlib.suppress(Exception), Image.open(Path(path).expanduser(), formats=FORMATS) as image:
+            if image.format not in ("JPEG", "MPO"):
+                frames = getattr(image, "n_frames", 1)  # the first may be sound, and another raise nearly anything
     if frames > 1:
         warnings.warn(f"{path} has {frames} frames, and the first is taken", stacklevel=2)
     return np.asarray(picture)
