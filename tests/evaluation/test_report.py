@@ -109,6 +109,14 @@ def test_reports_side_by_side_tell_what_makes_them_differ(tmp_path):
     assert other.facts["results"][0]["intervals"] == "none" and "num differs" in other.warnings[0]
 
 
+@pytest.mark.parametrize("row", [facts(float("nan")), facts("1"), facts(10**400), facts(1.0, 0, "x"), facts(1.0, 0)])
+def test_reports_of_no_numbers_are_refused(tmp_path, row):
+    for name, content in {"a": facts(10.0, 9, 11), "b": row}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="b.json is no report of pictures"):
+        report.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+
+
 # People.
 
 

@@ -6,6 +6,7 @@ The page is whole in itself: pictures and plots are inside, no script, nothing i
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax import gallery
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, is_number
 from unclip_jax.storage import read_json, write_text
 
 MAX_REPORT_BYTES = 64 << 20
@@ -183,7 +184,9 @@ def _rows_of(facts: Mapping, file: str) -> dict[tuple[str, str], dict]:
     try:
         found = {(p["label"], row["name"]): row for p in facts["points"] for row in p["rows"]}
         for row in found.values():
-            float(row["value"])
+            ends = () if row["low"] is None is row["high"] else (row["low"], row["high"])
+            if not all(is_number(number, -sys.float_info.max) for number in (row["value"], *ends)):
+                raise ValueError(row)
     except (KeyError, TypeError, ValueError) as error:
         what = f"{file} is no report of pictures ({type(error).__name__})"
         raise UserError(what, "give what `--out` wrote") from None
