@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import jax
@@ -262,6 +263,32 @@ def test_foreign_statistics_serve_fid_alone(tmp_path):
         reference.load(tmp_path / "g.npz", network(), {"clip": network()}, 32)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mu": np.full(6, np.nan)}, "'mu' must be of finite numbers"),
+        ({"mu": np.array(list("abcdef"))}, "'mu' must be of finite numbers"),
+        ({"n": np.array("x")}, "'n' must be of finite numbers"),
+        ({"n": np.array(4), "clip_features": np.zeros((4, 7))}, r"clip features \(4, 7\); expected \(4, 6\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* does not say")
+def test_statistics_of_no_numbers_are_refused(tmp_path, change, told):
+    np.savez(tmp_path / "r.npz", **{"mu": np.zeros(6), "sigma": np.eye(6), **change})
+    with pytest.raises(protocol.UserError, match=told):
+        reference.load(tmp_path / "r.npz", network(), {"clip": network()}, 32)
+
+
+def test_files_that_are_no_statistics_are_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(6))
+    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("mu.npy", b"\x93NUMPY\1\0\x76\0" + head)
+    for name in ("one.npy", "huge.npz"):
+        with pytest.raises(protocol.UserError, match="is no .npz file of statistics"):
+            reference.load(tmp_path / name, network(), {"clip": network()}, 32)
+
+
 def test_numbers_too_unlike_are_refused_where_they_would_mislead(tmp_path):
     _, _, known = measured(tmp_path)
     own = plan("fid,precision_recall")
@@ -388,6 +415,18 @@ def test_pictures_of_no_prompt_are_those_of_variations_without_what_was_given(tm
     (tmp_path / "varied/pictures.json").write_text(json.dumps({"pictures": entries}))
     own = pictures.PictureFolder(str(tmp_path / "varied"))
     assert own.files == ["1.png", "2.png"] and own.captions is None
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"prompt": "\ud800"}, "half of a surrogate pair"), ({"file": f"{'1' * 400}.png"}, "1 are missing: 111")],
+)
+def test_an_index_of_odd_texts_is_refused(tmp_path, change, told):
+    index(tmp_path / "odd", ["0.png"])
+    entry = {"file": "0.png", "prompt": "x", **change}
+    (tmp_path / "odd/pictures.json").write_text(json.dumps({"pictures": [entry]}))
+    with pytest.raises(UserError, match=told):
+        pictures.PictureFolder(str(tmp_path / "odd"))
 
 
 def spoilt(path: Path):

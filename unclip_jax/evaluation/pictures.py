@@ -182,7 +182,9 @@ def _from_index(path: Path) -> tuple[list[str], list[str] | None]:
         raise UserError(f"{index} is not as `unclip sample` writes it", "draw the folder again") from None
     if unsafe := [file for file in files if Path(file).name != file]:
         raise UserError(f"{index} names {unsafe[0]!r}, which is outside the folder", "do not trust it")
-    if missing := [file for file in files if not (path / file).is_file()]:
+    if any("\ud800" <= c <= "\udfff" for text in (*files, *map(str, prompts)) for c in text):
+        raise UserError(f"{index} holds half of a surrogate pair, which is no text", "draw the folder again")
+    if missing := [file for file in files if not os.path.isfile(path / file)]:
         what = f"{index} has captions of {len(files)} pictures, and {len(missing)} are missing: {missing[0]}"
         raise UserError(what, "copy the whole folder again")
     if not files:

@@ -6,7 +6,6 @@ The file is an .npz: "mu" and "sigma" of the main network, as clean-fid and pyto
 
 import json
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -71,16 +70,23 @@ def load(
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         raise UserError(f"{file} holds no {missing[0]!r}; expected mu and sigma", "give them as clean-fid has them")
+    for name in ("mu", "sigma", "n", *(f"{key}_features" for key in networks)):
+        if name in arrays and not (arrays[name].dtype.kind in "fiu" and np.isfinite(arrays[name]).all()):
+            raise UserError(f"{file}: {name!r} must be of finite numbers", "give mu and sigma as clean-fid has them")
     mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
     if mean.shape != (main.dim,) or covariance.shape != (main.dim, main.dim):
         what = f"{file} has statistics of {mean.shape[-1:]} features, and {main.name} has {main.dim}"
         raise UserError(what, "give statistics of the same network")
-    n = int(arrays["n"]) if "n" in arrays else 0
+    n = int(arrays["n"].item()) if "n" in arrays and arrays["n"].size == 1 else 0
     if "about" in arrays:
         _check(file, arrays, main, networks, size, about)
     else:
         warnings.warn(f"{file} does not say of what pictures, resizing and weights it is", stacklevel=2)
     found = {k: arrays[f"{k}_features"].astype(np.float64) for k in networks if f"{k}_features" in arrays}
+    for key, features in found.items():
+        if features.shape != (n, networks[key].dim):
+            what = f"{file} has {key} features {features.shape}; expected {(n, networks[key].dim)}"
+            raise UserError(what, "make it again")
     return Reference(found, main.name, distances.Moments(max(n, 2), mean, covariance * (max(n, 2) - 1)), n)
 
 
@@ -106,8 +112,11 @@ def _read(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"reference {str(file)!r} does not exist", "give --data as well to make it, or another file")
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("one array")
+        with stored:
+            return {name: np.asarray(stored[name]) for name in stored.files}
+    except Exception as error:  # zipfile, zlib and NumPy raise nearly anything of what others wrote
         what = f"{file} is no .npz file of statistics ({type(error).__name__})"
         raise UserError(what, "give mu and sigma as clean-fid has them") from None
