@@ -46,7 +46,8 @@ def test_an_upsampler_that_does_not_follow_the_decoder_is_refused(change, tmp_pa
     ("stage", "key", "value"),
     [
         ("prior", "sampler", 0), ("upsampler", "data", 1.5), ("clip", "model", {"a": 1}),
-        ("decoder", "objective", ["a"]), ("decoder", "diffusion", {"name": "cosine", "num_steps": 2**50}), ("prior", "task", None), ("clip", None, []),
+        ("decoder", "objective", ["a"]),
+        ("decoder", "diffusion", {"name": "cosine", "num_steps": 2**50}), ("prior", "task", None), ("clip", None, []),
     ],
     ids=str,
 )  # fmt: skip

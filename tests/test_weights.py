@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -193,6 +194,28 @@ def test_overwriting(tmp_path, stack):
     assert "not a stack" in _refused(save_stack, other, _stages(), "{}", overwrite=True)
     assert (other / "thesis.txt").read_text() == "all of it"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "stack"]
+
+
+def test_what_others_put_into_a_stack_is_not_overwritten_with_it(stack):
+    (stack / ".git").mkdir()
+    (stack / ".git/HEAD").write_text("precious")
+    told = _refused(save_stack, stack, _stages(), TOKENIZER, overwrite=True)
+    assert "holds .git/HEAD, which is no part of a stack" in told
+    assert (stack / ".git/HEAD").read_text() == "precious" and len(load_stack(stack).stages) > 1
+
+
+def test_a_signal_between_two_renames_leaves_what_was_there(stack, monkeypatch):
+    before, rename = {p.name: p.read_bytes() for p in stack.iterdir()}, Path.rename
+
+    def stopped(self, target):
+        if ".tmp-" in self.name:
+            raise SystemExit(130)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(SystemExit):
+        save_stack(stack, _stages(), TOKENIZER, overwrite=True)
+    assert {p.name: p.read_bytes() for p in stack.iterdir()} == before
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, stack, monkeypatch):

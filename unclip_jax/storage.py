@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from unclip_jax.errors import UserError
 
+WEIGHTS = (".json", ".safetensors")  # files of what `new_directory` makes
 MAX_JSON_BYTES = 16 * 2**20  # a safetensors header or an index; real ones are below 4 MB
 
 
@@ -35,7 +36,7 @@ def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) ->
       out: the directory to make.
       kind: what it will be, such as "stack"; for the messages.
       marker: the file that tells such a directory; only one that has it is overwritten.
-      overwrite: replace the one that is there.
+      overwrite: replace the one that is there, if it holds nothing else.
 
     Raises:
       UserError: `out` exists, or cannot be written.
@@ -44,6 +45,9 @@ def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) ->
         raise UserError(f"{out} exists", "choose another directory, or ask to overwrite it")
     if (out.exists() or out.is_symlink()) and not (out / marker).is_file():
         raise UserError(f"{out} exists and is not a {kind}, so it is not overwritten", "choose another directory")
+    if foreign := [file for file in sorted(out.rglob("*")) if not file.is_dir() and file.suffix not in WEIGHTS]:
+        what = f"{out} holds {foreign[0].relative_to(out)}, which is no part of a {kind}, so it is not overwritten"
+        raise UserError(what, "move that elsewhere, or choose another directory")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
@@ -143,7 +147,7 @@ def json_object(text: str, where: str) -> dict:
 def write_text(file: Path, text: str) -> None:
     """Writes a UTF-8 file, whole or not at all, and makes its folder; UserError where that fails."""
     with writing(file) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="backslashreplace"))  # a folder's name may be no text; JSON gives it back
 
 
 @contextlib.contextmanager
@@ -174,8 +178,9 @@ def _swap_in(temporary: Path, out: Path) -> None:
     out.rename(old / out.name)
     try:
         temporary.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
+    except BaseException:  # a signal too
+        if not out.exists():
+            (old / out.name).rename(out)
         raise
     finally:
         if out.exists():

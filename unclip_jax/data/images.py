@@ -226,7 +226,8 @@ def png(image: np.ndarray, metadata: Mapping | None = None) -> bytes:
         raise ValueError(f"a PNG is made of u8[H, W, 3], not {image.dtype}{list(image.shape)}")
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        info.add_itxt(key, text.encode(errors="backslashreplace").decode())
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG", pnginfo=info)
     return stream.getvalue()
