@@ -51,3 +51,8 @@ def said_of(what: str, fix: str):
     except Exception as e:
         why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise UserError(f"{what}: {(why.strip().splitlines() or [''])[0][:300]}", fix) from e
+
+
+def printable(text: str) -> str:
+    """The text with spaces for what is no sign: line ends, and what would steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -20,6 +20,14 @@ def pictures(tmp_path):
     return root
 
 
+def test_names_steer_no_terminal(pictures, capsys):
+    (pictures / "a\x1b]0;owned\a\udcff.png").write_bytes(b"no picture")
+    command = ["data", "check", "folder", "--path", str(pictures), "--split", "all", "--size", "8"]
+    assert cli.main([*command, "--data.captions=False"]) == 0
+    out = capsys.readouterr().out
+    assert "a ]0;owned  .png is not a picture" in out and "\x1b" not in out
+
+
 def test_check_reports_what_is_there(pictures, tmp_path, capsys):
     (pictures / "07.png").write_bytes(b"no picture")
     report, sheet = tmp_path / "r.json", tmp_path / "s.png"

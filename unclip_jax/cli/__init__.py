@@ -33,7 +33,7 @@ from unclip_jax.cli import (
     weights,
 )
 from unclip_jax.cli.arguments import Parser
-from unclip_jax.errors import UserError, suggest
+from unclip_jax.errors import UserError, printable, suggest
 
 PATIENCE = 10.0
 STOPPED = {130: "interrupted", 143: "terminated"}  # 128 and the signal's number, as shells have it
@@ -72,6 +72,7 @@ def script() -> None:
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     threading.Thread(target=_insist, args=(read,), daemon=True).start()
     sys.unraisablehook = _not_lost
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         sys.exit(main())
     except SystemExit as stop:  # which holds the frames, and they what they made
@@ -196,4 +197,4 @@ def _parser() -> Parser:
 def _say(text: str) -> None:
     """One line on stderr, whatever the text holds."""
     with contextlib.suppress(BrokenPipeError):
-        print("".join(c if c.isprintable() else " " for c in text), file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

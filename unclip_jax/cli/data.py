@@ -105,6 +105,6 @@ def _source(args) -> dict:
             raise UserError(f"--data.{key} has a flag of its own", f"write --{key}")
         try:
             words[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             words[key] = value
     return words

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import unclip_jax
 from unclip_jax.cli.arguments import add_model, add_settings, command, count, listed, load, number_from
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, printable
 
 NUM = 200
 OUT = "out overwrite debug"
@@ -187,7 +187,7 @@ def show(made, out: Path | None) -> None:
     """Prints a report's tables, and writes it where that was asked for."""
     from unclip_jax.evaluation import report
 
-    print(made.title)
+    print(printable(made.title))
     for table in made.tables:
         print(f"\n{report.plain(table)}")
     if out:

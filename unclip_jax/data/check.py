@@ -6,6 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from unclip_jax.data.images import BadImage
+from unclip_jax.errors import printable
 
 SHOWN = 10
 
@@ -56,7 +57,7 @@ def table(report: dict) -> str:
     lines += [f"cannot be read     record {number}: {why}" for number, why in report["bad"][:SHOWN]]
     if len(report["bad"]) > SHOWN:
         lines.append(f"                   and {len(report['bad']) - SHOWN} more")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _spread(values: list[int]) -> dict | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax import gallery
-from unclip_jax.errors import UserError, is_number
+from unclip_jax.errors import UserError, is_number, printable
 from unclip_jax.storage import read_json, write_text
 
 MAX_REPORT_BYTES = 64 << 20
@@ -100,7 +100,7 @@ def read(file: str) -> dict:
 
 def plain(table: Table) -> str:
     """For the terminal."""
-    cells = [list(table.columns), *([_cell(c) for c in row] for row in table.rows)]
+    cells = [list(map(printable, table.columns)), *([printable(_cell(c)) for c in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     columns = zip(table.columns, *table.rows, strict=True)
     sides = ["rjust" if any(isinstance(c, (int, float)) for c in column) else "ljust" for column in columns]
