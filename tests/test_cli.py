@@ -208,6 +208,20 @@ def test_demo_draws_several_of_each_of_its_prompts(run, stack, tmp_path, monkeyp
     assert len(files(tmp_path / "out" / "demo")) == 2 * 4 + 2
 
 
+def test_a_name_that_is_no_text_is_printed_all_the_same():
+    code = r"from unclip_jax import cli; cli.main = lambda: print('x\udcff.png') or 0; cli.script()"
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    made = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "x\\udcff.png\n", "")
+
+
+def test_demo_fills_no_folder_of_others(run, stack, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text("precious")
+    code, _, err = run("demo", "--model", stack, "--out", "site", "--html")
+    assert code == 2 and "is not empty" in err[-1] and (tmp_path / "site/index.html").read_text() == "precious"
+
+
 BAD = {
     "no command": ([], "COMMAND"),
     "unknown command": (["smaple"], "did you mean 'sample'"),

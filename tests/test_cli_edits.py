@@ -5,6 +5,7 @@ import json
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,30 @@ def test_animations_go_there_and_back_in_the_order_of_the_frames(tmp_path):
                 moving.seek(k)
                 shown.append(int(np.asarray(moving.convert("RGB"))[5, 5, 0]))
         np.testing.assert_allclose(shown, [0, 100, 200, 100], atol=3)
+
+
+def drawn(words):
+    return [(words, [Picture(np.zeros((8, 8, 3), np.uint8), words, {})])]
+
+
+def test_a_folder_filled_by_others_meanwhile_is_left_to_them(tmp_path):
+    gallery.write(tmp_path / "out", drawn("theirs"), {})
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for number in (2, 3):
+        with pytest.warns(UserWarning, match=f"out was filled meanwhile; the pictures are in .*out-{number}"):
+            made = gallery.write(tmp_path / "out", drawn("mine"), {}, overwrite=False)
+        assert {file.parent for file in made} == {tmp_path / f"out-{number}"} and all(map(Path.is_file, made))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_earlier_index_of_a_thousand_brackets_loses_no_picture(tmp_path):
+    (tmp_path / "pictures.json").write_text("[" * 100_000)
+    assert all(map(Path.is_file, gallery.write(tmp_path, drawn("a"), {})))
+
+
+def test_names_that_are_no_text_are_written_and_come_back(tmp_path):
+    gallery.write(tmp_path / "out", drawn("a"), {"model": "st\udcff"}, page=True)
+    assert json.loads((tmp_path / "out/pictures.json").read_text())["model"] == "st\udcff"
 
 
 def test_overwriting_takes_away_an_earlier_page_and_animation(tmp_path):

@@ -121,6 +121,7 @@ def write(
     *,
     page: bool = False,
     animated: bool = False,
+    overwrite: bool = True,
 ) -> list[Path]:
     """Writes a folder of pictures and returns the new files.
 
@@ -134,11 +135,13 @@ def write(
       facts: JSON values that hold for every picture: seed, model, settings.
       page: with index.html.
       animated: with the pictures as frames of a WebP and a GIF.
+      overwrite: False where `out` was absent or empty: filled by others since, it is left alone, and the pictures go to
+        a folder beside it.
     """
     with _told(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    filled = _Filled(fresh, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated)
+    filled = _Filled(fresh, {"unclip_jax": unclip_jax.__version__, **facts}, page, animated, overwrite)
     try:
         try:
             for number, (words, row) in enumerate(rows):
@@ -147,8 +150,8 @@ def write(
                         filled.add(words, number, index, picture)
         except BaseException:
             if filled.pictures:
-                filled.publish(out)
-                warnings.warn(f"broken off; the pictures that were finished before are in {out}", stacklevel=2)
+                where = filled.publish(out)[0].parent
+                warnings.warn(f"broken off; the pictures that were finished before are in {where}", stacklevel=2)
             raise
         return filled.publish(out)
     finally:
@@ -179,10 +182,11 @@ def _figure(picture: Picture, facts: Mapping) -> str:
 class _Filled:
     """An empty folder that is filled picture by picture, and then becomes another's content."""
 
-    def __init__(self, folder: Path, facts: Mapping, page: bool, animated: bool):
+    def __init__(self, folder: Path, facts: Mapping, page: bool, animated: bool, overwrite: bool):
         self.folder, self.facts, self.page, self.animated = folder, facts, page, animated
         self.pictures, self.labels, self.shown, self.frames = [], [], [], []
         self.columns = 0  # of the first row
+        self.overwrite = overwrite
 
     def add(self, words: str, row: int, index: int, picture: Picture) -> None:
         """Writes one picture more, the next of its row or the first of the next one."""
@@ -200,7 +204,10 @@ class _Filled:
         self.pictures.append({"file": file, **picture.about})
 
     def publish(self, out: Path) -> list[Path]:
-        """Writes what shows all rows, the index last, and moves everything to `out`."""
+        """Writes what shows all rows, the index last, and moves everything to `out`.
+
+        To a folder beside it where somebody has filled that since: nobody has given that up to be overwritten.
+        """
         with _told(out, self.folder):
             extra = [PAGE] * self.page + list(ANIMATIONS) * self.animated
             names = [GRID, *(picture["file"] for picture in self.pictures), *extra, INDEX]
@@ -217,6 +224,11 @@ class _Filled:
             index = {**self.facts, "pictures": self.pictures, "also": extra}
             write_text(self.folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
             self.folder.chmod(0o755)
+            if not self.overwrite and out.is_dir() and any(out.iterdir()):
+                taken, number = out, 2
+                while (out := taken.with_name(f"{taken.name}-{number}")).exists():
+                    number += 1
+                warnings.warn(f"{taken} was filled meanwhile; the pictures are in {out}", stacklevel=3)
             if not out.exists():
                 self.folder.rename(out)
             else:
@@ -264,7 +276,7 @@ def _earlier(out: Path) -> list[str]:
         names = [picture["file"] for picture in index["pictures"]]
         own = [name for name in names if re.fullmatch(r"\d+-[a-z0-9-]+\.png", name)]
         return own + [name for name in (PAGE, *ANIMATIONS) if name in index.get("also", ())]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

@@ -83,6 +83,7 @@ def finish(args, out: Path, rows, used, animated: bool = False, **more) -> None:
             sizes.append(picture.image.shape[:2])
             yield picture
 
-    gallery.write(out, ((words, counted(row)) for words, row in rows), facts, page=args.html, animated=animated)
+    rows = ((words, counted(row)) for words, row in rows)
+    out = gallery.write(out, rows, facts, page=args.html, animated=animated, overwrite=args.overwrite)[0].parent
     height, width = sizes[0]
     print(f"{len(sizes)} pictures of {height} x {width} pixels in {out}; all of them in {out / gallery.GRID}")

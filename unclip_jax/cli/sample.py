@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from pathlib import Path
 
 from unclip_jax.cli.arguments import add_model, add_output, add_settings, command, count, load, prompts_of
 from unclip_jax.cli.pictures import at_most, finish
@@ -42,7 +43,7 @@ def add_demo(commands) -> None:
     add_output(sub, "out/demo")
     add_model(sub)
     add_settings(sub)
-    sub.set_defaults(prompt=list(DEMO), prompts=None, overwrite=True, compile_only=False)
+    sub.set_defaults(prompt=list(DEMO), prompts=None, compile_only=False)
 
 
 def sample(args) -> None:
@@ -88,5 +89,8 @@ def compile_only(args, prompts) -> None:
 
 
 def demo(args) -> None:
-    """`sample` with prompts of its own, into a folder that it may fill again."""
+    """`sample` with prompts of its own, into a folder that it may fill again; one of others it may not."""
+    from unclip_jax.gallery import INDEX
+
+    args.overwrite |= (Path(args.out).expanduser() / INDEX).is_file()
     sample(args)
