@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 import unclip_jax
 from unclip_jax import tasks
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, said_of
 from unclip_jax.interop import hf_clip, hf_clip_write, karlo_json
 from unclip_jax.interop.files import Source, open_weights, spare_others
 from unclip_jax.interop.karlo_tables import TABLES
@@ -134,8 +134,9 @@ def read_stages(folder: Path) -> Iterator[tuple[str, Stage]]:
     for name, parts in PARTS.items():
         if not all((folder / part / "config.json").is_file() for part in parts):
             continue
-        config, clip = _READ[name](folder)
-        shapes, arrays = network_shapes(config, clip), {}
+        with said_of(f"the configs of the {name} in {folder} make no network", "copy Karlo's own"):
+            config, clip = _READ[name](folder)
+            shapes, arrays = network_shapes(config, clip), {}
         for part, table in TABLES[name](shapes).items():
             with open_weights(folder / part) as weights:
                 own = {entry.path: shapes[entry.path] for entry in table}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from unclip_jax.errors import UserError, is_whole
 
+MOST = 64  # levels of a UNet, and blocks in one: each is traced by itself
 PRIOR_EXTRA = 4  # tokens beside the caption's: text embedding, time, noised embedding, query
 DOWN, UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 ATTENTION_DOWN, ATTENTION_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"
@@ -251,8 +252,12 @@ def scheduler_json(num_steps: int, clip_x0: float, prediction: str, variance: st
 
 def _unet(name: str, v: Mapping) -> dict[str, Any]:
     """Keywords of `UNet` from values of the two UNet classes."""
-    widths, downs = v["block_out_channels"] or [], list(v["down_block_types"] or [])
-    if not widths or any(width % widths[0] for width in widths):
+    widths, downs = v["block_out_channels"], v["down_block_types"]
+    for key in ("down_block_types", "up_block_types"):
+        if not isinstance(v[key], list):
+            raise _refusal(name, key, v[key], "a list of blocks, one for each level")
+    sound = isinstance(widths, list) and 0 < len(widths) <= MOST and all(is_whole(width, 1) for width in widths)
+    if not sound or any(width % widths[0] for width in widths):
         raise _refusal(name, "block_out_channels", widths, "a list of multiples of its first number")
     attends = [kind == ATTENTION_DOWN for kind in downs]
     for key, kinds in (("down_block_types", (DOWN, ATTENTION_DOWN)), ("up_block_types", (UP, ATTENTION_UP))):
@@ -260,8 +265,8 @@ def _unet(name: str, v: Mapping) -> dict[str, Any]:
         if list(v[key] or []) != expected or len(expected) != len(widths):
             what = f"one for each of {len(widths)} levels, {kinds[0]} or {kinds[1]}, the way up as the way down"
             raise _refusal(name, key, v[key], what)
-    if not isinstance(v["layers_per_block"], int):
-        raise _refusal(name, "layers_per_block", v["layers_per_block"], "one whole number")
+    if not is_whole(v["layers_per_block"], 1, MOST):
+        raise _refusal(name, "layers_per_block", v["layers_per_block"], f"one whole number in 1 … {MOST}")
     if v["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise _refusal(name, "resnet_time_scale_shift", v["resnet_time_scale_shift"], "'default' or 'scale_shift'")
     if any(attends) and not isinstance(v["sample_size"], int):
