@@ -18,7 +18,7 @@ import pytest
 
 from unclip_jax import checkpoint, config, sharding
 from unclip_jax.checkpoint import Checkpoints
-from unclip_jax.checkpoint_read import load_params, peek
+from unclip_jax.checkpoint_read import load_params, peek, sealed
 from unclip_jax.errors import UserError
 
 CONFIG = {"task": "clip", "rules": [[".*", "fsdp"]], "optim": {"lr": 0.1, "clip_norm": None}, "empty": {}}
@@ -240,6 +240,17 @@ def test_a_checkpoint_of_other_things_is_told(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"numbers": jnp.ones(3)}, {"config": "{}"})
     assert "holds no weights" in _refused(load_params, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"arrays": None}, {"arrays": ["ema/a"]}, {"config": None}])
+def test_sealed_metadata_of_another_make_is_damage(tmp_path, change):
+    step = tmp_path / "checkpoints/1"
+    (step / "meta").mkdir(parents=True)
+    (step / "_CHECKPOINT_METADATA").write_text("{}")
+    meta = {"format_version": 1, "arrays": {}, "config": "{}", **change}
+    (step / "meta/metadata").write_text(json.dumps(sealed(meta)))
+    for read in (load_params, peek):
+        assert "is not what is written here" in _refused(read, tmp_path)
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path, run):

@@ -215,6 +215,8 @@ def read_meta(step: epath.Path) -> dict:
     seal = meta.pop("sha256", None)
     if sealed(meta)["sha256"] != seal:
         raise Damaged("its metadata differs from its checksum")
+    if not isinstance(meta.get("arrays"), dict) or not isinstance(meta.get("config", ""), str):
+        raise Damaged("its metadata is not what is written here")
     return meta
 
 
