@@ -330,6 +330,8 @@ BAD = {
     "nothing": ("{root}/none.tar", "names no tar file"),
     "some missing": ("{root}/{00001..00004}.tar", "names 4 shards, and 2 are not there: .*00003.tar"),
     "braces": ("{root}/{a,b}.tar", "braces without a range"),
+    "endless digits": (f"{{root}}/{{0..{'9' * 5000}}}.tar", "braces without a range"),
+    "endless braces": ("{root}/{000..999}{000..999}{000..999}.tar", "more than a million shards"),
     "no tar": ("{root}/text.tar", "no captioned pictures .*1 shard unread: .*text.tar is no tar file$"),
     "short": ("{root}/short.tar", "short.tar is no tar file$"),
     "web page": ("{root}/page.tar", "page.tar is a web page, not the file itself"),

@@ -81,9 +81,10 @@ def _braces(pattern: str) -> list[str]:
     low, dots, high = inner.partition("..")
     if not brace:
         return [pattern]
-    if not closing or not (dots and low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+    numbers = dots and low.isdecimal() and high.isdecimal() and max(len(low), len(high)) < 20
+    if not closing or not (numbers and int(low) <= int(high)):
         raise UserError(f"data.path={pattern!r} has braces without a range", "write it as {000..099}")
-    if int(high) - int(low) >= 1_000_000:
+    ends, width = _braces(tail), len(low)
+    if (int(high) - int(low) + 1) * len(ends) > 1_000_000:
         raise UserError(f"data.path={pattern!r} names more than a million shards")
-    width = len(low)
-    return [f"{head}{n:0{width}d}{end}" for n in range(int(low), int(high) + 1) for end in _braces(tail)]
+    return [f"{head}{n:0{width}d}{end}" for n in range(int(low), int(high) + 1) for end in ends]
