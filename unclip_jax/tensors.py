@@ -134,7 +134,10 @@ def check_header(file: Path) -> int:
 def read_array(file: Path, place: Place) -> np.ndarray:
     """The array at `place` of a file whose header was read; a copy, in its stored dtype, which must be of `DTYPES`."""
     kind = DTYPES[place.dtype]
-    data = np.fromfile(file, np.uint8, math.prod(place.shape) * kind.itemsize, offset=place.begin)
+    size = math.prod(place.shape) * kind.itemsize
+    data = np.fromfile(file, np.uint8, size, offset=place.begin)
+    if len(data) != size:
+        raise UserError(f"{file} has become shorter while it was read", "copy it again, and then read it")
     return data.view(kind).reshape(place.shape)
 
 

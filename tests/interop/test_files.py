@@ -185,6 +185,13 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content, told):
     assert told in refused(open_weights, tmp_path)
 
 
+def test_a_file_cut_off_while_it_is_read_is_told(tmp_path):
+    save_file({"a": np.arange(4.0)}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 90)
+    assert "has become shorter while it was read" in refused(weights.take, "a")
+
+
 def test_unsound_numbers_are_refused(tmp_path):
     for kind in (np.float32, np.float16, jnp.bfloat16):
         array = np.array([1, np.nan, np.inf]).astype(kind)
