@@ -40,11 +40,11 @@ from unclip_jax.interop.layout import (
     unet_levels,
     unet_part,
 )  # fmt: skip
-from unclip_jax.tasks.pictures import SHOWN
+from unclip_jax.tasks.pictures import KNOWN_CHANNELS
 from unclip_jax.tokenizer import MAX_JSON_BYTES, Tokenizer
 
 FILES = {"decoder": "base", "upsampler": "upsample"}
-CHANNELS = {"decoder": 3, "upsampler": 6}  # that each network sees, those for inpainting `SHOWN` more
+CHANNELS = {"decoder": 3, "upsampler": 6}  # that each network sees, those for inpainting `KNOWN_CHANNELS` more
 TOKENIZER = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # glide-text2im's names, transformers'
 LICENCE = "mit"  # of glide-text2im, code and weights
 TEXT = dict(text=dict(layers=16, heads=8), context_width=512, embed_dim=0)
@@ -89,8 +89,8 @@ FUSED = {
     **{name: ("qkv", k, 3) for k, name in enumerate(("query", "key", "value"))},
     **{name: ("encoder_kv", k, 2) for k, name in enumerate(("context_key", "context_value"))},
 }
-# [O, 10, H, W] there: the noised picture, what is shown, the small picture; here what is shown comes last.
-SHOWN_FIRST = Turn(
+# [O, 10, H, W] there: the noised picture, the known one and where it is known, the small one; here the known is last.
+KNOWN_FIRST = Turn(
     lambda a, shape: CONV.here(a[:, [0, 1, 2, 7, 8, 9, 3, 4, 5, 6]], shape),
     lambda a: CONV.there(a)[:, [0, 1, 2, 6, 7, 8, 9, 3, 4, 5]],
 )
@@ -143,10 +143,10 @@ def read_stage(name: str, config: ConfigDict, weights: Weights) -> dict:
     """The parameters of a stage, every array checked by name and shape."""
     shape = weights.shapes.get("input_blocks.0.0.weight", ())
     inpaint = config.objective.get("inpaint", False)
-    wanted = CHANNELS[name] + SHOWN * inpaint
-    if len(shape) == 4 and shape[1] != wanted and shape[1] - CHANNELS[name] in (0, SHOWN):
+    wanted = CHANNELS[name] + KNOWN_CHANNELS * inpaint
+    if len(shape) == 4 and shape[1] != wanted and shape[1] - CHANNELS[name] in (0, KNOWN_CHANNELS):
         what = f"{_stem(name, inpaint)} sees {shape[1]} channels and not {wanted}"
-        what += f"; networks for inpainting see {SHOWN} more"
+        what += f"; networks for inpainting see {KNOWN_CHANNELS} more"
         raise UserError(what, "call each file what glide-text2im calls it")
     return stages.read_params(config, functools.partial(table, depth=config.model.unet.blocks), weights)
 
@@ -156,7 +156,7 @@ def table(shapes: Mapping[str, tuple[int, ...]], depth: int) -> list[Entry]:
     caption = [Entry(ours, theirs, SAME) for ours, theirs in EMBEDDINGS.items()]
     caption += blocks("transformer/blocks", "transformer.resblocks.{}", BLOCK, interleaved)
     caption += norm("final_norm/norm", "final_ln")
-    stem = SHOWN_FIRST if shapes["net/stem/kernel"][2] == CHANNELS["upsampler"] + SHOWN else CONV
+    stem = KNOWN_FIRST if shapes["net/stem/kernel"][2] == CHANNELS["upsampler"] + KNOWN_CHANNELS else CONV
     net = layer("stem", "input_blocks.0.0", stem) + norm("out_norm", "out.0") + layer("out", "out.2", CONV)
     net += layer("time/fc1", "time_embed.0") + layer("time/fc2", "time_embed.2")
     layers = dict.fromkeys(path.removeprefix("net/").rpartition("/")[0] for path in shapes if path.startswith("net/"))

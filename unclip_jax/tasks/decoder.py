@@ -35,8 +35,8 @@ class DecoderTask:
       text_drop: share of examples whose caption is dropped, independently (the paper: 0.5).
       empty_caption: a dropped caption is the empty one, as CLIP encodes it (Karlo).
       vlb_weight: of the variational bound that trains the variance (Nichol & Dhariwal: 0.001); 0: variance not learned.
-      inpaint: the network also sees a known picture and where it is known (`pictures.shown`); it is trained with random
-        holes, and draws without a picture alike.
+      inpaint: the network also sees a known picture and where it is known (`pictures.known_channels`); it is trained
+        with random holes, and draws without a picture alike.
       sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, guidance, …).
     """
 
@@ -66,7 +66,7 @@ class DecoderTask:
         one, size = jnp.ones((1,), bool), self.image_size
         z, tokens = jnp.zeros((1, self.model.embed_dim)), jnp.zeros((1, text["max_len"]), jnp.int32)
         states = jnp.zeros((1, text["max_len"], text["width"]))
-        image = jnp.zeros((1, size, size, 3 + pictures.SHOWN * self.inpaint))
+        image = jnp.zeros((1, size, size, 3 + pictures.KNOWN_CHANNELS * self.inpaint))
         time = jnp.zeros((1,), jnp.int32)
         return self.model.init(rng, image, time, z, one, tokens, tokens == 0, one, z, states)["params"]
 
@@ -104,7 +104,7 @@ class DecoderTask:
 
     def _shown(self, batch):
         """What an inpainting network sees beside xt, for all rows of a batch."""
-        return pictures.shown(batch, batch["tokens"].shape[0], self.image_size) if self.inpaint else None
+        return pictures.known_channels(batch, batch["tokens"].shape[0], self.image_size) if self.inpaint else None
 
     def _denoise(self, params, cond, shown, **train):
         """The denoiser for all rows of `cond`, or for its first ones."""

@@ -11,7 +11,7 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.unet import widen
 
-SHOWN = 4  # channels that a network for inpainting sees beside all others: a picture's and where it is known
+KNOWN_CHANNELS = 4  # that a network for inpainting sees beside all others: a picture's, and where it is known
 
 
 def make_network(config, clip: CLIP | None) -> Decoder:
@@ -28,16 +28,17 @@ def make_network(config, clip: CLIP | None) -> Decoder:
 
 def channels(objective) -> dict[str, int]:
     """The keywords of a `UNet` that an objective sets."""
-    return {"out_channels": 6 if objective.vlb_weight else 3, "extra": SHOWN if objective.get("inpaint") else 0}
+    extra = KNOWN_CHANNELS if objective.get("inpaint") else 0
+    return {"out_channels": 6 if objective.vlb_weight else 3, "extra": extra}
 
 
-def shown(batch, rows: int, size: int) -> jax.Array:
+def known_channels(batch, rows: int, size: int) -> jax.Array:
     """What a network for inpainting sees last, f32[rows, S, S, 4]: concat(picture * keep, keep), or that none is known.
 
     As GLIDE's do (Nichol et al. 2021, arXiv 2112.10741).
     """
     if "keep" not in batch:
-        return jnp.zeros((rows, size, size, SHOWN))
+        return jnp.zeros((rows, size, size, KNOWN_CHANNELS))
     return jnp.concatenate([batch["known"] * batch["keep"], batch["keep"]], axis=-1)
 
 
@@ -57,7 +58,7 @@ def adopt(net, patch: int, seen: int) -> dict:
     net = dict(net)
     for name, side in {"stem": patch, "outer_stem": 1}.items():
         if name in net and net[name]["kernel"].shape[-2] == seen * side**2:
-            net[name] = {**net[name], "kernel": widen(net[name]["kernel"], side, SHOWN)}
+            net[name] = {**net[name], "kernel": widen(net[name]["kernel"], side, KNOWN_CHANNELS)}
     return net
 
 

@@ -38,7 +38,7 @@ class UpsamplerTask:
       blur: standard deviation in small-image pixels of the Gaussian blur, kernel 3 (the paper: 0.6).
       blur_share: share of examples blurred. Not in the paper; 1/2, so that unblurred small images are known too.
       enlarge: how the small image is brought to the large one's size, "bicubic" or "linear" (GLIDE).
-      inpaint: the network also sees a known large picture and where it is known (`pictures.shown`), as the decoder's.
+      inpaint: the network also sees a known large picture and where it is known, as the decoder's can.
       sampler: defaults of `sample`: what `diffusion.draw` takes (name, steps, …), and temperature, a factor on the
         first noise (GLIDE: 0.997).
     """
@@ -71,7 +71,7 @@ class UpsamplerTask:
 
     def init(self, rng):
         side, time = self.image_size, jnp.zeros((1,), jnp.int32)
-        image = jnp.zeros((1, side, side, 6 + pictures.SHOWN * self.inpaint))
+        image = jnp.zeros((1, side, side, 6 + pictures.KNOWN_CHANNELS * self.inpaint))
         cond = ()
         if self.captioned:
             tokens = jnp.zeros((1, self.model.text["max_len"]), jnp.int32)
@@ -122,7 +122,7 @@ class UpsamplerTask:
         """The denoiser for a batch {low, and tokens and mask of a caption}; `options` are the module's."""
         seen, cond = [resize(batch["low"], size, self.enlarge)], ()
         if self.inpaint:
-            seen.append(pictures.shown(batch, batch["low"].shape[0], size))
+            seen.append(pictures.known_channels(batch, batch["low"].shape[0], size))
         if self.captioned:
             args = (None, None, batch["tokens"], batch["mask"], None)
             cond = (self.model.apply({"params": params}, *args, method="condition"),)
