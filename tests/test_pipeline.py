@@ -280,9 +280,14 @@ def test_other_weights_may_be_put_in(pipe, drawn):
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
 def test_every_u32_seed_has_its_own_keys(seed):
-    data = jax.random.key_data(pipeline.picture_keys(seed, 3, 4))
-    other = jax.random.key_data(pipeline.picture_keys(seed ^ 1, 3, 4))
+    """By the prompt's place, then the picture's; counted from `first` on."""
+    data = np.asarray(jax.random.key_data(pipeline.picture_keys(seed, 3, 4)))
+    other = np.asarray(jax.random.key_data(pipeline.picture_keys(seed ^ 1, 3, 4)))
     assert len({tuple(row) for row in np.concatenate([data, other]).tolist()}) == 24
+    of_prompt = jax.random.fold_in(jax.random.key(np.uint32(seed)), 2)
+    own = [jax.random.key_data(jax.random.fold_in(of_prompt, i)) for i in range(4)]
+    np.testing.assert_array_equal(data[8:], own)
+    np.testing.assert_array_equal(jax.random.key_data(pipeline.picture_keys(seed, 1, 4, first=2)), own)
 
 
 def test_the_null_caption_is_drawn(pipe, drawn):

@@ -91,6 +91,16 @@ def test_what_is_known_comes_back_to_the_bit_and_samples_are_independent():
     np.testing.assert_allclose(run(keys[2:], known[2:], keep[2:]), got[2:], atol=1e-5)
 
 
+@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("analytic", 1.0), ("ddim", 0.0), ("dpm", 0.0)])
+def test_steps_are_random_where_the_named_sampler_s_are(name, eta):
+    sched, keys, walk = S.respace(FULL, 4), keys_of(2), dict(jump=2, resample=2)
+    net, noise = lambda xt, time: Out(0.9 * jnp.sin(xt)), initial_noise(keys, (3,))
+    known, keep = jnp.full((2, 3), 0.4), jnp.array([[1.0, 0.0, 0.0]])
+    got = draw(sched, net, noise, keys, target="x0", name=name, steps=4, image=known, keep=keep, **walk)
+    by_hand = repaint(sched, net, noise, keys, known=known, keep=keep, eta=eta, target="x0", **walk)
+    np.testing.assert_array_equal(got, by_hand)
+
+
 def test_resampling_makes_the_painted_part_agree_with_the_known():
     """Two correlated Gaussians, one known: the mean of the other is then rho times it; without going back, less."""
     rho, n, value = 0.9, 3000, 1.5

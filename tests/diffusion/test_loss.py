@@ -114,16 +114,17 @@ def test_far_tails_keep_value_and_gradient():
     assert np.all(np.isfinite(nll(jnp.float32(0.5), jnp.float32(-1e6), jnp.log(1e-3))))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_vlb_terms_in_float64(target):
+@pytest.mark.parametrize("target, bound", [("x0", None), ("eps", 1.0), ("v", 0.8)])
+def test_vlb_terms_in_float64(target, bound):
     sched = S.make_schedule("cosine", 50)
     x0, xt, t, noise = make_batch(sched, [0, 1, 5, 25, 49])
-    x0_pred = jnp.clip(x0 + 0.1 * jax.random.normal(jax.random.key(2), x0.shape), -1, 1)
+    x0_pred = x0 + 0.1 * jax.random.normal(jax.random.key(2), x0.shape)
+    hat = x0_pred if bound is None else np.clip(x0_pred, -bound, bound)
     v = jax.random.uniform(jax.random.key(3), x0.shape, minval=-1, maxval=1)
     out = Out(pred_of(sched, target, x0_pred, xt, t), v)
-    got = jit_vlb(sched, out, x0, xt, t, target)
+    got = jit_vlb(sched, out, x0, xt, t, target, bound)
     for b, step in enumerate(np.array(t)):
-        n = {k: np.asarray(a[b], np.float64) for k, a in dict(x0=x0, xt=xt, hat=x0_pred, v=v).items()}
+        n = {k: np.asarray(a[b], np.float64) for k, a in dict(x0=x0, xt=xt, hat=hat, v=v).items()}
         abar, prev = sched.alphas_cumprod[step], sched.alphas_cumprod[step - 1] if step else 1.0
         beta = 1 - abar / prev
         small = beta * (1 - prev) / (1 - abar)
@@ -179,12 +180,12 @@ def test_hybrid_is_simple_plus_weight_times_the_estimated_sum():
     def denoise(x, model_time):
         return Out(0.5 * x + model_time.reshape(-1, 1, 1, 1) / 1000, jnp.tanh(x))
 
-    hybrid = jax.jit(L.diffusion_loss, static_argnums=(0, 1, 5, 6, 7))
-    for weighting in ("none", "min_snr"):
-        loss, metrics = hybrid(sched, denoise, x0, t, noise, "eps", 0.01, weighting)
+    hybrid = jax.jit(L.diffusion_loss, static_argnums=(0, 1, 5, 6, 7, 8))
+    for weighting, clip_x0 in (("none", 1.0), ("min_snr", 0.5)):
+        loss, metrics = hybrid(sched, denoise, x0, t, noise, "eps", 0.01, weighting, clip_x0)
         out = denoise(xt, 5 * t + 2)
         mse = jit_simple(sched, out.pred, x0, t, noise, "eps", weighting)
-        bound = 200 * jit_vlb(sched, out, x0, xt, t, "eps")
+        bound = 200 * jit_vlb(sched, out, x0, xt, t, "eps", clip_x0)
         np.testing.assert_allclose(loss, mse + 0.01 * bound, rtol=1e-5)
         plain = jit_simple(sched, out.pred, x0, t, noise, "eps")
         np.testing.assert_allclose([metrics["mse"], metrics["vlb"]], [plain.mean(), bound.mean()], rtol=1e-5)
