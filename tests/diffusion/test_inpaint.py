@@ -43,8 +43,9 @@ def test_the_walk_is_the_papers(steps, jump, resample):
     assert levels == papers_levels(steps, jump, resample)
 
 
-def test_it_is_the_papers_loop():
-    """In float64 with the same noise; the up-steps of a jump are drawn as one."""
+@pytest.mark.parametrize("eta", [1.0, 0.0])
+def test_it_is_the_papers_loop(eta):
+    """In float64 with the same noise, by DDPM's steps and DDIM's; the up-steps of a jump are drawn as one."""
     sched = S.Schedule(FULL.alphas_cumprod[50:900:170], FULL.timesteps[50:900:170])
     keys, rng = keys_of(2), np.random.default_rng(0)
     noise, known = initial_noise(keys, (3,)), rng.uniform(-1, 1, (2, 3))
@@ -53,7 +54,8 @@ def test_it_is_the_papers_loop():
     def toy(xp):
         return lambda xt, time: Out(xp.sin(1.3 * xt) * 0.7 + xp.asarray(time)[:, None] / 3000)
 
-    got = repaint(sched, toy(jnp), noise, keys, known=known, keep=keep, jump=2, resample=3, target="x0")
+    walk = dict(jump=2, resample=3, eta=eta)
+    got = repaint(sched, toy(jnp), noise, keys, known=known, keep=keep, target="x0", **walk)
 
     def z(number):
         return np.stack([jax.random.normal(jax.random.fold_in(k, number), (3,)) for k in keys])
@@ -66,6 +68,8 @@ def test_it_is_the_papers_loop():
         alpha = a / prev
         mean = (np.sqrt(prev) * (1 - alpha) * x0 + np.sqrt(alpha) * (1 - prev) * xt) / (1 - a)
         own = mean + np.sqrt((1 - alpha) * (1 - prev) / (1 - a)) * z(3 * number)
+        if eta == 0:
+            own = np.sqrt(prev) * x0 + np.sqrt(1 - prev) * (xt - np.sqrt(a) * x0) / np.sqrt(1 - a)
         given = np.sqrt(prev) * known + np.sqrt(1 - prev) * z(3 * number + 1)
         x = np.where(keep > 0, given, own)
         up = abar[after] / prev

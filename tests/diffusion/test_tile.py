@@ -94,5 +94,6 @@ def test_the_network_is_traced_for_one_tile():
 def test_mistakes_are_named(tile, overlap, words):
     with pytest.raises(UserError, match=words):
         tiled(network(1), tile, overlap, 8)
-    with pytest.raises(UserError, match="40 x 44 pixels cannot be cut into tiles of 16"):
-        tiled(network(1), 16, 4, 8)(picture(40, 44), jnp.array([0, 0]))
+    for height, width in ((40, 44), (8, 40)):
+        with pytest.raises(UserError, match=f"{height} x {width} pixels cannot be cut into tiles of 16"):
+            tiled(network(1), 16, 4, 8)(picture(height, width), jnp.array([0, 0]))

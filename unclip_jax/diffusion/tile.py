@@ -33,7 +33,7 @@ def places(size: int, tile: int, overlap: int, align: int) -> tuple[np.ndarray, 
     stride = (tile - overlap) // align * align
     starts = np.append(np.arange(0, size - tile, stride), size - tile)
     middle = np.arange(tile) + 0.5
-    ramp = lambda d: np.clip((d - overlap / 4) / max(overlap / 2, 1e-9), 1e-9, 1)  # noqa: E731
+    ramp = lambda d: np.clip((d - overlap / 4) / max(overlap / 2, 1e-9), 0, 1)  # noqa: E731
     weights = np.ones((len(starts), tile))
     weights[1:] *= ramp(middle)
     weights[:-1] *= ramp(tile - middle)
