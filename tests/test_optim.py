@@ -20,6 +20,7 @@ def _params(rng):
         "dense": {"kernel": normal(4, 3), "bias": normal(3)},
         "stack": {"kernel": normal(2, 4, 4), "bias": normal(2, 4), "scale": normal(2, 4)},
         "mean": normal(4),
+        "components": normal(4, 2),
         "logit_scale": np.float32(2.5),
     }
 
@@ -84,7 +85,7 @@ def _orthogonal(matrix):
 KERNELS = {  # as they lie in a network, and as the matrices [how many, in, out] that they are
     "dense": ((6, 4), (1, 6, 4)),
     "conv": ((3, 3, 2, 5), (1, 18, 5)),
-    "query": ((6, 2, 3), (1, 6, 6)),
+    **{name: ((6, 2, 3), (1, 6, 6)) for name in ("query", "key", "context_key", "context_value")},
     "out": ((2, 3, 6), (1, 6, 6)),
     "blocks/fc": ((2, 6, 4), (2, 6, 4)),
     "blocks/value": ((2, 6, 2, 3), (2, 6, 6)),
@@ -192,6 +193,7 @@ def test_learning_rate_by_batch():
     cosine = np.array([optim.learning_rate(50, lr=1.0)(i) for i in range(51)])
     assert (np.diff(cosine) < 0).all() and cosine[0] == 1 and abs(cosine[50]) < 1e-6
     assert optim.learning_rate(50, lr=1.0, schedule="constant")(49) == 1
+    assert optim.learning_rate(4, lr=1.0, accumulate=4)(3) == 1  # one update in all
     slow = optim.learning_rate(40, lr=1.0, warmup=2, accumulate=4)
     np.testing.assert_allclose([slow(i) for i in range(8)], [0.5] * 4 + [1.0] * 4)
 

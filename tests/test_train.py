@@ -44,7 +44,7 @@ from unclip_jax.data.images import BadImage
 from unclip_jax.data.shapes import Shapes
 from unclip_jax.errors import UserError
 from unclip_jax.run import make_run
-from unclip_jax.train_step import init_state, make_train_step
+from unclip_jax.train_step import init_state, make_train_step, step_of
 
 # One step.
 
@@ -144,13 +144,30 @@ def test_the_optimizer_and_the_average_work_in_place():
     assert held.alias_size_in_bytes >= 4 * 4 * 4 * size and held.temp_size_in_bytes < 1.5 * 4 * 4 * size
 
 
-def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss(task, monkeypatch):
-    """sqrt(x - x) is 0, its slope is not a number."""
-    monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (jnp.sqrt(p["colour"] - p["colour"]).sum(), {}))
+LOSSES = {
+    "gradient": lambda p: jnp.sqrt(p["colour"] - p["colour"]).sum(),  # 0, and its slope is not a number
+    "loss": lambda p: p["colour"].sum() + math.inf,
+}
+
+
+@pytest.mark.parametrize("which", LOSSES)
+def test_a_gradient_that_is_not_finite_counts_as_a_bad_loss_and_a_loss_does_so_alone(which, task, monkeypatch):
+    monkeypatch.setattr(toy.Toy, "loss", lambda self, p, b, r: (LOSSES[which](p), {}))
     tx = optax.sgd(0.1)
     state = start(task, tx)
     held, metrics = jax.jit(make_train_step(task, tx, 0.9, 0))(state, {}, grey(0.5), 0)
-    assert bits(held) == bits(state) and np.isnan(metrics["loss"])
+    assert bits(held) == bits(state) and not np.isfinite(metrics["loss"])
+
+
+def test_a_configs_numbers_are_those_of_its_step(task):
+    config, tx = toy.config(ema_decay=0.5, seed=7), optax.sgd(0.1)
+    with config.unlocked():
+        config.optim.update(sam_rho=0.2, accumulate=2)
+    made = [step_of(config, task, tx), make_train_step(task, tx, 0.5, 7, sam_rho=0.2, accumulate=2)]
+    for number in (38, 39):  # with and without a step of the average, late enough for its whole decay
+        state = start(task, tx)._replace(step=jnp.int32(number))
+        of_config, by_hand = (step(state, {}, grey(0.4), number)[0] for step in made)
+        assert bits(of_config) == bits(by_hand)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,6 +1,6 @@
 """The optimizer of every stage: AdamW (Loshchilov & Hutter 2019) or Muon, warm-up, clipping, gradient accumulation.
 
-Weight decay is decoupled and reaches all but biases, scales and measured statistics (UNDECAYED). Two step counts exist
+Weight decay is decoupled and reaches all but biases, scales and measured statistics (`decayed`). Two step counts exist
 where gradients are accumulated: `num_steps` counts batches, as the training loop does; warm-up and decay count
 optimizer updates, of which there are `num_steps // accumulate`.
 """
@@ -24,8 +24,8 @@ NAMES = ("adamw", "muon")
 MUON_RMS = 0.2  # of an update per learning rate: AdamW's, so that both take the same rates (Liu et al. 2025)
 # Kernels [width, heads, D] of `nn.DenseGeneral`, all others having one last axis for what comes out.
 BY_HEADS = frozenset({"query", "key", "value", "context_key", "context_value"})
-# Told by name because layers stacked for a scan turn their biases and scales into matrices.
-UNDECAYED = frozenset({"bias", "scale", "mean", "std", "components", "dots", "logit_scale"})
+# Of more than one axis: layers stacked for a scan turn their biases and scales into matrices; components are measured.
+UNDECAYED = frozenset({"bias", "scale", "components"})
 
 
 def make(
