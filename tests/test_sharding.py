@@ -111,7 +111,8 @@ def test_fsdp_takes_the_largest_axis_that_divides():
         "wide": (None, "fsdp"), "tall": ("fsdp",), "odd": (None, "fsdp"), "square": (None, "fsdp"),
         "prime": (), "small": (), "scalar": (), "none": (),
     }  # fmt: skip
-    assert _specs(sharding.infer({"a": _shape(8, 4)}, [["a", "fsdp"]], mesh, min_size=1)) == {"a": ("fsdp",)}
+    assert _specs(sharding.infer({"a": _shape(8, 4)}, [["a", "fsdp"]], mesh, min_size=32)) == {"a": ("fsdp",)}
+    assert _specs(sharding.infer({"a": _shape(8, 4)}, [["a", "fsdp"]], mesh, min_size=33)) == {"a": ()}
     alone = sharding.make_mesh()
     assert _specs(sharding.infer({"a": _shape(1024, 1024)}, ((".*", "fsdp"),), alone)) == {"a": ()}
 
@@ -120,7 +121,7 @@ def test_first_match_wins_and_optimizer_follows():
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
     params = {"mlp": {"kernel": _shape(512, 512), "bias": _shape(512)}, "out": {"kernel": _shape(512, 512)}}
     state = {"step": _shape(), "params": params, "opt": jax.eval_shape(optax.adam(1e-3).init, params)}
-    rules = (("mlp/kernel$", (None, "tensor")), ("bias$", "replicate"), (".*", "fsdp"))
+    rules = (("mlp/kernel$", (None, "tensor")), ("bias$", "replicate"), ("^step$", "replicate"), (".*", "fsdp"))
     specs = _specs(sharding.infer(state, rules, mesh))
     expected = {"mlp": {"kernel": (None, "tensor"), "bias": ()}, "out": {"kernel": (None, "fsdp")}}
     assert specs["params"] == expected and specs["step"] == ()

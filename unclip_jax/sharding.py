@@ -211,7 +211,7 @@ def _partition(name: str, shape: tuple[int, ...], spec, mesh: Mesh, min_size: in
         return PartitionSpec()
     if spec == "fsdp":
         parts = mesh.shape["fsdp"]
-        fitting = [(size, axis) for axis, size in enumerate(shape) if size and size % parts == 0]
+        fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
         if parts == 1 or not fitting or math.prod(shape) < min_size:
             return PartitionSpec()
         axis = max(fitting)[1]
