@@ -77,7 +77,7 @@ class Meter:
         goodput = self.useful / max(self.wall() - self.began, 1e-9)
         rates = {"checkpoint_seconds": spent["checkpoint"], "goodput": goodput}
         seconds = spent["step"] + spent["input"]
-        if steps and seconds > 0:
+        if seconds > 0:
             rates |= {"images_per_second": steps * batch_size / seconds, "input_wait": spent["input"] / seconds}
             rates["device_flops_per_second"] = steps * self.flops / seconds
             if peak := peak_flops(device_kind):
