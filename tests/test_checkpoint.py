@@ -126,6 +126,10 @@ def test_flipped_bytes_are_named_and_the_step_before_is_used(run):
             warnings.simplefilter("error")
             state, _, step = checkpoints.restore(_abstract(_state()))
         assert step == 3 and _bits(state) == _bits(_state(33))
+        _flip(run / "checkpoints" / "3")
+        with pytest.warns(UserWarning, match="step 2 is used"):
+            checkpoints.restore(_abstract(_state()))
+        assert (run / "damaged" / "3.1").is_dir() and (run / "damaged" / "3.2" / "state").is_dir()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own clean-up
@@ -194,6 +198,7 @@ def test_a_killed_write_is_no_step(tmp_path):
         assert checkpoints.save(2, {"params": {"w": jnp.ones(3)}}, {"config": "{}"})
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
+    assert not any("tmp" in path.name for path in (tmp_path / "checkpoints").iterdir())
 
 
 def test_another_state_is_refused_by_name(run):
@@ -280,6 +285,17 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert "must be writable" in _refused(Checkpoints, tmp_path / "file")
     assert "keep=0" in _refused(Checkpoints, tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError])
+def test_a_want_of_memory_is_no_fault_of_the_disk(error, tmp_path, monkeypatch):
+    def fail():
+        raise error("out of memory")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "check_for_errors", fail)
+        with pytest.raises(error, match="out of memory"):
+            checkpoints.check()
 
 
 def test_a_stored_config_is_data(tmp_path):
