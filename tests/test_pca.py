@@ -44,6 +44,12 @@ def test_components_are_the_right_singular_vectors_of_all_data(found):
     assert (found.components[np.abs(found.components).argmax(0), range(D)] > 0).all()
 
 
+def test_a_direction_without_variance_gets_the_least():
+    z = data().astype(np.float64)[:, [0, 1, 1]]
+    found = pca.fit(pca.merge(None, len(z), z.mean(0), (z - z.mean(0)).T @ (z - z.mean(0))))
+    assert found.std[-1] == pytest.approx(1e-3) and (found.std[:2] > 0.1).all()
+
+
 def test_a_batch_split_over_devices_is_measured_whole(found):
     place = sharding.batch_sharding(sharding.make_mesh(data=4, fsdp=2))
     split = measured(lambda batch: jax.device_put(batch, place))

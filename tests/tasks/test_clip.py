@@ -102,6 +102,7 @@ def test_a_temperature_at_its_bound_can_come_back(s, slopes):
 def test_unit_and_matrix_picture():
     z = np.random.default_rng(0).standard_normal((3, D))
     np.testing.assert_allclose(unit(jnp.asarray(z)), z / np.linalg.norm(z, axis=1, keepdims=True), rtol=1e-5)
+    assert not unit(jnp.zeros((1, D))).any()  # and not NaN
     picture = np.asarray(matrix_picture(jnp.asarray([[0.0, 1.0, 4.0], [7.0, 7.0, 7.0]])))
     assert picture.shape == (1, 8, 12, 3)
     np.testing.assert_allclose(picture[0, 0, ::4], np.repeat([[-1.0], [-0.5], [1.0]], 3, 1))

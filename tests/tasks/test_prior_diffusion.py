@@ -97,7 +97,7 @@ def test_captions_are_dropped_at_the_given_rate(rate):
     calls = stubs.Calls()
 
     def net(xt, time, caption, mask, z_txt, keep):
-        calls.note(keep=np.asarray(keep))
+        calls.note(keep=np.asarray(keep), others=np.stack([np.asarray(time, float), np.ravel(xt)[:n]]))
         return xt
 
     task = dataclasses.replace(with_net(__call__=net), text_drop=rate)
@@ -108,7 +108,11 @@ def test_captions_are_dropped_at_the_given_rate(rate):
     task.loss(params, batch, jax.random.key(4))
     first, second = (~call.keep for call in calls)
     assert abs(first.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / n)
-    assert rate in (0, 1) or (first != second).any()
+    if rate in (0, 1):
+        return
+    assert (first != second).any()
+    for call in calls:  # by chance of its own, which no time and no noise share
+        assert np.abs(np.corrcoef(call.keep, call.others)[0, 1:]).max() < 5 / np.sqrt(n)
 
 
 def test_statistics_get_no_gradient():
@@ -300,7 +304,18 @@ def test_evaluate_compares_with_what_costs_nothing():
         assert n == 9
         np.testing.assert_allclose(total, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
     picture = np.asarray(task.preview({"net": {}, "mean": mean, "std": std}, batch, jax.random.key(0)))
-    assert picture.shape == (1, 36, 36, 3) and (picture[0, ::4, ::4, 0].argmax(1) == np.arange(9)).all()
+    white = (z - np.linspace(-1, 1, D)) / np.linspace(1, 2, D)
+    check_picture(picture, white, white)
+
+
+def check_picture(picture, drawn, true):
+    """A preview of whitened embeddings f64[N, D] each: cosines, in each row from black to white."""
+    drawn, true = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (drawn, true))
+    cosine = drawn @ true.T
+    low, high = cosine.min(1, keepdims=True), cosine.max(1, keepdims=True)
+    grey = 2 * (cosine - low) / (high - low) - 1
+    assert picture.shape == (1, 4 * len(drawn), 4 * len(true), 3)
+    np.testing.assert_allclose(picture[0, ::4, ::4], np.stack([grey] * 3, -1), atol=1e-3)
 
 
 def test_captions_may_enter_as_clips_states():
