@@ -10,6 +10,9 @@ import pytest
 from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax import tasks
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.tasks.decoder import DecoderTask
 from unclip_jax.tasks.pictures import mean_loss, split_variance
@@ -103,6 +106,17 @@ def test_levels_begin_at_the_least_noise_where_there_are_steps_enough():
     assert len(noise(0.2, 20)) == 20 and len(noise(0.99, 5)) == 5
 
 
+def test_variances_measured_at_all_levels_are_read_at_those_drawn_with():
+    task, table = with_net(answer=lambda xt, time: jnp.sin(xt)), jnp.linspace(0.1, 0.9, 20)
+    keys, how = jax.random.split(jax.random.key(0), 2), {"name": "analytic", "steps": 4, "guidance": 1.0}
+    drawn = task.sample({"x0_variance": table}, batch(task, 2), keys, least=0.2, **how)
+    levels, noise = task._levels(0.2, 4), initial_noise(keys, (SIDE, SIDE, 3))
+    own = table[20 - levels.num_steps :]
+    assert levels.num_steps < 20
+    expected = draw(levels, lambda xt, _: Out(jnp.sin(xt)), noise, keys, target="x0", x0_variance=own, **how)
+    np.testing.assert_allclose(drawn, jnp.clip(expected, -1, 1), atol=1e-5)
+
+
 def test_pictures_are_seen_by_clip_first_and_then_brought_to_size():
     task = with_net()
     rng = np.random.default_rng(0)
@@ -125,9 +139,11 @@ def test_three_channels_are_the_prediction_and_three_more_the_variance():
 
 
 def test_evaluation_is_the_training_loss_as_sum_and_count():
-    task = with_net(answer=lambda xt, time: 0 * xt)
+    calls = stubs.Calls()
+    task = with_net(calls, answer=lambda xt, time: 0 * xt)
     given = batch(task, 6)
     found = mean_loss(task, {}, given, jax.random.key(0))
+    assert not calls[-1].train  # no dropout
     # Predicting black costs the mean square of the pictures.
     total, n = found["loss"]
     assert n == 6 and total / n == pytest.approx(np.square(given["image"]).mean(), rel=1e-5)

@@ -167,7 +167,12 @@ def test_preview_and_evaluation():
     np.testing.assert_array_equal(rows[0], np.repeat(np.repeat(batch["low"], FACTOR, 1), FACTOR, 2))
     np.testing.assert_allclose(rows[1], 0, atol=1e-6)
     np.testing.assert_array_equal(rows[2], batch["image"])
+    training = []
+    net = stubs.Net({"__call__": lambda x, time, train=False: (training.append(train), 0 * x[..., :3])[1]})
+    task = dataclasses.replace(task, model=net)
+    task.loss({}, batch, jax.random.key(0))
     total, n = task.evaluate({}, batch, jax.random.key(0))["loss"]
+    assert training == [True, False]  # whether there is dropout
     assert n == 4 and total / 4 == pytest.approx(np.square(batch["image"]).mean(), rel=1e-5)
 
 
