@@ -10,6 +10,7 @@ import pytest
 from tests import tiny_stack
 from tests.tasks import stubs
 from unclip_jax import tasks
+from unclip_jax.data.images import resize
 from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.sample import initial_noise
@@ -121,6 +122,8 @@ def test_pictures_are_seen_by_clip_first_and_then_brought_to_size():
     task = with_net()
     rng = np.random.default_rng(0)
     image = rng.uniform(-1, 1, (2, stubs.SIDE, stubs.SIDE, 3)).astype(np.float32)
+    image[0] = np.where(np.arange(stubs.SIDE) < SIDE + 1, -1, 1)[None, :, None]
+    assert np.abs(resize(image, SIDE)).max() > 1.01  # beyond the range, at the edge
     tokens = np.zeros((2, stubs.LENGTH), np.int32)
     told = task.encode({"clip": {}}, {"image": image, "tokens": tokens, "mask": tokens == 0})
     np.testing.assert_array_equal(told["z_img"], image.reshape(2, -1)[:, :6])
