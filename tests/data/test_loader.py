@@ -187,6 +187,14 @@ def test_a_reader_of_a_large_source_need_not_read_it_all_to_give_up():
             take(200, source, num_threads=0)
 
 
+def test_a_share_of_bad_records_is_of_all_that_were_read_and_ten_are_named():
+    with pytest.warns(UserWarning, match="passed over") as told:
+        got = numbers(take(40, Numbered(4000, bad=range(0, 4000, 20)), None, 100, shuffle=False, num_threads=0))
+    assert len(got) == 4000  # 200 bad ones, where a thousand records may hold 100
+    told = [str(w.message) for w in told]
+    assert len(told) == 10 and ["further ones" in words for words in told] == [False] * 9 + [True]
+
+
 def test_only_bad_pictures_are_passed_over():
     class Broken(Numbered):
         def __getitem__(self, i):

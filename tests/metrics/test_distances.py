@@ -68,6 +68,9 @@ def test_frechet_without_full_rank_is_exact():
     zero = np.zeros(200)
     exact = u @ u + v @ v - 2 * abs(u @ v)
     assert frechet(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(exact, rel=1e-9)
+    b = RNG.uniform(0.1, 2, 200)  # beside one of full rank, tr (u u^T C)^1/2 = (u^T C u)^1/2
+    exact = u @ u + b.sum() - 2 * np.sqrt(u @ (b * u))
+    assert frechet(zero, np.outer(u, u), zero, np.diag(b)) == pytest.approx(exact, rel=1e-9)
     few = features(20, 64)
     assert distance(few, few) < 1e-9 * np.trace(Moments.of(few).covariance)
 
@@ -82,6 +85,7 @@ def test_frechet_of_a_shift_is_its_square():
         (lambda m, c: (m, c, m[:3], c[:3, :3]), "not of the same features"),
         (lambda m, c: (m, c, m, c * np.nan), "NaN"),
         (lambda m, c: (m, c, m, c - np.eye(24)), "eigenvalue"),
+        (lambda m, c: (m, c, m, np.diag(np.r_[np.ones(23), -1e-4])), "eigenvalue -0.0001"),
     ],
 )
 def test_statistics_that_are_none_are_refused(bad, words):
@@ -116,6 +120,7 @@ def test_kid_is_unbiased_over_its_subsets():
     mean, std = kid(x, y, 20, 400, seed=1)
     assert abs(mean - mmd_unbiased(x, y, polynomial)) < 4 * std / 20
     assert kid(x, y, 20, 400, seed=1) == (mean, std) != kid(x, y, 20, 400, seed=2)
+    assert kid(x[:20], y, 20, 9)[1] > 0  # of one set all, of the other parts
 
 
 def test_kid_needs_two_pictures():

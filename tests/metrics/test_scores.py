@@ -54,7 +54,8 @@ def test_inception_score_is_the_exponent_of_the_mean_divergence():
     p, log_p = softmax(logits, 1), log_softmax(logits, 1)
     exact = np.exp(np.mean([(a * (b - np.log(p.mean(0)))).sum() for a, b in zip(p, log_p, strict=True)]))
     assert scores.inception_score(logits, 1) == (pytest.approx(exact, rel=1e-12), 0)
-    assert scores.inception_score(50 * np.eye(8), 1)[0] == pytest.approx(8)  # 8 kinds, each certain
+    assert scores.inception_score(800 * np.eye(8), 1)[0] == pytest.approx(8)  # 8 kinds, each certain
+    assert scores.inception_score(50 * np.eye(8).repeat(4, 0), 2)[0] > 5  # whatever the order they come in
     assert scores.inception_score(np.ones((8, 5)), 2)[0] == pytest.approx(1)
     with pytest.raises(UserError, match="splits=10"):
         scores.inception_score(logits[:9])
@@ -77,7 +78,7 @@ def test_recall_is_what_sorting_finds():
 
 
 def test_embeddings_all_alike_find_nothing():
-    alike = np.ones((20, 5)) * RNG.uniform(1, 2, (20, 1))
+    alike = RNG.standard_normal(60) * RNG.uniform(1, 2, (20, 1))  # their cosines are 1 but for rounding
     assert probes.recall(alike, alike)["image_to_text"] == {1: 0, 5: 0, 10: 0}
 
 
@@ -128,6 +129,8 @@ def test_the_linear_probe_is_at_its_minimum():
         step = 1e-4 * RNG.standard_normal((7, 3))
         slope = (loss(weights + step[:6], bias + step[6:]) - loss(weights - step[:6], bias - step[6:])) / 2e-4
         assert abs(slope) < 1e-5
+    still = np.c_[X, np.full(50, 3.0)]  # a component that never varies
+    assert np.isfinite(probes.linear_probe(still, labels, 3)(still)).all()
     apart = np.eye(3)[labels]
     assert (probes.linear_probe(apart, labels, 3)(apart).argmax(1) == labels).all()
 
@@ -151,6 +154,10 @@ def test_the_bootstrap_of_a_mean_tends_to_its_formula():
     assert (weights.sum(1) == 200).all()
     got = intervals.bootstrap(lambda r: weights[r] @ values / 200, values.mean(), 4000)
     np.testing.assert_allclose(got, intervals.mean_interval(values), atol=0.05 * values.std() / math.sqrt(200))
+
+
+def test_the_bootstraps_deviation_is_that_of_a_sample():
+    assert intervals.bootstrap(float, 5.0, 3) == pytest.approx((5 - 1.959964, 5 + 1.959964))  # of 0, 1 and 2: 1
 
 
 def test_intervals_hold_the_truth_nineteen_times_in_twenty():
