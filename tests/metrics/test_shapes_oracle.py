@@ -68,12 +68,17 @@ def test_every_claim_is_judged_by_itself():
     assert failed(change(RED, y=0.75), change(BLUE, y=0.3)) == {"relation"}
     assert failed(change(RED, x=0.2, y=0.5), change(BLUE, x=0.7, y=0.5)) == {"relation"}
     assert failed(RED, BLUE, change(RED, x=0.8)) == {"count"}
+    for one in ("a red circle", "a blue square"):
+        assert failed(RED, BLUE, caption=one) == {"count"}
     assert failed(RED) >= {"count", "colour", "shape", "relation"}
     assert failed(change(RED, colour="blue"), change(BLUE, colour="red")) == {"colour"}  # binding, not a bag
     corner = Object("star", "cyan", "small", 0.2, 0.2, 0.15)
     assert failed(corner, caption="a star in the top left corner") == set()
     assert failed(corner, caption="a star in the center") == {"position"}
     assert failed(change(corner, x=0.8), caption="a star in the top left corner") == {"position"}
+    inside = change(corner, x=0.42, y=0.42)  # of the middle still
+    assert failed(inside, caption="a star in the top left corner") == {"position"}
+    assert failed(inside, caption="a star in the center") == set()
     assert failed(corner, caption="a star") == failed(corner, caption="a cyan shape") == set()
     assert set(score(render(Scene((corner,), "white"), 32), "a star")) == {"count", "shape", "right"}
 

@@ -119,6 +119,8 @@ def test_a_dropped_caption_is_not_seen():
         b = run(prior, p, XT, TIME, (caption + 3) % 11, ~MASK, -Z_TXT, keep)
         np.testing.assert_array_equal(a[0], b[0])
         assert (a[1] != b[1]).all()
+        with pytest.raises(ValueError, match="keep must be None without a learned null, and only then"):
+            run(prior, p, XT, TIME, caption, MASK, Z_TXT, None)
 
 
 def test_everything_else_is_seen():
@@ -128,11 +130,13 @@ def test_everything_else_is_seen():
         base = run(prior, p, *args)
         for i, other in enumerate((-XT, TIME + 1, caption + 1, MASK[::-1], -Z_TXT, ~KEEP)):
             assert (run(prior, p, *args[:i], other, *args[i + 1 :]) != base).all(), i
+        assert (run(prior, {**p, "query": -p["query"]}, *args) != base).all()  # where the output is read
 
 
-def test_weights_in_bf16_do_not_round_the_embedding():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_bf16_do_not_round_the_embedding(dtype):
     """As stacks store them: what is predicted has f32's digits, not bf16's."""
-    prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11)
+    prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11, dtype=jnp.dtype(dtype))
     xt, caption, mask = jnp.ones((1, D)), jnp.ones((1, L), jnp.int32), jnp.ones((1, L), bool)
     args = (xt, jnp.zeros((1,), jnp.int32), caption, mask, xt, jnp.ones((1,), bool))
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), prior.init(jax.random.key(0), *args)["params"])
