@@ -1,5 +1,6 @@
 """inpaint, from Python and from the command line: what stays to the bit, what a hole may be, and every mistake."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests.test_cli import files, load_once, run, stack  # noqa: F401 (fixtures)
 from unclip_jax import painting
 from unclip_jax.data.images import center_crop_resize
 from unclip_jax.errors import UserError
+from unclip_jax.runner import Drawn
 
 SIDE = 32  # of the tiny stack's pictures
 
@@ -110,6 +112,20 @@ def test_image_to_image_needs_no_prompt_and_stays_near_at_a_weak_strength(pipe):
         return np.abs(drawn.base[0].astype(float) - center_crop_resize(Image.fromarray(image), 16)).mean()
 
     assert apart(0.01) < 0.8 * apart(1.0)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_how_it_goes_back_and_forth_unless_told(learned, pipe, monkeypatch):
+    used, tasks = [], {**pipe.tasks, "decoder": dataclasses.replace(pipe.tasks["decoder"], inpaint=learned)}
+    pipe, nothing = dataclasses.replace(pipe, tasks=tasks), np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    monkeypatch.setattr(type(pipe), "_given", lambda *_: {"tokens": np.zeros((1, 2), int)})
+    draw = lambda self, cond, keys, settings, *_: used.append(settings) or Drawn(nothing, nothing, None, None)  # noqa: E731
+    monkeypatch.setattr(type(pipe), "_draw", draw)
+    hole = [hole_of(photo(), 5, 20, 10, 20)]
+    for prompts, more in ((["a ring"], {"steps": 18}), (None, {"steps": 3, "jump": 2, "resample": 5})):
+        pipe.inpaint([photo()], hole, prompts, **more)
+    ways = [[each["decoder"].get(name) for name in ("jump", "resample", "caption")] for each in used]
+    assert ways == [[3, 1 if learned else painting.RESAMPLE, None], [2, 5, False]]
 
 
 @pytest.mark.parametrize(("change", "words"), [
