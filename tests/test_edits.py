@@ -150,7 +150,12 @@ def test_a_text_diff_turns_towards_the_difference_and_holds_the_noise(pipe, imag
     np.testing.assert_allclose(np.arccos((unit(rows["z_img"][1::3]) * unit(z)).sum(-1)), 0.25 * full, atol=1e-3)
 
 
-def test_odds_are_the_softmax_of_clips_own_logits(pipe, images):
+@pytest.mark.parametrize("logit_scale", [None, 9.0])
+def test_odds_are_the_softmax_of_clips_own_logits(logit_scale, pipe, images):
+    """Whose scale is 100 at most."""
+    if logit_scale is not None:
+        clip = {**pipe.params["clip"], "logit_scale": jnp.float32(logit_scale)}
+        pipe = dataclasses.replace(pipe, params={**pipe.params, "clip": clip})
     labels = ["red circle", "blue ring", "star"]
     odds = pipe.probe(images, labels, "this is {}, drawn")
     tokens, mask = pipe.tokenizer.encode([f"this is {label}, drawn" for label in labels])
@@ -158,7 +163,7 @@ def test_odds_are_the_softmax_of_clips_own_logits(pipe, images):
     square = to_float(pipe.squares(images, 16))
     image, text, scale = jax.jit(lambda p: task.model.apply({"params": p}, square, tokens, mask))(pipe.params["clip"])
     unit = lambda a: a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
-    np.testing.assert_allclose(odds, jax.nn.softmax(scale * unit(image) @ unit(text).T), atol=1e-5)
+    np.testing.assert_allclose(odds, jax.nn.softmax(scale * unit(image) @ unit(text).T), atol=1e-6 * float(scale))
 
 
 def test_embeddings_are_what_clips_towers_give(pipe, images):
@@ -221,6 +226,9 @@ BAD = {
     "eta NaN": (lambda p, i: p.variations(i, eta=float("nan")), "eta=nan"),
     "eta of another sampler": (lambda p, i: p.variations(i, eta=0.5, sampler="heun"), "'heun' has no eta"),
     "steps": (lambda p, i: p.latents(i, steps=21), "21 steps are more than the 20"),
+    "rescale": (lambda p, i: p.latents(i, rescale=0.5), "rescale=0.5 is not undone"),
+    "interval": (lambda p, i: p.variations(i, eta=0.1, interval=(0.2, 0.7)), "interval=(0.2, 0.7) is not undone"),
+    "threshold": (lambda p, i: p.interpolate(i, threshold=0.9), "threshold=0.9 is not undone"),
     "one input": (lambda p, i: p.interpolate(i[:1]), "at least two"),
     "one text": (lambda p, i: p.interpolate("ab"), "at least two"),
     "frames": (lambda p, i: p.interpolate(i, frames=1), "frames=1"),

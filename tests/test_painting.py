@@ -122,10 +122,12 @@ def test_how_it_goes_back_and_forth_unless_told(learned, pipe, monkeypatch):
     draw = lambda self, cond, keys, settings, *_: used.append(settings) or Drawn(nothing, nothing, None, None)  # noqa: E731
     monkeypatch.setattr(type(pipe), "_draw", draw)
     hole = [hole_of(photo(), 5, 20, 10, 20)]
-    for prompts, more in ((["a ring"], {"steps": 18}), (None, {"steps": 3, "jump": 2, "resample": 5})):
+    told = {"steps": 3, "jump": 2, "resample": 5, "candidates": 3}
+    for prompts, more in ((["a ring"], {"steps": 18}), (None, told), (["a ring"], told)):
         pipe.inpaint([photo()], hole, prompts, **more)
     ways = [[each["decoder"].get(name) for name in ("jump", "resample", "caption")] for each in used]
-    assert ways == [[3, 1 if learned else painting.RESAMPLE, None], [2, 5, False]]
+    assert ways == [[3, 1 if learned else painting.RESAMPLE, None], [2, 5, False], [2, 5, None]]
+    assert [each["prior"]["candidates"] for each in used] == [painting.CANDIDATES, 3, 3]
 
 
 @pytest.mark.parametrize(("change", "words"), [

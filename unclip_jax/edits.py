@@ -191,10 +191,10 @@ class Edits(Runner):
         return used
 
     def _latents(self, cond: Mapping, used: Mapping, batch_size: int, progress: bool) -> Latents:
-        encoded = self._encode(cond, batch_size, progress)
         for name in ("rescale", "interval", "threshold"):
             if used["decoder"].get(name):
                 raise UserError(f"{name}={used['decoder'][name]} is not undone by DDIM inversion", "leave it out")
+        encoded = self._encode(cond, batch_size, progress)
         options = {name: used["decoder"][name] for name in ("steps", "guidance", "caption", "least")}
         rows = {**encoded, "image": cond["small"]}
         return Latents(encoded["z_img"], self.run("decoder", (rows,), options, batch_size, progress, "invert"))
