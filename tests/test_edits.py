@@ -11,10 +11,12 @@ import pytest
 from tests import tiny_stack
 from tests.test_pipeline import close, part_of_stack, photo
 from unclip_jax.data.images import to_float
+from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.edits import LEAST, Latents
 from unclip_jax.errors import UserError
 from unclip_jax.pipeline import UnCLIP
+from unclip_jax.runner import fold
 
 FEW = {"steps": 4, "batch_size": 4}
 PROMPTS = ["a red circle", "a large green star above a blue square", "two rings"]
@@ -129,6 +131,14 @@ def test_a_blend_of_prompts_and_pictures(pipe, images, seen, monkeypatch):
     assert (noise == noise[:1]).all()  # held, where there is no picture to come back to
 
 
+def test_prompts_of_a_blend_have_the_embeddings_and_the_noise_that_they_are_drawn_from(pipe):
+    drawn = pipe.generate(PROMPTS[:2], seed=7, return_stages=True)
+    z, x = pipe._ends(PROMPTS[:2], 7, "slerp", pipe.exact_settings({}), 8, False)
+    np.testing.assert_allclose(z, drawn.z_img, rtol=1e-4, atol=1e-4)
+    keys = fold(picture_keys(7, 2, 1), 2)
+    np.testing.assert_allclose(x, initial_noise(keys, (16, 16, 3)), atol=1e-6)
+
+
 def test_a_text_diff_turns_towards_the_difference_and_holds_the_noise(pipe, images, seen, monkeypatch):
     calls = seen(monkeypatch)
     z, x = pipe.latents(images)
@@ -163,7 +173,8 @@ def test_odds_are_the_softmax_of_clips_own_logits(logit_scale, pipe, images):
     square = to_float(pipe.squares(images, 16))
     image, text, scale = jax.jit(lambda p: task.model.apply({"params": p}, square, tokens, mask))(pipe.params["clip"])
     unit = lambda a: a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # noqa: E731
-    np.testing.assert_allclose(odds, jax.nn.softmax(scale * unit(image) @ unit(text).T), atol=1e-6 * float(scale))
+    expected = jax.nn.log_softmax(scale * unit(image) @ unit(text).T)
+    np.testing.assert_allclose(np.log(odds), expected, atol=1e-5 * float(scale))
 
 
 def test_embeddings_are_what_clips_towers_give(pipe, images):
