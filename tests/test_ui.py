@@ -1,6 +1,7 @@
 """The web page: which tabs a stack has, what their fields mean, what is told of mistakes; and the page, with gradio."""
 
 import dataclasses
+import io
 import os
 import signal
 import socket
@@ -83,14 +84,20 @@ def photo(tmp_path):
     return str(tmp_path / "photo.png")
 
 
-def canvas(*layers):
-    return {"background": np.full((5, 6, 4), 9, np.uint8), "layers": list(layers), "composite": None}
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def canvas(*layers, background=None):
+    return {"background": background or png(np.full((5, 6, 3), 9, np.uint8)), "layers": list(layers)}
 
 
 def stroke(x):
     layer = np.zeros((5, 6, 4), np.uint8)
     layer[1, x, 3] = 200
-    return layer
+    return png(layer)
 
 
 COMMON = {"seed": 7, "batch_size": 8.0}
@@ -176,9 +183,13 @@ WRONG = [
     ("Blend", {**BLEND, "prompt": ""}, "each end of a blend"),
     ("Blend", {**BLEND, "image": "p.png"}, "each end of a blend"),
     ("Blend", {**BLEND, "frames": 65}, "frames=65"),
+    ("Variations", {"image": None, "eta": None, "white_noise": False, "num": 1, **COMMON}, "eta=None"),
     ("Edit", {"image": None, "source": "", "target": "", "theta": 2, "frames": 3, **COMMON}, "theta=2"),
     ("Inpaint", INPAINT, "no picture"),
     ("Inpaint", {**INPAINT, "canvas": canvas()}, "nothing is painted over"),
+    ("Inpaint", {**INPAINT, "canvas": canvas(), "strength": None}, "strength=None"),
+    ("Inpaint", {**INPAINT, "canvas": canvas(background=b"no")}, "the picture is not a picture"),
+    ("Inpaint", {**INPAINT, "canvas": canvas(png(np.zeros((4, 4, 4), np.uint8)))}, "not of the picture's size"),
 ]
 
 
@@ -247,6 +258,22 @@ def test_the_page_is_private_unless_a_host_is_given(host, warned, monkeypatch, c
     assert err == (told if warned else "")
     assert (shown.how["server_name"], shown.how["server_port"], shown.how["share"]) == (host, port, False)
     assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
+
+
+def test_what_was_sent_reaches_the_form_as_it_is(photo):
+    """A number out of range, no choice, no picture: told by the form; what was painted ahead is kept no longer."""
+    gr = pytest.importorskip("gradio")
+    for kind, options, value in (("Slider", dict(maximum=4), 99), ("Slider", {}, None), ("Dropdown", {}, "no such")):
+        assert ui._component(gr, kind, options).preprocess(value) is value
+    file = types.SimpleNamespace(path=photo)
+    assert ui._component(gr, "Image", {}).preprocess(file) == photo
+    editor, empty = ui._component(gr, "ImageEditor", {}), dict(background=None, layers=[], composite=None)
+    assert editor.preprocess(None) is None
+    sent = types.SimpleNamespace(id=None, background=file, layers=[file])
+    assert editor.preprocess(sent) == {"background": photo, "layers": [photo]}
+    editor.blob_storage["ahead"] = types.SimpleNamespace(background=b"a", layers=[b"b", None])
+    sent = types.SimpleNamespace(**{**empty, "id": "ahead"})
+    assert editor.preprocess(sent) == {"background": b"a", "layers": [b"b", None]} and not editor.blob_storage
 
 
 @pytest.mark.slow

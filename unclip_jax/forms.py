@@ -1,11 +1,13 @@
 """The tabs of the web page (`ui`) over a stack: their fields, and what is drawn from the values in them."""
 
 import dataclasses
+import io
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from unclip_jax.data.images import decode_image
 from unclip_jax.edits import TEXT_GUIDANCE
@@ -20,7 +22,7 @@ OR_PROMPT = ("Textbox", dict(label="or a prompt"))
 NUM = ("Slider", dict(label="pictures of each", minimum=1, maximum=16, step=1, value=4))
 FRAMES = ("Slider", dict(label="frames, both ends counted", minimum=2, maximum=MOST["frames"], step=1, value=9))
 PICTURES = ("Image", "ImageEditor")
-CANVAS = dict(label="paint over what is to be drawn anew", type="numpy", transforms=(), sources=["upload", "clipboard"])
+CANVAS = dict(label="paint over what is to be drawn anew", transforms=(), sources=["upload", "clipboard"])
 # {tab: {field: (component of gradio, its keywords)}}
 TABS = {
     "Prompts": {"prompts": ("Textbox", dict(label="prompts, one a line", lines=4, value="a red circle")), "num": NUM},
@@ -126,6 +128,7 @@ def _prompts(pipe, form, more):
 
 
 def _vary(pipe, form, more):
+    _fraction(form, "eta")
     eta = None if form["white_noise"] else form["eta"]
     label = "white noise" if eta is None else f"eta {eta:g}"
     return pipe.variations([_picture(form["image"])], num=form["num"], eta=eta, **more), [label] * form["num"]
@@ -140,8 +143,7 @@ def _blend(pipe, form, more):
 
 
 def _edit(pipe, form, more):
-    if not is_number(form["theta"], 0, 1):
-        raise UserError(f"theta={form['theta']!r} must be a number in 0 … 1")
+    _fraction(form, "theta")
     thetas = np.linspace(0, form["theta"], form["frames"]).round(6).tolist()
     texts = [(form[name] or "").strip() for name in ("source", "target")]
     images = pipe.text_diff([_picture(form["image"])], *texts, thetas, **more)
@@ -150,26 +152,46 @@ def _edit(pipe, form, more):
 
 def _inpaint(pipe, form, more):
     canvas = form["canvas"] or {}
-    if canvas.get("background") is None:
+    if not canvas.get("background"):
         raise UserError("no picture was given", "put one into the field, and paint over a part of it")
-    marked = [layer[..., 3] > 0 for layer in canvas["layers"] if layer is not None and layer[..., 3].any()]
+    image, layers = _picture(canvas["background"]), [_painted(layer) for layer in canvas["layers"] if layer]
+    if any(layer.shape != image.shape[:2] for layer in layers):
+        raise UserError("what was painted is not of the picture's size", "put the picture into the field once more")
+    marked = [layer for layer in layers if layer.any()]
     if not marked and form["strength"] == 1:
         raise UserError("nothing is painted over", "mark what is to be drawn anew, or lower the strength")
     holes = [np.any(marked, axis=0)] if marked else None
     prompt = (form.get("prompt") or "").strip()
-    images, prompts, own = [canvas["background"][..., :3]], [prompt] if prompt else None, ("strength", "num")
-    painted = pipe.inpaint(images, holes, prompts, **{name: form[name] for name in own}, **more)
+    prompts, own = [prompt] if prompt else None, ("strength", "num")
+    painted = pipe.inpaint([image], holes, prompts, **{name: form[name] for name in own}, **more)
     return painted, [prompt or "as it is"] * form["num"]
 
 
 DRAW = {"Prompts": _prompts, "Variations": _vary, "Blend": _blend, "Edit": _edit, "Inpaint": _inpaint}
 
 
-def _picture(path: str | None) -> np.ndarray:
-    """An uploaded file as u8[h, w, 3]."""
-    if not path:
+def _picture(upload: str | bytes | None) -> np.ndarray:
+    """An uploaded file, its path or what is in it, as u8[h, w, 3]."""
+    if not upload:
         raise UserError("no picture was given", "put one into the field")
-    return np.asarray(decode_image(Path(path).read_bytes(), Path(path).name))
+    return np.asarray(decode_image(_content(upload), "the picture" if isinstance(upload, bytes) else Path(upload).name))
+
+
+def _painted(layer: str | bytes) -> np.ndarray:
+    """Where a canvas's layer was painted on, as bool[h, w]."""
+    _picture(layer)  # tells what is none
+    with Image.open(io.BytesIO(_content(layer))) as image:
+        return np.asarray(image.convert("RGBA"))[..., 3] > 0
+
+
+def _content(upload: str | bytes) -> bytes:
+    return upload if isinstance(upload, bytes) else Path(upload).read_bytes()
+
+
+def _fraction(form: Mapping, name: str) -> None:
+    """Raises UserError for what is not in 0 … 1, as what a slider's emptied box holds."""
+    if not is_number(form[name], 0, 1):
+        raise UserError(f"{name}={form[name]!r} must be a number in 0 … 1")
 
 
 def _whole(value):

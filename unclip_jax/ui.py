@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -72,7 +72,7 @@ def page(pipe: UnCLIP, model: str):
             shown = [name for name in SHOWN if name in settings]
             with gr.Tab(tab), gr.Row():
                 with gr.Column():
-                    inputs = {name: getattr(gr, kind)(**options) for name, (kind, options) in fields.items()}
+                    inputs = {name: _component(gr, kind, options) for name, (kind, options) in fields.items()}
                     with gr.Row():
                         inputs |= {name: _field(gr, name, settings[name]) for name in shown}
                     with gr.Accordion("more settings", open=False):
@@ -123,10 +123,32 @@ def _field(gr, name: str, default):
     default = "none" if default is None else str(default)
     if kind.startswith("str"):
         choices = PRIORS if name == "prior" else SAMPLERS
-        return gr.Dropdown([(f"({default})", ""), *choices], value="", label=name)
+        return _component(gr, "Dropdown", dict(choices=[(f"({default})", ""), *choices], value="", label=name))
     if kind.startswith("tuple"):
         return gr.Textbox(label=f"{name}: low,high", placeholder=default)
-    return gr.Number(label=name, value=None, placeholder=default)
+    return _component(gr, "Number", dict(label=name, value=None, placeholder=default))
+
+
+def _component(gr, kind: str, options: Mapping):
+    """One of gradio's, whose value reaches `draw` as it was sent, to be checked there.
+
+    gradio tells of a number out of a slider's range, and of a file that is no picture, by a traceback on the terminal,
+    and of the latter by no word on the page; and it decodes pictures of any size.
+    """
+    made = getattr(gr, kind)(**options)
+    if kind == "Image":
+        made.preprocess = lambda sent: sent and sent.path
+    elif kind == "ImageEditor":  # a browser sends what was painted ahead, under an id
+        made.preprocess = lambda sent: sent and _canvas(made.blob_storage.pop(sent.id, sent))
+    elif kind != "Textbox":  # which makes text of anything
+        made.preprocess = lambda sent: sent
+    return made
+
+
+def _canvas(sent) -> dict:
+    """The files of an editor, each as its bytes or its path."""
+    files = [file.path if hasattr(file, "path") else file for file in (sent.background, *sent.layers)]
+    return {"background": files[0], "layers": files[1:]}
 
 
 def _check_address(host: str, port: int) -> bool:
