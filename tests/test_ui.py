@@ -47,6 +47,12 @@ def test_a_stack_has_the_tabs_that_it_can_do(pipe):
     assert list(glide) == ["Prompts", "Inpaint"] and "prompt" in glide["Inpaint"]
 
 
+def test_no_two_fields_of_a_tab_have_one_label():
+    for fields in forms.TABS.values():
+        labels = [options["label"] for _, options in {**fields, **forms.COMMON}.values()]
+        assert len(labels) == len(set(labels))
+
+
 def test_settings_come_from_the_one_list_and_show_what_the_stack_draws_with(pipe):
     assert set(offered(pipe, "Prompts")) == {field.name for field in dataclasses.fields(Settings)}
     used, told = pipe.settings(), offered(pipe, "Prompts")
@@ -167,6 +173,7 @@ WRONG = [
     ("Prompts", {**PROMPTS, "prompts": None}, "no prompt"),
     ("Prompts", {**PROMPTS, "prompts": "a\nb\nc", "num": 64}, "prompts by pictures of each=192"),
     ("Prompts", {**PROMPTS, "prompts": "a" * 10_001}, "more than 10000 characters"),
+    ("Prompts", {**PROMPTS, "prompts": "a \ud83e"}, "half of a surrogate pair"),
     ("Prompts", {**PROMPTS, "num": 1.5}, "num=1.5"),
     ("Prompts", {**PROMPTS, "num": 10**6}, "num=1000000"),
     ("Prompts", {**PROMPTS, "batch_size": 65}, "batch_size=65"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from unclip_jax.settings import PRIORS, SETTINGS, Settings
 
 MOST = {"num": 64, "frames": 64, "batch_size": 64, "candidates": 1024}
 MAX_TEXT = 10_000  # characters
-UPLOAD = ("Image", dict(label="picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240))
-OR_PROMPT = ("Textbox", dict(label="or a prompt"))
+SURROGATE = re.compile("[\ud800-\udfff]")
+UPLOADED = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240)
+UPLOAD = ("Image", dict(label="picture", **UPLOADED))
 NUM = ("Slider", dict(label="pictures of each", minimum=1, maximum=16, step=1, value=4))
 FRAMES = ("Slider", dict(label="frames, both ends counted", minimum=2, maximum=MOST["frames"], step=1, value=9))
 PICTURES = ("Image", "ImageEditor")
@@ -32,7 +34,13 @@ TABS = {
         "white_noise": ("Checkbox", dict(label="keep what CLIP sees and nothing else")),
         "num": NUM,
     },
-    "Blend": {"image": UPLOAD, "prompt": OR_PROMPT, "to_image": UPLOAD, "to_prompt": OR_PROMPT, "frames": FRAMES},
+    "Blend": {
+        "image": ("Image", dict(label="from a picture", **UPLOADED)),
+        "prompt": ("Textbox", dict(label="or from a prompt")),
+        "to_image": ("Image", dict(label="to a picture", **UPLOADED)),
+        "to_prompt": ("Textbox", dict(label="or to a prompt")),
+        "frames": FRAMES,
+    },
     "Edit": {
         "image": UPLOAD,
         "source": ("Textbox", dict(label="what the picture shows, as: red")),
@@ -112,6 +120,8 @@ def draw(pipe: UnCLIP, tab: str, values: Mapping) -> tuple[list[tuple[np.ndarray
     _bounded(form)
     if any(isinstance(value, str) and len(value) > MAX_TEXT for value in form.values()):
         raise UserError(f"a text has more than {MAX_TEXT} characters", "shorten it")
+    if any(isinstance(value, str) and SURROGATE.search(value) for value in form.values()):
+        raise UserError("a text holds half of a surrogate pair, which is no text", "write it anew")
     settings = given(values)
     more = {"seed": form["seed"], "batch_size": form["batch_size"], **settings}
     images, labels = DRAW[tab](pipe, form, more)
