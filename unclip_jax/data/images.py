@@ -114,6 +114,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             return _to_rgb(image)
     except BadImage:
         raise
+    except Image.DecompressionBombError as e:  # so many that Pillow does not open it
+        raise BadImage(f"{name} has more than {MAX_PIXELS} pixels") from e
     except Image.UnidentifiedImageError as e:
         raise BadImage(f"{name} is not a picture this program reads ({', '.join(FORMATS)})") from e
     except Exception as e:  # decoders of damaged files raise nearly anything
