@@ -44,6 +44,7 @@ from unclip_jax.data.images import BadImage
 from unclip_jax.data.shapes import Shapes
 from unclip_jax.errors import UserError
 from unclip_jax.run import make_run
+from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.train_step import init_state, make_train_step, step_of
 
 # One step.
@@ -672,6 +673,23 @@ def test_a_run_starts_from_the_averaged_weights_it_is_given(kind, tmp_path):
     assert int(state.step) == 0
     for tree in (state.params, state.ema):
         jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def test_a_clip_that_starts_from_weights_keeps_their_words(tmp_path):
+    """By other numbers for the pieces it would read other texts."""
+    stack, told = tiny_stack.path(), tiny_stack.tokenizer().to_json()
+    model = weights.load_stack(stack, ["clip"]).stages["clip"][1].model
+    clip = {"model": model, "init": str(stack), "tokenizer.vocab_size": 300}
+    run = make_run(changed("clip", clip), tmp_path / "run")
+    assert run.tokenizer.to_json() == told
+    train._write_once(run)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    assert make_run(changed("clip", clip), tmp_path / "run").tokenizer.to_json() == told
+
+    given = Tokenizer.train(["a red circle", "two blue rings"], 300, 32)
+    (tmp_path / "given.json").write_text(given.to_json())
+    with pytest.raises(UserError, match="holds another network: textual"):
+        make_run(changed("clip", {**clip, "tokenizer.path": str(tmp_path / "given.json")}), tmp_path / "other")
 
 
 def test_weights_to_start_from_must_be_of_the_same_network(tmp_path):

@@ -75,7 +75,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
     _check_embedded(source, config, clip)
-    text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None)
+    begun = tasks.load_stage(config.init, config.task) if config.init and not earlier else None
+    text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None, begun)
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
         config.clip_identity = clip.identity if clip else ""
@@ -91,7 +92,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     _check_memory(shapes, shardings, mesh)
     frozen = {"clip": clip.params} if clip else {}
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
-    initial = None if earlier or not config.init else _initial(config, task, shapes.params)
+    initial = _initial(config, task, shapes.params, begun.params) if begun else None
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
@@ -131,12 +132,15 @@ def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> N
         )
 
 
-def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None) -> str | None:
-    """The tokenizer of a stage without CLIP: none, the earlier run's, one given by path, or one trained on captions."""
+def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None, begun) -> str | None:
+    """The tokenizer of a stage without CLIP: none, the earlier run's, one given by path, that of the weights it begins
+    with, which know no other words by their numbers, or one trained on captions."""
     if config.tokenizer is None:
         return None
     if workdir or config.tokenizer.path:
         return Tokenizer.load(workdir / "tokenizer.json" if workdir else config.tokenizer.path).to_json()
+    if begun:
+        return begun.tokenizer_json
     captions = source.captions(min(len(source), TOKENIZER_CAPTIONS))
     return Tokenizer.train(captions, config.tokenizer.vocab_size, config.tokenizer.max_len).to_json()
 
@@ -242,13 +246,13 @@ def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
         raise UserError(what, "set --config.clip to the CLIP they were made with")
 
 
-def _initial(config: ConfigDict, task: tasks.Task, shapes: Any) -> Any:
-    """The weights at `config.init`, in f32; UserError unless they are a network of just these arrays.
+def _initial(config: ConfigDict, task: tasks.Task, shapes: Any, params: Any) -> Any:
+    """The weights `params` at `config.init`, in f32; UserError unless they are a network of just these arrays.
 
     With `config.init_partly` those arrays alone that both networks have; UserError unless there are any, each of the
     same shape.
     """
-    params = tasks.adopt(task, tasks.load_stage(config.init, config.task).params)
+    params = tasks.adopt(task, params)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     found, wanted = (dict(by_path(tree)) for tree in (params, shapes))
     both = found.keys() & wanted.keys()
