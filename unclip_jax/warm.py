@@ -1,6 +1,6 @@
 """A stack's programs compiled before they are needed, ahead of time, into JAX's persistent cache if there is one.
 
-`UnCLIP.generate` is gone through with every stage compiled instead of run, so that what is compiled is what will be
+`UnCLIP.stream` is gone through with every stage compiled instead of run, so that what is compiled is what will be
 asked for: the same code decides on shapes, settings and batches.
 """
 
@@ -41,12 +41,13 @@ class _Rehearsal(UnCLIP):
 
 
 def warm_up(stack: UnCLIP, prompts: Sequence[str], **settings) -> list[Program]:
-    """Compiles what `stack.generate(prompts, **settings)` will run, in its order; nothing is drawn.
+    """Compiles what `stack.stream(prompts, **settings)`, or `generate`, will run, in its order; nothing is drawn.
 
-    Only the number of prompts counts, not what they say. JAX keeps the programs in `jax_compilation_cache_dir`, and
-    `stack` has them. A stack loaded with `low_memory` reads no weights for it.
+    One set of programs draws all blocks of a stream, so the first alone is gone through. Only the number of prompts
+    counts, not what they say. JAX keeps the programs in `jax_compilation_cache_dir`, and `stack` has them. A stack
+    loaded with `low_memory` reads no weights for it.
     """
     fields = {field.name: getattr(stack, field.name) for field in dataclasses.fields(stack)}
     rehearsal = _Rehearsal(**fields)
-    rehearsal.generate(prompts, **settings)
+    next(rehearsal.stream(prompts, **settings))
     return rehearsal.made
