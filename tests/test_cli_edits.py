@@ -137,6 +137,14 @@ def test_a_folder_filled_by_others_meanwhile_is_left_to_them(tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_folder_by_the_name_of_a_file_loses_no_picture(tmp_path):
+    (tmp_path / "out" / gallery.GRID).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="out holds a folder named grid.png; the pictures are in .*out-2"):
+        made = gallery.write(tmp_path / "out", drawn("mine"), {})
+    assert {file.parent for file in made} == {tmp_path / "out-2"} and all(map(Path.is_file, made))
+    assert [*(tmp_path / "out").rglob("*")] == [tmp_path / "out" / gallery.GRID]
+
+
 def test_an_earlier_index_of_a_thousand_brackets_loses_no_picture(tmp_path):
     (tmp_path / "pictures.json").write_text("[" * 100_000)
     assert all(map(Path.is_file, gallery.write(tmp_path, drawn("a"), {})))

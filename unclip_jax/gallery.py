@@ -206,7 +206,8 @@ class _Filled:
     def publish(self, out: Path) -> list[Path]:
         """Writes what shows all rows, the index last, and moves everything to `out`.
 
-        To a folder beside it where somebody has filled that since: nobody has given that up to be overwritten.
+        To a folder beside it where somebody has filled that since, which nobody has given up to be overwritten, or
+        where a folder there has a file's name.
         """
         with _told(out, self.folder):
             extra = [PAGE] * self.page + list(ANIMATIONS) * self.animated
@@ -224,11 +225,13 @@ class _Filled:
             index = {**self.facts, "pictures": self.pictures, "also": extra}
             write_text(self.folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
             self.folder.chmod(0o755)
-            if not self.overwrite and out.is_dir() and any(out.iterdir()):
+            folders = [name for name in names if (out / name).is_dir()]
+            if folders or not self.overwrite and out.is_dir() and any(out.iterdir()):
                 taken, number = out, 2
                 while (out := taken.with_name(f"{taken.name}-{number}")).exists():
                     number += 1
-                warnings.warn(f"{taken} was filled meanwhile; the pictures are in {out}", stacklevel=3)
+                why = f"holds a folder named {folders[0]}" if folders else "was filled meanwhile"
+                warnings.warn(f"{taken} {why}; the pictures are in {out}", stacklevel=3)
             if not out.exists():
                 self.folder.rename(out)
             else:
