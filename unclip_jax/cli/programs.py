@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 
 from unclip_jax.errors import UserError
@@ -12,7 +13,7 @@ REMEDY = "set JAX_COMPILATION_CACHE_DIR to a folder of your own"
 
 
 def keep(needed: bool = False) -> Path | None:
-    """Has JAX keep what it compiles for the next command: the folder, or None where there is none.
+    """Has JAX keep what it compiles for the next command: the folder; or None, with a warning, where there is none.
 
     JAX's own setting, JAX_COMPILATION_CACHE_DIR, comes first; else it is a folder for this kind of processor in the
     user's cache. Programs are code, so a folder where others may write is not read. JAX_ENABLE_COMPILATION_CACHE=false
@@ -32,8 +33,10 @@ def keep(needed: bool = False) -> Path | None:
     if folder is None:
         folder = user_cache() / "programs" / _processor()
         if flaw := _made(folder.parent) or _made(folder):
+            told = f"compiled programs cannot be kept in {folder} ({flaw})"
             if needed:
-                raise UserError(f"programs cannot be kept in {folder} ({flaw})", REMEDY)
+                raise UserError(told, REMEDY)
+            warnings.warn(f"{told}: each command compiles its own; {REMEDY}", stacklevel=2)
             return None
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
