@@ -29,7 +29,7 @@ def our_training(task, batch: dict, device: Device, average: bool = True) -> Wor
     stepped = SimpleNamespace(loss=task.loss, encode=lambda frozen, batch: batch)
     program, batch = Program(make_train_step(stepped, tx, decay, 0), donate_argnums=0), jax.device_put(batch)
     program.compile(jax.eval_shape(start, given), {}, batch, np.int32(0))
-    first = compiled(jax.jit(start).lower(given), once=True)
+    first = compiled(jax.jit(start).lower(given))
     held = [jax.block_until_ready(first(given)), np.int32(0)]
     del start, first, given
     trim()

@@ -56,12 +56,28 @@ def test_a_program_is_compiled_and_what_a_long_one_took_is_given_back(seconds, t
     assert len(calls) == trims and int(double(3)) == 6
 
 
-def test_what_runs_once_gives_the_same_though_it_is_optimised_less():
+@pytest.mark.parametrize(
+    "backend, flags, options",
+    [
+        ("cpu", "", {compiling.LEVEL: 1}),
+        ("cpu", "--xla_dump_to=x", {compiling.LEVEL: 1}),
+        ("cpu", f"--xla_dump_to=x --{compiling.LEVEL}=3", None),
+        ("gpu", "", None),
+    ],
+)
+def test_a_cpus_programs_are_optimised_less_unless_xla_is_told_a_level(backend, flags, options, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiling.compiled(SimpleNamespace(compile=lambda given: (given, "made"))) == (options, "made")
+
+
+def test_what_is_optimised_less_gives_the_same(monkeypatch):
     """Numbers from 0 to 4; code that is optimised otherwise rounds otherwise."""
 
     def made():
         return {"w": jax.random.normal(jax.random.key(0), (64, 48)), "b": jax.random.uniform(jax.random.key(1), (7,))}
 
-    once, often = (compiling.compiled(jax.jit(made).lower(), once)() for once in (True, False))
-    for name, array in often.items():
-        np.testing.assert_allclose(once[name], array, rtol=1e-5, atol=1e-6)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    got = compiling.compiled(jax.jit(made).lower())()
+    for name, array in jax.jit(made)().items():
+        np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-6)

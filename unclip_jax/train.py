@@ -188,7 +188,7 @@ def _rehearse(run: Run, batches: Callable) -> jax.stages.Traced:
 def _fresh(run: Run, batches: Callable) -> TrainState:
     """The first state: the weights of `config.init`, or random ones with what `task.prepare` measures on the data."""
     make = lambda: init_state(run.task, run.tx, jax.random.key(run.config.seed), run.config.ema_decay)  # noqa: E731
-    state = compiled(jax.jit(make, out_shardings=run.shardings).lower(), once=True)()
+    state = compiled(jax.jit(make, out_shardings=run.shardings).lower())()
     given = run.initial or {}
     params = state.params
     if len(given) < len(jax.tree.leaves(params)):
