@@ -30,6 +30,8 @@ class Mixture(Source):
 
         if not parts:
             raise UserError("the source 'mixture' needs data.parts", "set it to (dict(source=…, weight=…), …)")
+        if len(parts) > PERIOD:
+            raise UserError(f"data.parts are {len(parts)}, and each needs a place among {PERIOD} records", "join some")
         self.parts, weights = [], []
         for number, part in enumerate(parts):
             if not isinstance(part, Mapping) or "source" not in part:
