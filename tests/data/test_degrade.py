@@ -69,6 +69,8 @@ def test_jpeg_loses_more_at_a_lower_quality_and_is_pillows():
     file = io.BytesIO()
     Image.fromarray(np.round(x).astype(np.uint8)).save(file, "JPEG", quality=50)
     np.testing.assert_array_equal(D.jpeg(x, 50), np.asarray(Image.open(file)))
+    beyond = np.full((8, 8, 3), 300.0) * np.array([1, -1, 0])  # as noise makes them
+    assert np.abs(D.jpeg(beyond, 95) - [255, 0, 0]).max() <= 2
 
 
 def test_every_order_comes_equally_often():
@@ -97,6 +99,45 @@ def test_the_order_is_followed(monkeypatch):
         assert done == [*wanted, "resize", "jpeg"]
         seen.add(tuple(done))
     assert len(seen) > 4
+
+
+def evenly(values, low, high):
+    """Whether they lie in low … high and reach both ends, their mean that of an even spread within four deviations."""
+    values, wide = np.asarray(values), high - low
+    ends = low <= values.min() < low + 0.05 * wide and high - 0.05 * wide < values.max() <= high
+    return ends and abs(values.mean() - (low + high) / 2) < 4 * wide / np.sqrt(12 * values.size)
+
+
+@pytest.mark.parametrize("name", D.SETTINGS)
+def test_each_step_draws_from_its_range(name, monkeypatch):
+    """Of 1000 pictures of 24 x 32 pixels, which no step but resizing changes, and that to nothing but another size."""
+    drawn, ranges, n = collections.defaultdict(list), D.SETTINGS[name], 1000
+
+    def resize(x, height, width, method):
+        drawn["side"].append((height, width))
+        drawn["method"].append(method)
+        return np.zeros((height, width, 3))
+
+    monkeypatch.setattr(D, "resize", resize)
+    monkeypatch.setattr(D, "gaussian", lambda *of: of)
+    monkeypatch.setattr(D, "blur", lambda x, of: drawn["blur"].append((of[0], of[1], x.shape[0] / 6, of[2])) or x)
+    monkeypatch.setattr(D, "noisy", lambda x, std, rng: drawn["noise"].append(std) or x)
+    monkeypatch.setattr(D, "jpeg", lambda x, quality: drawn["quality"].append(quality) or x)
+    alike = []
+    for seed in range(n):
+        D.degrade(np.zeros((24, 32, 3), np.uint8), 4, np.random.default_rng(seed), name)
+        alike += [step == "isotropic" for step in D.order(np.random.default_rng(seed)) if step.endswith("isotropic")]
+    one, other, pixel, angle = np.array(drawn["blur"]).T
+    np.testing.assert_array_equal(one == other, alike)
+    assert evenly(one / pixel, *ranges.sigma) and evenly((other / pixel)[one != other], *ranges.sigma)
+    assert len(set(pixel)) > 4 and evenly(angle, 0, np.pi) and evenly(drawn["noise"], *ranges.noise)
+    for k in (0, 1):  # on the way, and at the end
+        assert set(drawn["quality"][k::2]) == set(range(ranges.quality[0], ranges.quality[1] + 1))
+        assert set(drawn["method"][k::2]) == set(D.METHODS)
+    assert drawn["side"][1::2] == [(6, 8)] * n
+    height, width = np.array(drawn["side"][::2]).T
+    np.testing.assert_allclose(height / 24, width / 32, atol=0.5 / 24 + 0.5 / 32)
+    assert evenly((width - 8) / 24, *ranges.scale)
 
 
 @pytest.mark.parametrize("name", D.SETTINGS)
@@ -152,5 +193,6 @@ def test_mistakes_are_named():
         batches(degrade="brs")
     with pytest.raises(UserError, match="loader.factor=5 must divide the 32 pixels"):
         batches(factor=5)
-    with pytest.raises(ValueError, match="24 x 32 pixels must be divisible by factor=5"):
-        D.degrade(picture().astype(np.uint8), 5, np.random.default_rng(0))
+    for factor in (5, 3, 16):
+        with pytest.raises(ValueError, match=f"24 x 32 pixels must be divisible by factor={factor}"):
+            D.degrade(picture().astype(np.uint8), factor, np.random.default_rng(0))

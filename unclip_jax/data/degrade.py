@@ -64,8 +64,7 @@ def degrade(image: np.ndarray, factor: int, rng: np.random.Generator, name: str 
             sigma = sigma[:1].repeat(2) if step == "isotropic" else sigma
             x = blur(x, gaussian(*sigma, rng.uniform(0, np.pi)))
     x = resize(x, *small, METHODS[rng.integers(len(METHODS))])
-    x = jpeg(x, int(rng.integers(ranges.quality[0], ranges.quality[1] + 1)))
-    return np.clip(np.round(x), 0, 255).astype(np.uint8)
+    return jpeg(x, int(rng.integers(ranges.quality[0], ranges.quality[1] + 1))).astype(np.uint8)
 
 
 def settings(name: str) -> Ranges:
