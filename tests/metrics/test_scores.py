@@ -146,6 +146,9 @@ def test_wilson_is_sound_at_the_ends():
     assert low == 0 and high == pytest.approx(0.2775, abs=1e-4)  # z^2 / (n + z^2)
     low, high = intervals.wilson(10, 10)
     assert low == pytest.approx(1 - 0.2775, abs=1e-4) and high == 1
+    for n in range(1, 60):  # to the bit, whatever rounding does
+        assert intervals.wilson(0, n)[0] == 0 and intervals.wilson(n, n)[1] == 1
+    assert intervals.wilson(0, 0) == (0, 1)  # nothing is known
 
 
 def test_the_bootstrap_of_a_mean_tends_to_its_formula():
@@ -154,6 +157,13 @@ def test_the_bootstrap_of_a_mean_tends_to_its_formula():
     assert (weights.sum(1) == 200).all()
     got = intervals.bootstrap(lambda r: weights[r] @ values / 200, values.mean(), 4000)
     np.testing.assert_allclose(got, intervals.mean_interval(values), atol=0.05 * values.std() / math.sqrt(200))
+    assert (weights[:9] != intervals.counts(200, 9, seed=4)).any()
+
+
+def test_the_interval_of_a_mean_is_of_the_population_s_deviation_in_float64():
+    for start in (0, 2**24):  # in float32 the sum of the two rounds
+        low, high = intervals.mean_interval(np.float32([start, start + 2]))
+        assert (low - start, high - start) == pytest.approx([1 - 1.959964 / 2**0.5, 1 + 1.959964 / 2**0.5])
 
 
 def test_the_bootstraps_deviation_is_that_of_a_sample():
