@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 
 from tests import bad_configs, tiny_runs, toy
-from unclip_jax import cli, optim, sharding, tasks
+from unclip_jax import cli, cost, optim, sharding, tasks
 from unclip_jax.cost import Collective, count_flops, count_gradient, read_hlo
 from unclip_jax.errors import UserError
 from unclip_jax.nn.transformer import Transformer
@@ -108,6 +108,81 @@ def test_traffic_of_a_written_program():
     assert {c.group for c in read_hlo(named).collectives if c.kind == "all-gather"} == {8}
     assert Collective("all-reduce", 4, 1, 100.0).wire_bytes == 2 * 100 * 3 / 4
     assert Collective("reduce-scatter", 4, 1, 25.0).wire_bytes == 100 * 3 / 4
+    assert Collective("all-gather", 4, 1, 100.0).wire_bytes == Collective("all-to-all", 4, 1, 100.0).wire_bytes == 75
+    assert Collective("collective-permute", 4, 1, 100.0).wire_bytes == 100
+    assert Collective("all-reduce", 0, 1, 100.0).wire_bytes == 0  # among how many was not told
+
+
+@pytest.mark.parametrize("kind", cost.BYTES)
+def test_elements_have_their_size(kind):
+    kinds = {"pred": "bool", "c64": "complex64", "c128": "complex128"}
+    letters = {"bf": "bfloat", "f": "float", "s": "int", "u": "uint"}
+    head = kind.rstrip("0123456789")
+    name = kinds.get(kind) or (f"float8_{kind[2:]}" if kind[:3] == "f8e" else letters[head] + kind[len(head):])
+    size = 1 / 2 if kind in ("s4", "u4") else jnp.dtype(name).itemsize
+    text = f"ENTRY %main (x: {kind}[3,<=5]) -> {kind}[3,<=5] {{\n  %a = {kind}[3,<=5] all-to-all(%x), channel_id=1\n}}"
+    assert read_hlo(text) == (15 * size, (Collective("all-to-all", 0, 1, 15 * size),))
+
+
+CALLS = """HloModule m
+
+%twice (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %n = f32[4]{0} negate(%a)
+  ROOT %r = f32[4]{0} all-reduce(%n), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%once (b: f32[4]) -> f32[4] {
+  %b = f32[4]{0} parameter(0)
+  ROOT %n = f32[4]{0} negate(%b)
+}
+
+%wrapped (c: f32[2]) -> f32[8] {
+  %c = f32[2]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%c), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%wrapped.2 (d: f32[2]) -> f32[8] {
+  %d = f32[2]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%d), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%outer (e: f32[2]) -> f32[8] {
+  %e = f32[2]{0} parameter(0)
+  ROOT %w = f32[8]{0} fusion(%e), kind=kCustom, calls=%wrapped.2
+}
+
+ENTRY %main (x: f32[4], i: s32[], y: f32[2]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[2]{0} parameter(2)
+  %cond = f32[4]{0} conditional(%i, %x, %x), branch_computations={%once, %twice}
+  %when = f32[4]{0} conditional(%p, %x, %x), true_computation=%twice, false_computation=%once
+  %call = f32[4]{0} call(%when), to_apply=%twice
+  %gs = (f32[2]{0}, f32[8]{0}) all-gather-start(%y), replica_groups=[2,4]<=[8], dimensions={0}
+  %gd = f32[8]{0} all-gather-done(%gs)
+  %as = ((f32[2]{0}), f32[8]{0}, u32[]) async-start(%y), calls=%wrapped
+  %ad = f32[8]{0} async-done(%as)
+  ROOT %f = f32[8]{0} fusion(%y), kind=kCustom, calls=%outer
+}
+"""
+
+
+def test_what_is_called_counts_and_of_a_condition_the_dearest_branch():
+    """Collectives without a channel are one each; a start holds its operand beside its result."""
+    found = read_hlo(CALLS)
+    assert found.collectives == (Collective("all-gather", 4, 3, 3 * 32), Collective("all-reduce", 4, 3, 3 * 16))
+    starts = (8 + 32 + 8) + (8 + 32 + 4 + 8)  # results and what is read; a counter is among the second's
+    assert found.bytes == 3 * 2 * (16 + 16) + starts + (32 + 8)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_compiled_condition_the_dearest_branch_counts(turned):
+    """As in a train step, of which the branch that changes nothing comes first."""
+    ways = [lambda x: x, lambda x: jnp.tanh(x @ x) @ x]
+    both = jax.jit(lambda which, x: jax.lax.cond(which, *ways[:: -1 if turned else 1], x))
+    text = both.lower(True, shape(64, 64)).compile().as_text()
+    assert read_hlo(text).bytes > 3 * 2 * 64 * 64 * 4
 
 
 TPU = """HloModule m

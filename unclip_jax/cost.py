@@ -135,37 +135,41 @@ class _Instruction(NamedTuple):
 def read_hlo(text: str) -> Traffic:
     """The traffic of a compiled module, from its text; bodies of loops count as often as they run.
 
-    A TPU's compiler hides collectives in fusions, one at their start, at their end and in what runs meanwhile: those of
-    one channel are one.
+    Of a condition the branch counts that moves the most bytes. A TPU's compiler hides collectives in fusions, one at
+    their start, at their end and in what runs meanwhile: those of one channel are one.
     """
     computations, entry = _computations(text)
-    collectives: dict[tuple[str, int], list[float]] = {}
-    total = 0.0
-
-    def visit(name: str, times: float) -> None:
-        nonlocal total
-        body, channels = computations.get(name, {}), {}
-        for label, one in body.items():
-            if one.kind not in FREE and not one.kind.endswith("-done"):
-                total += times * (one.bytes + _read(body, one))
-            if one.kind == "while":
-                visit(_named(one.line, "body"), times * _trips(one.line, computations))
-            elif one.kind == "conditional":
-                visit(re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", one.line)[1], times)
-            elif one.kind == "call":
-                visit(_named(one.line, "to_apply"), times)
-            elif one.kind in ("fusion", "async-start"):
-                _hidden(one, computations, channels)
-            else:
-                _own(label, one, body, channels)
-        for kind, group, size in channels.values():
-            sums = collectives.setdefault((kind, group), [0, 0.0])
-            sums[0] += int(times)
-            sums[1] += times * size
-
-    visit(entry, 1.0)
+    total, collectives = _traffic(entry, computations)
     rows = [Collective(kind, group, int(n), size) for (kind, group), (n, size) in sorted(collectives.items())]
     return Traffic(total, tuple(rows))
+
+
+def _traffic(name: str, computations) -> tuple[float, dict[tuple[str, int], tuple[float, float]]]:
+    """(bytes, {(kind, group): (how many, bytes)} of collectives) of a computation that runs once."""
+    body, channels, inner = computations.get(name, {}), {}, []
+    total = 0.0
+    for label, one in body.items():
+        if one.kind not in FREE and not one.kind.endswith("-done"):
+            total += one.bytes + _read(body, one)
+        if one.kind == "while":
+            inner.append((_trips(one.line, computations), _traffic(_named(one.line, "body"), computations)))
+        elif one.kind == "conditional":
+            ways = [_traffic(branch, computations) for branch in _branches(one.line)]
+            inner.append((1.0, max(ways, key=lambda way: way[0])))
+        elif one.kind == "call":
+            inner.append((1.0, _traffic(_named(one.line, "to_apply"), computations)))
+        elif one.kind in ("fusion", "async-start"):
+            _hidden(one, computations, channels)
+        else:
+            _own(label, one, body, channels)
+    own = [(1.0, (0.0, {(kind, group): (1.0, size)})) for kind, group, size in channels.values()]
+    sums: dict[tuple[str, int], tuple[float, float]] = {}
+    for times, (moved, collectives) in own + inner:
+        total += times * moved
+        for key, (n, size) in collectives.items():
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = before[0] + times * n, before[1] + times * size
+    return total, sums
 
 
 def _own(label: str, one: _Instruction, body, channels: dict) -> None:
@@ -244,6 +248,13 @@ def _size(shape: str) -> float:
 def _named(line: str, key: str) -> str:
     match = re.search(rf"{key}=%?([\w.\-]+)", line)
     return match[1] if match else ""
+
+
+def _branches(line: str) -> list[str]:
+    """The computations that a condition chooses from, as a list or by their two names."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", line)
+    two = ("true_computation", "false_computation")
+    return re.findall(r"[\w.\-]+", listed[1]) if listed else [_named(line, key) for key in two]
 
 
 def _trips(line: str, computations) -> float:
