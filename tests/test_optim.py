@@ -73,9 +73,9 @@ def test_follows_the_paper():
         np.testing.assert_allclose(result[name], expected[name], rtol=2e-5, atol=2e-6)
 
 
-def _orthogonal(matrix):
+def _orthogonal(matrix, eps):
     """Jordan et al. 2024: five iterations of X <- a X + b (X Xt) X + c (X Xt)^2 X, from X of Frobenius norm 1."""
-    x = matrix / np.linalg.norm(matrix)
+    x = matrix / (np.linalg.norm(matrix) + eps)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x - 4.775 * gram @ x + 2.0315 * gram @ gram @ x
@@ -98,29 +98,41 @@ def test_muon_makes_the_momentum_of_each_kernels_matrix_orthogonal():
     steps = [{name: rng.normal(size=v.shape).astype(np.float32) for name, v in flat.items()} for _ in range(3)]
 
     def nested(values):
-        tree = {"blocks": {}, "norm": {"scale": values["dense"][0]}, "embed": {"embedding": values["dense"]}}
+        norm = dict.fromkeys(("scale", "kernel"), values["dense"][0])  # of one axis
+        tree = {"blocks": {}, "norm": norm, "embed": {"embedding": values["dense"]}}
         for name, value in values.items():
             *outer, last = name.split("/")
             (tree["blocks"] if outer else tree)[last] = {"kernel": value}
         return tree
 
-    tx = optim.make(3, name="muon", lr=0.1, schedule="constant", weight_decay=0.3, clip_norm=None)
+    same = dict(b1=0.8, b2=0.95, eps=1e-2)
+    tx = optim.make(3, name="muon", lr=0.1, schedule="constant", weight_decay=0.3, clip_norm=None, **same)
     result = _run(tx, nested(flat), [nested(step) for step in steps])
     for name, (shape, matrices) in KERNELS.items():
         expected, m = flat[name].astype(np.float64), np.zeros(shape)
         for t, gradient in enumerate(steps, start=1):
             m = 0.95 * m + 0.05 * gradient[name]
             ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * gradient[name] / (1 - 0.95**t)
-            o = np.stack([_orthogonal(one) for one in ahead.reshape(matrices)]).reshape(shape)
+            o = np.stack([_orthogonal(one, 1e-2) for one in ahead.reshape(matrices)]).reshape(shape)
             expected -= 0.1 * (0.2 * math.sqrt(max(matrices[1:])) * o + 0.3 * expected)
         *outer, last = name.split("/")
         got = (result["blocks"] if outer else result)[last]["kernel"]
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=name)
-    adam = optax.nadamw(0.1, b1=0.9, b2=0.999, weight_decay=0.0)
+    adam = optax.nadamw(0.1, weight_decay=0.0, **same)
     rest = {name: nested(flat)[name] for name in ("norm", "embed")}
     rest = _run(adam, rest, [{name: nested(step)[name] for name in rest} for step in steps])
     for name in rest:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), result[name], rest[name])
+
+
+def test_left_to_itself_it_is_optax_s_adam_along_half_a_cosine():
+    rng = np.random.default_rng(5)
+    params = {"w": rng.normal(size=(5, 4)).astype(np.float32)}
+    tiny = np.where(np.arange(4) < 1, 1e-7, 1.0)  # one column that the least eps tells of
+    gradients = [{"w": (size * tiny * rng.normal(size=(5, 4))).astype(np.float32)} for size in (0.1, 3, 0.5, 1e-2, 2)]
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.1, 5)))
+    found, wanted = (_run(tx, params, gradients)["w"] for tx in (optim.make(5, lr=0.1), adam))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_zero_gradients_leave_undecayed_arrays_bit_identical():
@@ -196,6 +208,9 @@ def test_learning_rate_by_batch():
     assert optim.learning_rate(4, lr=1.0, accumulate=4)(3) == 1  # one update in all
     slow = optim.learning_rate(40, lr=1.0, warmup=2, accumulate=4)
     np.testing.assert_allclose([slow(i) for i in range(8)], [0.5] * 4 + [1.0] * 4)
+    left = optim.learning_rate(10, lr=1.0, schedule="linear", accumulate=4)  # two updates, and two batches over
+    np.testing.assert_allclose([left(i) for i in (0, 3, 4, 7, 8)], [1, 1, 0.5, 0.5, 0])
+    np.testing.assert_allclose([optim.learning_rate(4, lr=1.0, warmup=4)(i) for i in range(5)], [0.25, 0.5, 0.75, 1, 1])
 
 
 def test_sharpness_aware_gradients_are_those_of_two_steps():
@@ -215,6 +230,11 @@ def test_sharpness_aware_gradients_are_those_of_two_steps():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got[1], expected)
     flat = optim.sharpness_aware(jax.value_and_grad(loss), rho)(jax.tree.map(jnp.zeros_like, low))[1]
     assert all((g == 0).all() for g in flat.values())
+    low_loss = optim.sharpness_aware(jax.value_and_grad(lambda p: 1e-6 * loss(p)), rho)(low)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(1e6 * a, b, rtol=1e-4), low_loss, expected)  # as far
+    places = []
+    optim.sharpness_aware(lambda p: (0.0, (places.append(p), {"w": jnp.ones(2)})[1]), rho)({"w": jnp.bfloat16([1, 2])})
+    assert [place["w"].dtype for place in places] == [jnp.bfloat16] * 2
     plain = jax.value_and_grad(loss)
     assert optim.sharpness_aware(plain, 0.0) is plain
 
@@ -235,11 +255,15 @@ def test_sharpness_aware_gradients_are_those_of_two_steps():
         ({"warmup": 11}, "warmup=11 must not exceed the 10 updates"),
         ({"warmup": 6, "accumulate": 2}, "5 updates"),
         ({"warmup": -1}, ">= 0"),
+        ({"warmup": 1.5}, "an integer"),
+        ({"accumulate": 1.5}, "an integer"),
+        ({"final": -0.1}, ">= 0"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"final": 1.5}, "<= 1"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"b1": 1.0}, "b1=1.0 must be a finite number, >= 0, < 1"),
         ({"b2": -0.1}, "b2"),
+        ({"b2": 1.0}, "b2=1.0 must be a finite number, >= 0, < 1"),
         ({"eps": 0.0}, "eps"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"accumulate": 0}, "accumulate"),

@@ -93,20 +93,20 @@ def make(
         )
     else:
         descend = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
-    tx = optax.chain(optax.identity() if clip_norm is None else clip(clip_norm, accumulate), descend)
+    tx = optax.chain(optax.identity() if clip_norm is None else clip(clip_norm), descend)
     return (
         optax.MultiSteps(tx, every_k_schedule=accumulate).gradient_transformation() if accumulate > 1 else tx
     )
 
 
-def clip(greatest: float, accumulate: int = 1) -> optax.GradientTransformation:
+def clip(greatest: float) -> optax.GradientTransformation:
     """g min(1, greatest / |g|), |g| over all arrays: one factor for them, which XLA applies in the pass that follows.
 
-    Whoever knows |g| may give it as `norm`; not where several batches' gradients are accumulated.
+    Whoever knows |g| may give it as `norm`; optax.MultiSteps hands none on, whose |g| is of a mean of gradients.
     """
 
     def update(grads, state, params=None, *, norm=None, **_):
-        norm = optax.global_norm(grads) if norm is None or accumulate > 1 else norm
+        norm = optax.global_norm(grads) if norm is None else norm
         factor = jnp.minimum(1.0, greatest / norm)
         return jax.tree.map(lambda g: (factor * g).astype(g.dtype), grads), state
 
