@@ -199,6 +199,14 @@ def test_a_step_climbs_before_it_descends(task, accumulate):
     assert bits(held) == bits(state) and np.isnan(metrics["loss"])
 
 
+def test_the_norm_that_clips_is_the_gradient_s(task):
+    tx = optax.chain(optim.clip(0.1), optax.sgd(1.0))
+    state = start(task, tx)
+    new, metrics = make_train_step(task, tx, 0.5, 5)(state, {}, grey(5.0), 0)
+    apart = jax.tree.map(lambda a, b: np.square(a - b, dtype=np.float64).sum(), new.params, state.params)
+    assert math.sqrt(sum(jax.tree.leaves(apart))) == pytest.approx(0.1, rel=1e-5) and metrics["grad_norm"] > 1
+
+
 def test_climbing_on_eight_devices_is_climbing_on_one(task):
     tx, config = optax.sgd(0.1), toy.config()
     state = init_state(task, tx, jax.random.key(0), ema_decay=0.6)
