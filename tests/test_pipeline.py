@@ -90,6 +90,34 @@ def test_the_seed_and_settings_count(pipe, drawn, change):
     assert not close(base.generate(PROMPTS, num=2, **{"seed": 7, **change}), drawn.base)
 
 
+def test_several_upsamplers_run_one_after_another_with_keys_of_their_own(pipe, monkeypatch):
+    """What runs a stage is replaced, and makes pictures of one value."""
+    last = dataclasses.replace(pipe.tasks["upsampler"], image_size=64)
+    more = dataclasses.replace(pipe, tasks={**pipe.tasks, "upsampler_64": last})
+    assert more.upsamplers == ["upsampler", "upsampler_64"] and more.size == 64
+    keys, noted = pipeline.picture_keys(7, 1, 2), []
+
+    def run(self, stage, given, options, *_, **__):
+        if stage == "clip":
+            return {"z_txt": np.ones((2, 8))}
+        noted.append((stage, jax.random.key_data(given[1]), options, given[0]))
+        return np.full((2, 8) if stage == "prior" else (2, 8, 8, 3), len(noted) / 10)
+
+    monkeypatch.setattr(UnCLIP, "run", run)
+    used = {name: {"name": name} for name in ("prior", "decoder", "upsampler", "upsampler_64")}
+    caption = {"tokens": np.zeros((2, 4)), "mask": np.ones((2, 4))}
+    drawn = more._draw(caption, keys, used, 8, True, False)
+    assert [stage for stage, *_ in noted] == list(used)
+    for number, (stage, own, options, rows) in enumerate(noted, start=1):
+        wanted = jax.vmap(lambda key, number=number: jax.random.fold_in(key, number))(keys)
+        np.testing.assert_array_equal(own, jax.random.key_data(wanted))
+        assert options == used[stage]
+        if stage.startswith("upsampler"):
+            assert (rows["low"] == (number - 1) / 10).all() and rows.keys() == {"low", "tokens", "mask"}
+    assert (noted[1][3]["z_img"] == 0.1).all()
+    assert (drawn.base == to_uint8(np.float32(0.2))).all() and (drawn.images == to_uint8(np.float32(0.4))).all()
+
+
 # {stage: {keyword of its Task.sample: (the setting, a value of it)}}, each value of one stage alone, and no config's
 EVERY_SETTING = {
     "prior": {
@@ -359,6 +387,7 @@ def test_settings_name_what_each_stage_will_use(pipe):
     assert used["decoder"] == {"name": "ddpm", "steps": 3, "guidance": 2.0}
     assert used["prior"] == {"name": "ddpm", "steps": 4, "guidance": 1.5, "candidates": 2}
     assert used["upsampler"] == {"name": "ddim", "steps": 3}
+    assert pipe.settings(steps=20)["decoder"]["steps"] == 20  # as many as it was trained with
     with pytest.raises(UserError):
         Settings(steps=True)
 
