@@ -110,6 +110,13 @@ def test_unit_and_matrix_picture():
     assert np.isfinite(picture).all()
 
 
+def test_a_preview_has_a_row_for_each_image(pairs):
+    picture = np.asarray(given(10.0).preview({}, pairs, None))[0, ::4, ::4, 0]
+    wanted = similarities(pairs, 10.0)
+    low, high = wanted.min(1, keepdims=True), wanted.max(1, keepdims=True)
+    np.testing.assert_allclose(picture, 2 * (wanted - low) / (high - low) - 1, atol=1e-4)
+
+
 def test_a_frozen_clip_is_asked_of_pictures_at_its_own_size():
     """A constant picture stays constant when resized, so its embedding does not depend on its size."""
     net = stubs.clip()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_stack
+from tests.tasks import stubs
 from tests.tasks.test_clip import log_softmax
 from unclip_jax import sharding
 from unclip_jax.errors import UserError
@@ -145,6 +146,19 @@ def test_the_bias_is_learned_for_the_sigmoid_loss_alone():
     np.testing.assert_allclose(loss, np.log1p(np.exp(-signed)).sum() / 4, rtol=1e-4)
     assert told["bias"] == -10 and slope < 0 and 0 <= told["accuracy"] <= 1
     assert total == pytest.approx(4 * float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_task_s_chunk_is_that_of_its_loss_and_of_what_is_found(name, monkeypatch):
+    """Captions at a time, when training and when evaluating."""
+    seen, strips = [], contrast._strips
+    monkeypatch.setattr(contrast, "_strips", lambda text, chunk: seen.append(chunk) or strips(text, chunk))
+    net = stubs.Net({"__call__": lambda image, tokens, mask: (image, tokens, SCALE)})
+    batch = dict(zip(("image", "tokens"), ARGUMENTS[:2], strict=True), mask=None)
+    task, params = ClipTask(net, name, 16), {"logit_bias": BIAS}
+    task.loss(params, batch, None)
+    task.evaluate(params, batch, None)
+    assert seen == [16] * 4
 
 
 BAD = {
