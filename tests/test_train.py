@@ -207,6 +207,13 @@ def test_the_norm_that_clips_is_the_gradient_s(task):
     assert math.sqrt(sum(jax.tree.leaves(apart))) == pytest.approx(0.1, rel=1e-5) and metrics["grad_norm"] > 1
 
 
+def test_the_average_starts_in_arrays_of_its_own(task):
+    """A step uses the memory of both again."""
+    state = init_state(task, optax.sgd(0.1), jax.random.key(0), 0.9)
+    assert bits(state.ema) == bits(state.params) and state.ema.keys() == state.params.keys()
+    assert all(state.ema[name] is not state.params[name] for name in state.ema)
+
+
 def test_climbing_on_eight_devices_is_climbing_on_one(task):
     tx, config = optax.sgd(0.1), toy.config()
     state = init_state(task, tx, jax.random.key(0), ema_decay=0.6)
