@@ -128,6 +128,11 @@ def test_tiles_draw_the_same_where_the_network_looks_at_each_pixel_alone():
                         ({"tile": 8, "overlap": 5}, "overlap=5 must be at most 4")):
         with pytest.raises(UserError, match=words):
             task.sample({}, {"low": low}, keys, **more)
+    assert task.tiles(24) == (24, 6, 4) and task.tiles(24, 0) == (24, 0, 4)
+    sides, net = set(), stubs.Net({"__call__": lambda x, time: (sides.add(x.shape[1]), x[..., :3])[1]})
+    two = dataclasses.replace(task, model=stubs.Net(net.methods, task.model.attributes), last_steps=1)
+    two.sample({"net": {}, "last": {}}, {"low": low}, keys, tile=16)
+    assert sides == {16}  # of both networks
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():
@@ -136,6 +141,41 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     whole = np.asarray(task.sample({}, {"low": low}, keys, name="ddpm"))
     alone = np.asarray(task.sample({}, {"low": low[1:2]}, keys[1:2], name="ddpm"))
     np.testing.assert_allclose(alone[0], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_settings_go_before_the_config_s_and_temperature_is_a_factor_on_the_noise():
+    """The network is linear, so what is drawn is as large as the noise was."""
+    task = with_net(lambda x, time: 0.02 * x[..., :3])
+    low, keys = pictures(2, SIDE // FACTOR), jax.random.split(jax.random.key(0), 2)
+    whole, more, half = (
+        np.asarray(task.sample({}, {"low": low}, keys, **over)) for over in ({}, {"steps": 5}, {"temperature": 0.5})
+    )
+    assert 0.001 < np.abs(whole).max() < 1 and not np.allclose(whole, more, rtol=0.01, atol=0)
+    np.testing.assert_allclose(half, 0.5 * whole, rtol=1e-4, atol=1e-7)
+    same = dataclasses.replace(task, sampler={"name": "ddim", "steps": 5, "temperature": 0.5})
+    np.testing.assert_allclose(same.sample({}, {"low": low}, keys), 0.5 * more, rtol=1e-4, atol=1e-7)
+
+
+def test_times_noise_and_blur_are_drawn_anew_and_apart():
+    """Whatever is drawn from one key correlates no more than by chance, four deviations at most."""
+    seen, n = [], 400
+    task = with_net(lambda x, time: (seen.append((np.asarray(x), np.asarray(time))), x[..., :3])[1])
+    batch = {"image": np.zeros((n, SIDE, SIDE, 3), np.float32), "low": pictures(n, SIDE // FACTOR)}
+    for key in range(2):
+        task.loss({}, batch, jax.random.key(key))
+    (x, time), (other, later) = seen
+    sharp = np.asarray(resize(batch["low"], SIDE))
+    blurred = [(a[..., 3:] != sharp).any((1, 2, 3)) for a in (x, other)]
+    noise = x[..., :3].mean((1, 2, 3)) / np.sqrt(1 - task.schedule.alphas_cumprod[time])
+    assert (np.abs(np.corrcoef([time, blurred[0], noise]) - np.eye(3)) < 4 / np.sqrt(n)).all()
+    assert (time != later).any() and (blurred[0] != blurred[1]).any() and (x[..., :3] != other[..., :3]).any()
+
+
+def test_an_upsampler_is_not_guided():
+    config = tiny_stack.configs()["upsampler"]
+    config.sampler.guidance = 2.0
+    with pytest.raises(UserError, match="sampler.guidance=2.0: an upsampler is not guided. Fix: leave it out"):
+        tasks.make(config)
 
 
 def test_small_images_are_within_the_range_of_drawn_ones():
