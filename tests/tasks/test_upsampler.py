@@ -13,6 +13,9 @@ from tests.interop import glide_files
 from tests.tasks import stubs
 from unclip_jax import tasks
 from unclip_jax.data.images import gaussian_blur, resize
+from unclip_jax.diffusion.draw import draw
+from unclip_jax.diffusion.guide import Out
+from unclip_jax.diffusion.sample import initial_noise
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
 from unclip_jax.tasks.pictures import mean_loss
@@ -154,6 +157,16 @@ def test_settings_go_before_the_config_s_and_temperature_is_a_factor_on_the_nois
     np.testing.assert_allclose(half, 0.5 * whole, rtol=1e-4, atol=1e-7)
     same = dataclasses.replace(task, sampler={"name": "ddim", "steps": 5, "temperature": 0.5})
     np.testing.assert_allclose(same.sample({}, {"low": low}, keys), 0.5 * more, rtol=1e-4, atol=1e-7)
+
+
+def test_variances_that_were_measured_are_drawn_with():
+    task, table = with_net(lambda x, time: jnp.sin(x[..., :3])), jnp.linspace(0.1, 0.9, 20)
+    low, keys = pictures(2, SIDE // FACTOR), jax.random.split(jax.random.key(0), 2)
+    drawn = task.sample({"x0_variance": table}, {"low": low}, keys, name="analytic")
+    how = {"name": "analytic", "steps": 3, "target": "x0", "x0_variance": table}
+    noise = initial_noise(keys, (SIDE, SIDE, 3))
+    expected = draw(task.schedule, lambda xt, _: Out(jnp.sin(xt)), noise, keys, **how)
+    np.testing.assert_allclose(drawn, jnp.clip(expected, -1, 1), atol=1e-5)
 
 
 def test_times_noise_and_blur_are_drawn_anew_and_apart():
