@@ -163,6 +163,9 @@ ENTRY %main (x: f32[4], i: s32[], y: f32[2]) -> f32[4] {
   %gd = f32[8]{0} all-gather-done(%gs)
   %as = ((f32[2]{0}), f32[8]{0}, u32[]) async-start(%y), calls=%wrapped
   %ad = f32[8]{0} async-done(%as)
+  %t = (f32[4]{0}, f32[2]{0}) tuple(%x, %y)
+  %e = f32[4]{0} get-tuple-element(%t), index=0
+  %b = f32[2,2]{1,0} bitcast(%e)
   ROOT %f = f32[8]{0} fusion(%y), kind=kCustom, calls=%outer
 }
 """

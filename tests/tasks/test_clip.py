@@ -12,8 +12,8 @@ from tests.tasks import stubs
 from unclip_jax.errors import UserError
 from unclip_jax.models.clip import _capped
 from unclip_jax.tasks.clip import ClipTask
-from unclip_jax.tasks.embeddings import matrix_picture, unit
-from unclip_jax.tasks.teacher import ask
+from unclip_jax.tasks.embeddings import candidate_keys, matrix_picture, unit
+from unclip_jax.tasks.teacher import ask, caption_of, vocabulary
 
 B, D = 12, 7
 
@@ -130,6 +130,24 @@ def test_a_frozen_clip_is_asked_of_pictures_at_its_own_size():
         assert said[side]["image"].shape == image.shape and said[side]["other"] == 1
     np.testing.assert_array_equal(said[24]["z_txt"][:, :5], tokens)
     assert "z_img" not in ask(net, {}, {"tokens": tokens, "mask": tokens > 0})
+    assert ask(net, {}, said[24]) is said[24]  # encoded before
+
+
+def test_captions_enter_as_tokens_or_as_states():
+    net = stubs.clip()
+    assert (vocabulary("tokens", net), vocabulary("states", net)) == (9, 0)
+    with pytest.raises(UserError, match="model.caption='token' is unknown.* did you mean 'tokens'"):
+        vocabulary("token", net)
+    reads = [stubs.Net({}, {"vocab_size": size}) for size in (9, 0)]
+    assert [caption_of(one, {"tokens": 1, "states": 2}) for one in reads] == [1, 2]
+    with pytest.raises(ValueError, match="hold no caption states: make them with --states"):
+        caption_of(reads[1], {"tokens": 1})
+
+
+def test_a_candidate_s_key_is_of_its_caption_and_its_number():
+    keys = jax.random.split(jax.random.key(0), 2)
+    own = jax.random.key_data(candidate_keys(keys, 3))
+    np.testing.assert_array_equal(own, [jax.random.key_data(jax.random.fold_in(k, i)) for k in keys for i in range(3)])
 
 
 def test_config_gives_the_model_the_tokenizers_numbers():
