@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny_runs
 from unclip_jax import checkpoint, checkpoint_read, distributed, sharding
 from unclip_jax.errors import UserError
+from unclip_jax.run import make_run
 
 ROOT = Path(__file__).parent.parent
 FULL = {"UNCLIP_COORDINATOR": "127.0.0.1:9", "UNCLIP_PROCESSES": "2", "UNCLIP_PROCESS_ID": "1"}
@@ -27,6 +29,7 @@ FULL = {"UNCLIP_COORDINATOR": "127.0.0.1:9", "UNCLIP_PROCESSES": "2", "UNCLIP_PR
         ({"UNCLIP_PROCESSES": ""}, "must come with UNCLIP_PROCESSES"),
         ({"UNCLIP_COORDINATOR": ""}, "must come with UNCLIP_COORDINATOR"),
         ({"UNCLIP_COORDINATOR": "host"}, "host:port"),
+        ({"UNCLIP_COORDINATOR": "host:65536"}, "host:port"),
         ({"UNCLIP_PROCESSES": "0"}, ">= 1"),
         ({"UNCLIP_PROCESSES": "two"}, "whole number"),
         ({"UNCLIP_PROCESS_ID": "2"}, "UNCLIP_PROCESS_ID=2 must be below UNCLIP_PROCESSES=2"),
@@ -51,6 +54,43 @@ def test_one_process_needs_nothing(monkeypatch, settings):
         monkeypatch.setenv(name, value)
     distributed.initialize()
     assert not jax.distributed.is_initialized() and distributed.is_main()
+
+
+def test_a_process_of_an_mpi_that_jax_does_not_know_does_not_train_alone(monkeypatch):
+    for name in FULL:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(UserError, match="PMI_SIZE=2: .* UNCLIP_PROCESSES=.PMI_SIZE and UNCLIP_PROCESS_ID=.PMI_RANK"):
+        distributed.initialize()
+
+
+@pytest.mark.parametrize("setting", [("OMPI_COMM_WORLD_SIZE", "2"), ("UNCLIP_COORDINATOR", "auto")])
+def test_where_jax_finds_no_hosts_the_remedy_is_to_name_them(setting):
+    """In a process of its own, where jax has not begun."""
+    code = "from unclip_jax import distributed; distributed.initialize()"
+    env = {k: v for k, v in os.environ.items() if k not in FULL and not k.startswith("SLURM")} | dict([setting])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert "does not find the other processes" in done.stderr and "set UNCLIP_COORDINATOR=host:port" in done.stderr
+
+
+def test_a_host_of_a_slice_does_not_go_on_without_the_others(monkeypatch):
+    for name in FULL:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="one of 4 hosts of a TPU slice.*set UNCLIP_COORDINATOR=auto"):
+        distributed.initialize()
+
+
+def test_hosts_compare_config_data_and_tokenizer(monkeypatch, tmp_path):
+    def compared(**changes) -> list[str]:
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "check_same", lambda what, value: found.append(value))
+            make_run(tiny_runs.config("clip", **changes), tmp_path)
+        return found
+
+    (config, *rest), (other, *same) = compared(), compared(batch_size=16)
+    assert jax.__version__ in config and config != other and len(rest) == 2 and rest == same
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -225,6 +265,18 @@ LAYOUTS = """
 """
 
 
+DIFFERING = """
+    from unclip_jax import distributed
+    from unclip_jax.errors import UserError
+    distributed.initialize()
+    distributed.check_same("the config", "of all")
+    try:
+        distributed.check_same("the config", f"of {distributed.jax.process_index()}")
+    except UserError as error:
+        print("ERROR", error, flush=True)
+"""
+
+
 UNSHARED = """
     import sys
     from pathlib import Path
@@ -322,6 +374,12 @@ def test_a_folder_that_is_not_shared_is_told_on_every_host(tmp_path):
     assert _told(UNSHARED, "SEEN", str(tmp_path), "together") == ["", ""] and not list(tmp_path.iterdir())
     what = "is not one folder for all hosts: processes 1 do not see what process 0 writes"
     assert all(what in line for line in _told(UNSHARED, "ERROR", str(tmp_path), "apart"))
+
+
+@pytest.mark.multihost
+def test_what_is_not_the_same_on_all_hosts_is_told_on_each():
+    what = "the config is not the same on all hosts: processes 1 have another than process 0"
+    assert all(line.startswith(what) for line in _told(DIFFERING, "ERROR"))
 
 
 @pytest.mark.multihost

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from unclip_jax.errors import UserError
 COORDINATOR, PROCESSES, PROCESS_ID = "UNCLIP_COORDINATOR", "UNCLIP_PROCESSES", "UNCLIP_PROCESS_ID"
 TIMEOUT = "UNCLIP_TIMEOUT"  # seconds to wait for the other processes; 300 where unset
 HEARTBEAT = "UNCLIP_HEARTBEAT"  # seconds without a word after which a process counts as dead; 100 where unset
+PMI_SIZE = "PMI_SIZE"  # how many processes MPICH's or Intel MPI's mpirun started
 
 GRACE = 3.0  # seconds
 
@@ -31,17 +33,18 @@ def initialize() -> None:
 
     Explicit: UNCLIP_COORDINATOR=host:port, UNCLIP_PROCESSES and UNCLIP_PROCESS_ID, the same command on every
     host.
-    Found by jax itself: inside an `srun` step of several tasks, under `mpirun`, on a TPU slice whose hosts
-    are listed in the environment, and wherever UNCLIP_COORDINATOR=auto.
+    Found by jax itself: inside an `srun` step of several tasks, under Open MPI 4's `mpirun`, on a TPU slice whose
+    hosts are listed in the environment, and wherever UNCLIP_COORDINATOR=auto.
 
     Raises:
-      UserError: an incomplete or impossible setting, or others that do not come within UNCLIP_TIMEOUT
-        seconds.
+      UserError: an incomplete or impossible setting, one of several processes that would train as if it were alone,
+        or others that do not come within UNCLIP_TIMEOUT seconds.
     """
     if jax.distributed.is_initialized():
         return
     explicit = _explicit(os.environ)
     if explicit is None and not _found_by_jax(os.environ):
+        _refuse_apart(os.environ)
         return
     if explicit is not None and explicit["num_processes"] == 1:
         return
@@ -53,12 +56,25 @@ def initialize() -> None:
         waits = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
         jax.distributed.initialize(**(explicit or {}), **waits)
     except (RuntimeError, ValueError) as error:
+        if "coordinator_address should be defined" in str(error):
+            what = "JAX does not find the other processes of the run by itself here"
+            raise UserError(what, f"set {COORDINATOR}=host:port, {PROCESSES} and {PROCESS_ID}") from error
         address = explicit["coordinator_address"] if explicit else "found by jax"
         raise UserError(
             f"the processes of the run did not meet at the coordinator ({address}) within {timeout} s "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
             f"start the same command on every host, check the address and its port, or raise {TIMEOUT}",
         ) from error
+
+
+def _refuse_apart(env) -> None:
+    """UserError for one of several processes that nobody told of each other: each would train all of the run."""
+    if (several := _whole(env, PMI_SIZE, 1, low=0)) > 1:
+        what = f"{PMI_SIZE}={several}: this is one of several processes of an MPI other than Open MPI 4, unknown to JAX"
+        raise UserError(what, f"set {COORDINATOR}=host:port, {PROCESSES}=${PMI_SIZE} and {PROCESS_ID}=$PMI_RANK")
+    if (several := jax.process_count()) > 1:  # a TPU knows its slice, but its hosts would neither save nor stop as one
+        what = f"this is one of {several} hosts of a TPU slice, and has not joined the others"
+        raise UserError(what, f"set {COORDINATOR}=auto on all of them")
 
 
 def _await_coordinator(address: str, timeout: int) -> None:
@@ -81,6 +97,17 @@ def _await_coordinator(address: str, timeout: int) -> None:
 def is_main() -> bool:
     """Whether this process writes the logs, previews and files of the run."""
     return jax.process_index() == 0
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises UserError on all hosts unless all were given the same: each would take its own part of another step."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(value.encode("utf-8", "surrogateescape"))))
+    if len(others := np.flatnonzero(found != found[0])):
+        listed = ", ".join(map(str, others))
+        raise UserError(f"{what} is not the same on all hosts: processes {listed} have another than process 0",
+                        "start the same command on every host, of the same version and on the same files")  # fmt: skip
 
 
 def check_shared(folder: Path) -> None:
@@ -181,7 +208,7 @@ def _explicit(env) -> dict | None:
             f"{' and '.join(given)} must come with {' and '.join(missing)}", "set all three or none"
         )
     address = env[COORDINATOR]
-    if not re.fullmatch(r"\S+:\d{1,5}", address):
+    if not re.fullmatch(r"\S+:\d{1,5}", address) or int(address.rpartition(":")[2]) > 65535:
         raise UserError(f"{COORDINATOR}={address!r} must be host:port", "such as 10.0.0.1:8476")
     processes, process_id = _whole(env, PROCESSES, 1, low=1), _whole(env, PROCESS_ID, 0, low=0)
     if process_id >= processes:
