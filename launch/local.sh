@@ -15,7 +15,8 @@
 #
 # Everything else goes to `unclip train`. At Ctrl-C or SIGTERM every process saves a checkpoint and ends, and the
 # same command continues from there; a second Ctrl-C kills them. When one process fails, the others are stopped
-# and its exit code is returned; 75 is a stop after saving. Lines of processes 1, 2, ... begin with [1], [2], ...
+# and its exit code is returned; 75 is a stop after which all have saved. Lines of processes 1, 2, ... begin with [1],
+# [2], ...
 # The environment variable UNCLIP names the command to run (default: .venv/bin/unclip of this repository, else the
 # one on PATH).
 set -euo pipefail
@@ -90,7 +91,7 @@ while ((${#left[@]})); do
     else
       code=0
       wait "$pid" || code=$?
-      if ((code && !status)); then
+      if ((code && (!status || status == 75))); then
         status=$code
         ((code == 75)) || stop TERM
       fi

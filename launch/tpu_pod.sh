@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a Cloud TPU slice: the same `unclip train` on every host, started through gcloud.
 #
-#   launch/tpu_pod.sh --tpu my-pod --zone us-east5-a --setup      # once, and after every change of the code
+#   launch/tpu_pod.sh --tpu my-pod --zone us-east5-a --setup      # on a new TPU, and after every change of the code
 #   launch/tpu_pod.sh --tpu my-pod --zone us-east5-a --config configs/shapes/clip.py --workdir /mnt/runs/clip
 #   launch/tpu_pod.sh --tpu my-pod --zone us-east5-a --stop       # every host saves a checkpoint and ends
 #
@@ -16,8 +16,9 @@
 # Everything else goes to `unclip train`. Hosts find each other through the TPU's own metadata
 # (UNCLIP_COORDINATOR=auto), so no address or process number is given. The workdir must be one folder that all
 # hosts see (a Filestore share, or a bucket mounted with gcsfuse at the same path); relative paths start at
-# ~/unclip_jax. After a preemption or --stop the same command continues from the last checkpoint. The hosts trust
-# whoever reaches the coordinator's port: keep the slice on a private network.
+# ~/unclip_jax. Ctrl-C here, or a lost connection, leaves the hosts training: --stop ends them. After it the same
+# command continues from the last checkpoint. A preempted TPU does not come back: delete it, create it anew, and run
+# --setup first. The hosts trust whoever reaches the coordinator's port: keep the slice on a private network.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2; exit 2; }

@@ -173,6 +173,13 @@ def test_local_stops_the_others_when_one_fails(environment):
     assert run.stdout.count("saved") == 2
 
 
+def test_local_does_not_tell_of_a_stop_when_one_fails_after_it(environment, tmp_path):
+    script = "#!/bin/bash\n[[ $UNCLIP_PROCESS_ID == 0 ]] && exit 75\nsleep 1; exit 134\n"
+    unclip = executable(tmp_path / "saves", script)
+    run = launch("local.sh", "--processes", "2", *ARGUMENTS, env=environment | {"UNCLIP": str(unclip)})
+    assert run.returncode == 134
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_a_signal_to_every_process(environment, number):
     """To the whole process group, as a terminal's Ctrl-C comes; each process still says its last word."""
@@ -288,6 +295,24 @@ def test_slurm_gives_every_task_its_number_and_all_gpus_of_its_node(environment,
         assert r["env"]["JAX_LOCAL_DEVICE_IDS"] == "0,1,2,3"
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False), (143, False)])
+def test_slurm_puts_a_job_that_was_stopped_and_saved_back_into_the_queue(environment, tmp_path, code, requeued):
+    executable(tmp_path / "scontrol", f'#!/bin/sh\necho node7\necho "$@" >> {tmp_path}/asked\n')
+    executable(tmp_path / "srun", f"#!/bin/sh\nexit {code}\n")
+    job = {"SLURM_JOB_NODELIST": "node7", "SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"}
+    run = launch("slurm.sbatch", *ARGUMENTS, env=environment | job)
+    assert run.returncode == code and not run.stderr
+    assert ("requeue 123" in (tmp_path / "asked").read_text().splitlines()) == requeued
+
+
+def test_slurm_takes_one_task_on_each_node(environment):
+    """Several would each take all GPUs of their node."""
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16"}
+    done = launch("slurm.sbatch", "--dry-run", *ARGUMENTS, env=environment | job)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: 16 tasks on 2 nodes") and "--ntasks-per-node=1" in done.stderr
+
+
 def test_slurm_dry_run(environment):
     done = launch("slurm.sbatch", "--dry-run", *ARGUMENTS, env=environment)
     words = shlex.split(done.stdout)
@@ -302,9 +327,13 @@ def jobset_pod() -> dict:
 
 
 def jobset_job() -> dict:
+    return jobset()["replicatedJobs"][0]["template"]["spec"]
+
+
+def jobset() -> dict:
     document = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text(encoding="utf-8"))
     assert document["kind"] == "JobSet"
-    return document["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return document["spec"]
 
 
 def jobset_container() -> dict:
@@ -320,6 +349,17 @@ def test_jobset_has_one_pod_for_each_host_of_the_slice():
     assert job["parallelism"] == job["completions"] == chips // per_host
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+
+
+def test_jobset_starts_again_but_after_a_mistake():
+    (rule,) = jobset_job()["podFailurePolicy"]["rules"]
+    codes = rule["onExitCodes"]
+    assert rule["action"] == "FailJob" and codes["operator"] == "In" and codes["values"] == [2]
+    assert codes["containerName"] == jobset_container()["name"]
+    assert jobset_pod()["restartPolicy"] == "Never"  # or a Job may have no podFailurePolicy
+    policy = jobset()["failurePolicy"]
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] > 0
 
 
 def test_jobset_has_memory_for_what_readers_hand_over():
