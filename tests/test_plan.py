@@ -412,11 +412,15 @@ def test_the_exit_code_tells_of_every_step(capsys, monkeypatch):
     monkeypatch.setattr(steps, "plan_sample", lambda *args: dataclasses.replace(planned(*args), peak=1e12))
     code, said, _ = run_cli(capsys, *argv, "--what", "both")
     assert code == 1 and said.count("DOES NOT FIT") == 1
+    assert said.rstrip().endswith("what would help: more devices in mesh.fsdp, a smaller batch_size")
 
 
 BAD = {
     "topology": (["--topology", "v5q:4x4"], "CHIP one of v4, v5e"),
     "shape": (["--topology", "v5e:4by4"], "such as v5e:4x4"),
+    "flat": (["--topology", "v5p:4x4"], "'v5p:4x4' is no slice of v5p, which have 3 sides of 1, 2, 4, 8, 12, … chips"),
+    "deep": (["--topology", "v6e:8x16x2"], "is no slice of v6e, which have 2 sides of 1, 2, 4, 8, 16 chips"),
+    "odd": (["--topology", "v5p:4x8x7"], "such as v5p:4x8x8"),
     "gpu": (["--device", "h100x8"], "did you mean 'h100'"),
     "count": (["--device", "h100:0"], "GPU or GPU:COUNT"),
     "neither": ([], "required"),

@@ -34,6 +34,7 @@ CHIPS = {
     "h200": Chip(FLOPS["h200"], 141e9, 4.8e12, 0.45e12),
 }
 TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("a100", "h100", "h200")
+CUBES = ("v4", "v5p")  # whose slices have three sides
 # Without them libtpu asks after the TPU that it is on, and complains, when it is first asked for a slice; to compile it
 # needs none of them. The lock guards a TPU, and none is used.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -50,6 +51,7 @@ def tpu_devices(topology: str, slices: int = 1):
     if chip not in TPUS or not colon or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"topology={topology!r} must be CHIP:AxB or CHIP:AxBxC, CHIP one of {', '.join(TPUS)}",
                         "such as v5e:4x4 or v5p:4x8x8")  # fmt: skip
+    _check_slice(chip, tuple(map(int, shape.split("x"))))
     from jax.experimental import topologies
 
     extra = {"num_slices": slices} if slices > 1 else {}
@@ -64,6 +66,15 @@ def tpu_devices(topology: str, slices: int = 1):
         why = (str(error).strip().splitlines() or [repr(error)])[0][:200]
         fix = f'pip install "jax[tpu]=={jax.__version__}" (libtpu, no TPU needed), and a slice that exists'
         raise UserError(f"topology={topology!r} cannot be compiled for ({why})", fix) from error
+
+
+def _check_slice(chip: str, sides: tuple[int, ...]) -> None:
+    """UserError for a slice that there is not; libtpu compiles for many of those as well."""
+    dimensions, lengths = (3, (1, 2, *range(4, 97, 4))) if chip in CUBES else (2, (1, 2, 4, 8, 16))
+    if len(sides) != dimensions or not {*sides} <= {*lengths}:
+        spelled = ", ".join(map(str, lengths[:5])) + (", …" if len(lengths) > 5 else "")
+        what = f"topology='{chip}:{'x'.join(map(str, sides))}' is no slice of {chip}, which have {dimensions} sides"
+        raise UserError(f"{what} of {spelled} chips", f"such as {chip}:{'4x8x8' if dimensions == 3 else '4x4'}")
 
 
 def gpu_devices(spec: str):

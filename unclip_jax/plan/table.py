@@ -26,7 +26,9 @@ def table(reports: list[Report], title: str = "") -> str:
                 lines.append(f"  {'predicted MFU ceiling':24}{100 * r.mfu_ceiling:10.1f} %")
         if r.error:
             lines.append(f"  the compiler says: {r.error}")
-            lines.append("  what would help: more devices in mesh.fsdp, a smaller batch_size, remat; or try --search")
+        if not r.fits:
+            more = ", remat; or try --search" if r.what == "train" else ""
+            lines.append(f"  what would help: more devices in mesh.fsdp, a smaller batch_size{more}")
     return "\n".join(lines)
 
 
