@@ -85,7 +85,7 @@ def test_hosts_compare_config_data_and_tokenizer(monkeypatch, tmp_path):
     def compared(**changes) -> list[str]:
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr(distributed, "check_same", lambda what, value: found.append(value))
+            patch.setattr(distributed, "check_same", lambda what, value: found.append(value()))
             make_run(tiny_runs.config("clip", **changes), tmp_path)
         return found
 
@@ -269,9 +269,9 @@ DIFFERING = """
     from unclip_jax import distributed
     from unclip_jax.errors import UserError
     distributed.initialize()
-    distributed.check_same("the config", "of all")
+    distributed.check_same("the config", lambda: "of all")
     try:
-        distributed.check_same("the config", f"of {distributed.jax.process_index()}")
+        distributed.check_same("the config", lambda: f"of {distributed.jax.process_index()}")
     except UserError as error:
         print("ERROR", error, flush=True)
 """

@@ -80,3 +80,9 @@ def test_an_unknown_device_has_no_peak(kind):
 
 def test_this_machines_device_has_a_kind():
     assert meter.peak_flops(jax.devices()[0].device_kind) is None or jax.default_backend() != "cpu"
+
+
+def test_a_host_whose_clock_is_behind_tells_no_goodput_above_all_time():
+    watch, _ = made(500.0)
+    watch.go_on({"began": 900.0, "useful": 30.0})
+    assert watch.read(1, 1, "cpu")["goodput"] == 1

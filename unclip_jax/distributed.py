@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -38,7 +39,7 @@ def initialize() -> None:
 
     Raises:
       UserError: an incomplete or impossible setting, one of several processes that would train as if it were alone,
-        or others that do not come within UNCLIP_TIMEOUT seconds.
+        or a process 0 that does not come within UNCLIP_TIMEOUT seconds. Where another does not, jax ends process 0.
     """
     if jax.distributed.is_initialized():
         return
@@ -99,11 +100,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def check_same(what: str, value: str) -> None:
-    """Raises UserError on all hosts unless all were given the same: each would take its own part of another step."""
+def check_same(what: str, value: Callable[[], str]) -> None:
+    """Raises UserError on all hosts unless all have the same value: each would take its own part of another step."""
     if jax.process_count() == 1:
         return
-    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(value.encode("utf-8", "surrogateescape"))))
+    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(value().encode("utf-8", "surrogateescape"))))
     if len(others := np.flatnonzero(found != found[0])):
         listed = ", ".join(map(str, others))
         raise UserError(f"{what} is not the same on all hosts: processes {listed} have another than process 0",

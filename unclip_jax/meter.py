@@ -74,7 +74,8 @@ class Meter:
     def read(self, steps: int, batch_size: int, device_kind: str) -> dict[str, float]:
         """What the table above says of the `steps` since the last reading; names are of a unit or of a share."""
         spent, self.spent = self.spent, Counter()
-        goodput = self.useful / max(self.wall() - self.began, 1e-9)
+        # Another host's clock may be behind that of the host where the run was started.
+        goodput = self.useful / max(self.wall() - self.began, self.useful, 1e-9)
         rates = {"checkpoint_seconds": spent["checkpoint"], "goodput": goodput}
         seconds = spent["step"] + spent["input"]
         if seconds > 0:

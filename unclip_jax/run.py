@@ -33,7 +33,6 @@ MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", 
 # What configs of older versions did not say, and what was done without.
 UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
 TOKENIZER_CAPTIONS = 20_000
-VERSIONS = f"{unclip_jax.__version__} {jax.__version__}"
 COMPARED = 64  # records that hosts compare, beside their number
 MOST_STEPS = 2**31 - 1  # the step is an i32
 PRIORS = ("prior_diffusion", "prior_ar")
@@ -70,19 +69,20 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     check_values(config, bool(config.clip))
     if distributed.is_main():
         track.check(config.get("track"))
-    distributed.check_same("the config, or the version of unclip_jax or jax,", f"{VERSIONS} {configs.to_json(config)}")
+    told = lambda: f"{unclip_jax.__version__} {jax.__version__} {configs.to_json(config)}"  # noqa: E731
+    distributed.check_same("the config, or the version of unclip_jax or jax,", told)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
     source = data.make(**config.data)
-    distributed.check_same("config.data", f"{len(source)} {source.digest(COMPARED)}")
+    distributed.check_same("config.data", lambda: f"{len(source)} {source.digest(COMPARED)}")
     checked = config.every.preview or config.every.eval
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
     _check_embedded(source, config, clip)
     begun = tasks.load_stage(config.init, config.task) if config.init and not earlier else None
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None, begun)
-    distributed.check_same("config.clip or the tokenizer", f"{clip and clip.identity} {text}")
+    distributed.check_same("config.clip or the tokenizer", lambda: f"{clip and clip.identity} {text}")
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
         config.clip_identity = clip.identity if clip else ""
