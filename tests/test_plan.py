@@ -421,6 +421,7 @@ BAD = {
     "flat": (["--topology", "v5p:4x4"], "'v5p:4x4' is no slice of v5p, which have 3 sides of 1, 2, 4, 8, 12, … chips"),
     "deep": (["--topology", "v6e:8x16x2"], "is no slice of v6e, which have 2 sides of 1, 2, 4, 8, 16 chips"),
     "odd": (["--topology", "v5p:4x8x7"], "such as v5p:4x8x8"),
+    "slices of GPUs": (["--device", "h100:8", "--slices", "2"], "--slices 2 joins TPU slices, and --device names GPUs"),
     "gpu": (["--device", "h100x8"], "did you mean 'h100'"),
     "count": (["--device", "h100:0"], "GPU or GPU:COUNT"),
     "neither": ([], "required"),

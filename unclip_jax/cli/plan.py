@@ -37,6 +37,8 @@ def run(args) -> int:
 
     if args.search and args.what != "train":
         raise UserError(f"--search tries train steps, and --what {args.what} asks for others", "leave out one of them")
+    if args.device is not None and args.slices > 1:
+        raise UserError(f"--slices {args.slices} joins TPU slices, and --device names GPUs", "count all in GPU:COUNT")
     report_file = gallery.check_file(args.out, ".json", args.overwrite) if args.out is not None else None
     config = load_config(args.config, args.overrides)
     with meanwhile(JAX_PLATFORMS="cpu"):  # read as jax is imported: the compiler is asked, no device is used
