@@ -148,6 +148,13 @@ def test_another_clip_is_refused_and_nothing_is_written(runs, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sizes_that_do_not_follow_each_other_are_refused_and_nothing_is_written(runs, tmp_path):
+    given = [runs[name] for name in ("clip", "prior", "decoder")]
+    with pytest.raises(UserError, match="upsampler_2 makes 64 pixels of 32, and was made for 32. Fix: export stages"):
+        collect(tmp_path / "s", *given, [runs["upsampler"]] * 2)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -17,7 +17,7 @@ from unclip_jax import data, tasks, weights
 from unclip_jax.data import loader
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.settings import role_of, upsampler_names
-from unclip_jax.stack import ROLES
+from unclip_jax.stack import ROLES, chain
 from unclip_jax.tokenizer import Tokenizer
 
 DATA_PATHS = ("path", "index", "data_dir")  # arguments of sources that tell where things lie
@@ -44,7 +44,8 @@ def collect(
       analytic: stages to measure the variances of that the sampler "analytic" needs, on the data they were trained on.
 
     Raises:
-      UserError: no such stage at a path, or one trained with another CLIP or tokenizer, or without any.
+      UserError: no such stage at a path, or one trained with another CLIP or tokenizer, or without any; sizes that do
+        not follow each other.
     """
     if Path(out).expanduser().exists() and not overwrite:
         raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite")
@@ -68,6 +69,7 @@ def collect(
             vocabulary = _vocabulary(name, path, stage, frozen, clip, vocabulary)
         params = {**stage.params, "x0_variance": _variances(stage, frozen)} if name in analytic else stage.params
         stages[name] = (params, _without_paths(stage.config), stage.step, facts)
+    chain(Path(out), {name: weights.Stage(*stage) for name, stage in stages.items()})
     return weights.save_stack(out, stages, vocabulary, dtype, overwrite)
 
 

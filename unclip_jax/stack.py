@@ -73,13 +73,23 @@ def open_stack(path: str | Path, dtype: str | None = None) -> Opened:
     """
     described = describe_stack(path)
     with said_of(f"stack {described.path}: its configs make no stages", COPY):  # which anybody may have written
-        names = _chain({name: stage.config for name, stage in described.stages.items()}, described.path)
-        stages = {stage: described.stages[name] for stage, name in names.items()}
-        _check_same_clip(described.path, stages)
-        configs = {stage: stages[stage].config for stage in names}
-        made = _make_tasks(configs)
-        _check_sizes(described.path, made)
+        names, made = chain(described.path, described.stages)
+    configs = {stage: described.stages[name].config for stage, name in names.items()}
     return Opened(described.tokenizer_json, made, configs, OnDemand(described.path, names, dtype))
+
+
+def chain(path: Path, stages: Mapping[str, Stage]) -> tuple[dict[str, str], dict[str, Any]]:
+    """({stage: its name among `stages`}, {stage: Task}) as they run; UserError for those that do not belong together.
+
+    Args:
+      path: of the stack that they are of, for errors.
+    """
+    names = _chain({name: stage.config for name, stage in stages.items()}, path)
+    ordered = {stage: stages[name] for stage, name in names.items()}
+    _check_same_clip(path, ordered)
+    made = _make_tasks({name: stage.config for name, stage in ordered.items()})
+    _check_sizes(path, made)
+    return names, made
 
 
 def identity(path: str | Path) -> str:
