@@ -19,7 +19,7 @@ RANKS = {
     1: "diffusion nn",
     2: "models",
     3: "tasks settings",
-    4: "stack logs train_step",
+    4: "stack logs train_step initial",
     5: "runner run",
     6: "edits painting reconstruction train",
     7: "pipeline",

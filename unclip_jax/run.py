@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from unclip_jax import data, distributed, optim, sharding, tasks, track
 from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_number, is_whole, said_of, suggest
-from unclip_jax.fingerprint import by_path
+from unclip_jax.initial import starting_weights
 from unclip_jax.meter import GIB
 from unclip_jax.storage import read_text
 from unclip_jax.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     _check_memory(shapes, shardings, mesh)
     frozen = {"clip": clip.params} if clip else {}
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
-    initial = _initial(config, task, shapes.params, begun.params) if begun else None
+    initial = starting_weights(config, task, shapes.params, begun) if begun else None
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
@@ -250,24 +250,3 @@ def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
     if identity and (clip is None or clip.identity != identity):
         what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
         raise UserError(what, "set --config.clip to the CLIP they were made with")
-
-
-def _initial(config: ConfigDict, task: tasks.Task, shapes: Any, params: Any) -> Any:
-    """The weights `params` at `config.init`, in f32; UserError unless they are a network of just these arrays.
-
-    With `config.init_partly` those arrays alone that both networks have; UserError unless there are any, each of the
-    same shape.
-    """
-    params = tasks.adopt(task, params)
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    found, wanted = (dict(by_path(tree)) for tree in (params, shapes))
-    both = found.keys() & wanted.keys()
-    for name in sorted(both if config.get("init_partly") and both else found.keys() | wanted.keys()):
-        here, there = (str(side[name].shape) if name in side else "no array" for side in (wanted, found))
-        if here != there:
-            raise UserError(
-                f"init={config.init!r} holds another network: {name} is {there}, and config.model asks for {here}",
-                "take the config.model that those weights were trained with, or, where that network has more arrays or "
-                "fewer but those of one name have one shape, --config.init_partly=True",
-            )
-    return {name: found[name] for name in both}
