@@ -777,8 +777,17 @@ def test_a_run_keeps_to_its_clip(tmp_path):
     other = tiny_runs.folder() / "clip"
     made, params = checkpoint_read.load_params(other)[1], tiny_stack.weights(tiny_runs.make("clip").config, seed=9)
     tiny_runs.save(tmp_path / "other", made, params, checkpoint_read.load_params(other)[3])
-    with pytest.raises(UserError, match=f"clip_identity: '{run.config.clip_identity}' -> "):
+    words = f"clip_identity: '{run.config.clip_identity}' -> .*Fix: clip='.*other' was trained on or replaced"
+    with pytest.raises(UserError, match=words):
         make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
+
+
+def test_checkpoints_without_their_config_are_no_run_to_go_on_with(task, tmp_path):
+    train.train(toy.config(num_steps=1), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints, and no config.json of the run that saved them. Fix: copy"):
+        train.train(changed("toy", {"optim.lr": 0.5}), tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_workdir_has_one_run_at_a_time(task, tmp_path):

@@ -124,6 +124,9 @@ def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
     stored = workdir / "config.json"
     saved = any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
     if not saved or not stored.is_file():
+    if not stored.is_file():
+        what = f"workdir {workdir} holds checkpoints, and no config.json of the run that saved them"
+        raise UserError(what, "copy the whole workdir again, or give another --workdir")
         return workdir, None
     return workdir, configs.from_json(read_text(stored, "a config"), str(stored))
 
@@ -132,10 +135,11 @@ def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> N
     same = {f"{key}: (absent) -> {value!r}" for key, value in UNSAID.items()}
     changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE) and line not in same]
     if changed:
-        raise UserError(
-            f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}",
-            "use another --workdir, or the config that this one was started with",
-        )
+        fix = "use another --workdir, or the config that this one was started with"
+        if all(line.startswith("clip_identity:") for line in changed):
+            fix = f"clip={config.clip!r} was trained on or replaced: give the CLIP as it was, or another --workdir, "
+            fix += f"which may begin with --config.init={workdir}"
+        raise UserError(f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}", fix)
 
 
 def _own_tokenizer(config: ConfigDict, source: Source, workdir: Path | None, begun) -> str | None:
