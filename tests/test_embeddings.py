@@ -116,6 +116,20 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(folder, tmp_path, monkeyp
         embed(out, tiny_stack.path(), WORDS, ("train",), 32)
 
 
+def test_pictures_are_of_the_size_that_the_clip_sees_unless_said(folder, tmp_path, recwarn, monkeypatch):
+    frozen = tasks.load_clip(tiny_stack.path())
+    frozen = frozen._replace(model=frozen.model.clone(vision={**frozen.model.vision, "image_size": 32}))
+    words = {name: value for name, value in WORDS.items() if name != "size"}
+    out = embed(tmp_path / "out", tiny_stack.path(), {**words, "length": 32}, ("train",), batch_size=32)
+    assert not [w for w in recwarn if "enlarged" in str(w.message)]
+    usual, whole = (data.make("embeddings", size=16, path=str(path)) for path in (out, folder))
+    np.testing.assert_allclose(usual[3]["z_img"], whole[3]["z_img"], rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(tasks, "load_clip", lambda _: frozen)
+    with pytest.warns(UserWarning, match="pictures of 16 pixels are enlarged for the CLIP in large, which sees 32"):
+        with pytest.raises(UserError, match="already"):
+            embed(tmp_path / "few", "large", {"source": "embeddings", "path": str(folder), "size": 16}, ("train",))
+
+
 def test_a_split_that_is_empty_is_left_out_by_name(tmp_path):
     name = next(f"{k}.png" for k in range(9) if not held_out(f"{k}.png"))
     (tmp_path / "few").mkdir()

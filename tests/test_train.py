@@ -790,6 +790,27 @@ def test_checkpoints_without_their_config_are_no_run_to_go_on_with(task, tmp_pat
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize(("size", "warned"), [(16, True), (24, False), (32, False)])
+def test_pictures_smaller_than_the_clip_sees_are_told(size, warned, tmp_path, recwarn):
+    params, made, _, words = checkpoint_read.load_params(tiny_runs.folder() / "clip")
+    with made.unlocked():
+        made.model.vision.update(image_size=24)
+    tiny_runs.save(tmp_path / "clip", made, params, words)
+    make_run(changed("prior_diffusion", {"data.size": size, "clip": str(tmp_path / "clip")}), tmp_path / "run")
+    words = f"pictures of {size} pixels are enlarged for the CLIP in {tmp_path / 'clip'}, which sees 24"
+    assert any(words in str(warning.message) for warning in recwarn) == warned
+
+
+def test_a_clip_of_captions_only_is_asked_of_no_pictures(tmp_path):
+    params, made, _, words = checkpoint_read.load_params(tiny_runs.folder() / "clip")
+    with made.unlocked(), made.ignore_type():
+        made.model.vision = None
+    captions = {name: array for name, array in params.items() if not name.startswith(("visual", "image"))}
+    tiny_runs.save(tmp_path / "captions", made, captions, words)
+    with pytest.raises(UserError, match="captions has no image tower, and is asked of pictures. Fix: give one that"):
+        make_run(changed("prior_diffusion", {"clip": str(tmp_path / "captions")}), tmp_path / "run")
+
+
 def test_a_workdir_has_one_run_at_a_time(task, tmp_path):
     with (tmp_path / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -53,7 +53,7 @@ def embed(
 
     Args:
       clip: workdir or stack with the CLIP.
-      source: keywords of `data.make`, without split.
+      source: keywords of `data.make`, without split; `size` is that of the pictures the CLIP sees unless given.
       batch_size: pictures embedded at once, a multiple of the devices; part of the result's layout.
       states: keep the caption states f32[L, W] too, for priors that take those (`model.caption="states"`).
 
@@ -61,8 +61,8 @@ def embed(
       UserError: no such CLIP or source, or `out` holds embeddings made otherwise.
     """
     frozen = tasks.load_clip(clip)
-    if frozen.model.vision is None:
-        raise UserError(f"the CLIP in {clip} has no image tower", "give one that has")
+    source = {"size": (frozen.model.vision or {}).get("image_size", 0), **source}
+    tasks.check_sees(frozen, clip, source["size"])
     sources = {split: _split(source, split, splits) for split in splits}
     if any(own.clip_identity for own in sources.values()):
         raise UserError("these are embeddings already, of the CLIP that made them", "give a source of pictures")

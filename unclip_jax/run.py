@@ -122,12 +122,11 @@ def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
         raise UserError(f"workdir {str(workdir)!r} must be a folder", "mount a bucket, and give the folder")
     workdir = Path(workdir).expanduser()
     stored = workdir / "config.json"
-    saved = any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*"))
-    if not saved or not stored.is_file():
+    if not any(step.name.isdecimal() for step in (workdir / "checkpoints").glob("*")):
+        return workdir, None
     if not stored.is_file():
         what = f"workdir {workdir} holds checkpoints, and no config.json of the run that saved them"
         raise UserError(what, "copy the whole workdir again, or give another --workdir")
-        return workdir, None
     return workdir, configs.from_json(read_text(stored, "a config"), str(stored))
 
 
@@ -247,10 +246,15 @@ def check_embeddable(config: ConfigDict) -> None:
 
 
 def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
-    """UserError where a source holds embeddings, and the stage learns from pictures or against another CLIP."""
+    """UserError where a source holds embeddings, and the stage learns from pictures or against another CLIP.
+
+    Of pictures, what `tasks.check_sees` says.
+    """
     identity = source.clip_identity
     if identity:
         check_embeddable(config)
+    elif clip:
+        tasks.check_sees(clip, config.clip, config.data.size)
     if identity and (clip is None or clip.identity != identity):
         what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
         raise UserError(what, "set --config.clip to the CLIP they were made with")

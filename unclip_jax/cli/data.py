@@ -40,7 +40,8 @@ def _add_source(sub, split: bool = True) -> None:
     sub.add_argument("source", help="shapes, icons, folder, webdataset or tfds")
     if split:
         sub.add_argument("--split", default="train", help="of its records (train); of pictures of your own also all")
-    sub.add_argument("--size", type=count, default=64, help="side of the pictures in pixels (64)")
+    size, usual = (64, "64") if split else (None, "the CLIP's")
+    sub.add_argument("--size", type=count, default=size, help=f"side of the pictures in pixels ({usual})")
     sub.add_argument("--seed", type=seed, default=0)
     sub.add_argument("--path", help="of the source: a folder, tar shards, or a data set's name")
     sub.set_defaults(block="data")
@@ -95,13 +96,13 @@ def embed(args) -> None:
 
 def _source(args) -> dict:
     """The keywords of `data.make` that were given, without split; a value that is JSON is taken as such."""
-    words = {"source": args.source, "size": args.size, "seed": args.seed}
-    words |= {} if args.path is None else {"path": args.path}
+    words = {"source": args.source, "size": args.size, "seed": args.seed, "path": args.path}
+    words = {key: value for key, value in words.items() if value is not None}
     for override in args.overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"--data.{override} has no value", "write it as --data.key=value")
-        if key in ("split", *words):
+        if key in ("split", "size", *words):
             raise UserError(f"--data.{key} has a flag of its own", f"write --{key}")
         try:
             words[key] = json.loads(value)

@@ -21,15 +21,15 @@ from unclip_jax.fetch import fetched
 from unclip_jax.models.clip import CLIP
 from unclip_jax.tasks.clip import ClipTask
 from unclip_jax.tasks.decoder import DecoderTask
-from unclip_jax.tasks.frozen import FrozenCLIP, clip_identity, freeze, load_clip, load_stage
+from unclip_jax.tasks.frozen import FrozenCLIP, check_sees, clip_identity, freeze, load_clip, load_stage
 from unclip_jax.tasks.prior_ar import PriorARTask
 from unclip_jax.tasks.prior_diffusion import PriorTask
 from unclip_jax.tasks.remat import policies, with_policy
 from unclip_jax.tasks.upsampler import UpsamplerTask
 
 __all__ = [
-    "TASKS", "FrozenCLIP", "Task", "adopt", "check", "check_task", "clip_identity", "freeze", "load_clip", "load_stage",
-    "make", "measure_x0_variance", "measurer", "needs_clip", "policies", "with_policy", "without_remat",
+    "TASKS", "FrozenCLIP", "Task", "adopt", "check", "check_sees", "check_task", "clip_identity", "freeze", "load_clip",
+    "load_stage", "make", "measure_x0_variance", "measurer", "needs_clip", "policies", "with_policy", "without_remat",
 ]  # fmt: skip
 
 Batch = Mapping[str, jax.Array]

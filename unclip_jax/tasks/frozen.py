@@ -1,6 +1,7 @@
 """Trained weights that training begins with, from a run or from a stack: the frozen CLIP, and a stage to go on from."""
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +72,16 @@ def freeze(clip: Trained) -> FrozenCLIP:
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), clip.params)
     identity = clip.extra.get("clip_identity") or clip_identity(params)
     return FrozenCLIP(ClipTask.from_config(clip.config).model, params, clip.tokenizer_json, identity)
+
+
+def check_sees(clip: FrozenCLIP, path: str | os.PathLike, size: int) -> None:
+    """UserError for a CLIP that is asked of pictures and sees none; a warning where `size` is less than it sees."""
+    if clip.model.vision is None:
+        raise UserError(f"the CLIP in {path} has no image tower, and is asked of pictures", "give one that has")
+    seen = clip.model.vision["image_size"]
+    if size < seen:
+        what = f"pictures of {size} pixels are enlarged for the CLIP in {path}, which sees {seen}"
+        warnings.warn(f"{what}: its embeddings are then of blurred pictures", stacklevel=2)
 
 
 def clip_identity(params) -> str:
