@@ -11,7 +11,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation import stages
 from unclip_jax.export import _without_paths, collect
 from unclip_jax.pipeline import UnCLIP
-from unclip_jax.weights import load_stack
+from unclip_jax.weights import load_stack, save_stack
 
 
 def save(workdir, stage_config, params, tokenizer):
@@ -146,6 +146,19 @@ def test_another_clip_is_refused_and_nothing_is_written(runs, tmp_path):
     with pytest.raises(UserError, match="prior in .* was trained with another CLIP .*by --clip"):
         collect(tmp_path / "s", runs["other"], runs["prior"], runs["decoder"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_that_were_converted_are_exported_with_those_that_were_trained(runs, tmp_path):
+    """Theirs say nothing of a tokenizer, a loader or a batch, as what `unclip convert` writes."""
+    stage = tasks.load_stage(runs["prior"], "prior_diffusion")
+    with stage.config.unlocked():
+        for block in ("tokenizer", "loader", "batch_size", "eval"):
+            del stage.config[block]
+    converted = save_stack(tmp_path / "converted", {"prior": stage[:3] + ({},)}, stage.tokenizer_json, "float32")
+    out = collect(tmp_path / "s", runs["clip"], converted, runs["decoder"], dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, load_stack(out).stages["prior"].params, stage.params)
+    with pytest.raises(UserError, match="prior in .*converted was converted, and knows of no data to measure"):
+        collect(tmp_path / "t", runs["clip"], converted, runs["decoder"], analytic=("prior",))
 
 
 def test_sizes_that_do_not_follow_each_other_are_refused_and_nothing_is_written(runs, tmp_path):

@@ -98,6 +98,17 @@ def test_settings_that_no_array_shows_are_told(stage, said, words, tmp_path, rec
         assert told(recwarn) == ""
 
 
+def test_of_karlos_two_upsamplers_that_of_all_steps_but_the_last_is_trained_on(tmp_path, recwarn):
+    made = tiny_runs.config("upsampler")
+    with made.unlocked():
+        made.objective.last_steps = 1
+    params = jax.tree.map(np.float32, tiny_stack.weights(made))
+    init = str(weights.save_stack(tmp_path / "given", {"upsampler": (params, made, 0, {})}, "{}", "float32"))
+    run = make_run(tiny_runs.config("upsampler", init=init), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, train._fresh(run, None).params, params["net"])
+    assert "was trained with other settings: objective.last_steps: 1 -> 0" in told(recwarn)
+
+
 def test_what_is_not_taken_of_other_weights_is_told(tmp_path, recwarn):
     init, params = given(tmp_path, "upsampler")
     number = len(jax.tree.leaves(params))

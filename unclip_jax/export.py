@@ -67,6 +67,9 @@ def collect(
             facts = {**facts, "clip_identity": frozen.identity}
         else:
             vocabulary = _vocabulary(name, path, stage, frozen, clip, vocabulary)
+        if name in analytic and "loader" not in stage.config:
+            what = f"the {name} in {path} was converted, and knows of no data to measure variances on"
+            raise UserError(what, "leave it out of --analytic, or train it on")
         params = {**stage.params, "x0_variance": _variances(stage, frozen)} if name in analytic else stage.params
         stages[name] = (params, _without_paths(stage.config), stage.step, facts)
     chain(Path(out), {name: weights.Stage(*stage) for name, stage in stages.items()})
@@ -111,8 +114,9 @@ def _without_paths(config):
     """The config without where things lay on the machine that trained it."""
     config = config.copy_and_resolve_references()
     blank = lambda block: {key: "" if key in DATA_PATHS else value for key, value in block.items()}  # noqa: E731
+    words = config.get("tokenizer") or {}
     with config.unlocked():
-        for block, key in ((config, "clip"), (config, "init"), (config, "track"), (config.tokenizer or {}, "path")):
+        for block, key in ((config, "clip"), (config, "init"), (config, "track"), (words, "path")):
             if key in block:
                 block[key] = ""
         config.data.update(blank(config.data))

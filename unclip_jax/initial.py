@@ -29,7 +29,7 @@ from unclip_jax.tasks.frozen import Trained
 from unclip_jax.weights import STATISTICS
 
 NETWORKS = (CLIP, VisionTransformer, TextEncoder, Prior, PriorAR, UNet, Decoder)
-OBJECTIVE = ("target", "empty_caption", "factor", "enlarge")  # of an objective: what a network is told and gives
+OBJECTIVE = ("target", "empty_caption", "factor", "enlarge", "last_steps")  # of a network's use
 FREE = ("remat", "dtype", "dropout")  # the function that is learned is the same with others
 
 
@@ -40,6 +40,8 @@ def starting_weights(config: ConfigDict, task: tasks.Task, shapes: Any, stage: T
     same shape. Statistics of another CLIP's embeddings are left out, to be measured anew. Warnings tell of that, of
     other settings, and of what is not taken.
     """
+    if other := _other_settings(stage.config, config):
+        warnings.warn(f"init={config.init!r} was trained with other settings: {'; '.join(other)}", stacklevel=2)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tasks.adopt(task, stage.params))
     found, wanted = (dict(by_path(tree)) for tree in (params, shapes))
     both = found.keys() & wanted.keys()
@@ -55,8 +57,6 @@ def starting_weights(config: ConfigDict, task: tasks.Task, shapes: Any, stage: T
         lacks, more = _named(wanted.keys() - both), _named(found.keys() - both)
         what = f"init={config.init!r} gives {len(both)} of the {len(wanted)} arrays"
         warnings.warn(f"{what}; random or measured: {lacks}; left there: {more}", stacklevel=2)
-    if other := _other_settings(stage.config, config):
-        warnings.warn(f"init={config.init!r} was trained with other settings: {'; '.join(other)}", stacklevel=2)
     known = stage.config.get("clip_identity") if tasks.needs_clip(config) else ""
     if known and known != config.clip_identity:
         what = f"init={config.init!r} was trained against the CLIP {known}, and config.clip is {config.clip_identity}"

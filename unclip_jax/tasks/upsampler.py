@@ -85,7 +85,12 @@ class UpsamplerTask:
         return isinstance(self.model, Decoder)
 
     def adopt(self, params):
-        """The parameters of an upsampler that may lack the channels for inpainting, which are then of no effect."""
+        """The parameters of an upsampler that may lack the channels for inpainting, which are then of no effect.
+
+        Of two networks, where the task has one, that of all steps but the last.
+        """
+        if "last" in params and not self.last_steps:
+            params = params["net"]
         if not self.inpaint or self.last_steps:
             return params
         if not self.captioned:
