@@ -256,5 +256,6 @@ def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
     elif clip:
         tasks.check_sees(clip, config.clip, config.data.size)
     if identity and (clip is None or clip.identity != identity):
-        what = f"the embeddings in data.path are of the CLIP {identity}, and config.clip is another or none"
-        raise UserError(what, "set --config.clip to the CLIP they were made with")
+        other = f"clip={config.clip!r} is {clip.identity}" if clip else "there is none"
+        what = f"the embeddings that data names are of the CLIP {identity}, and {other}"
+        raise UserError(what, "set --config.clip to the CLIP they were made with, or embed anew: unclip data embed")

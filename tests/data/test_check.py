@@ -98,12 +98,17 @@ def test_embed_and_what_refuses_it(tmp_path, capsys):
 
     out = tmp_path / "e"
     clip = str(tiny_stack.path())
-    argv = ["data", "embed", "shapes", "--size", "16", "--clip", clip, "--out", str(out), "--splits", "train"]
+    argv = ["data", "embed", "shapes", "--clip", clip, "--out", str(out), "--splits", "train"]
     assert cli.main([*argv, "--batch-size", "8", "--data.length=20"]) == 0
     assert "data.source=embeddings" in capsys.readouterr().out
+    assert json.loads((out / "embeddings.json").read_text())["source"]["size"] == 16  # as the CLIP sees
     assert cli.main(argv) == 2 and "finished" in capsys.readouterr().err
     config = tiny_runs.config("prior_diffusion")  # trains against another CLIP
     with config.unlocked():
         config.data = {"source": "embeddings", "path": str(out), "split": "train", "size": 16}
-    with pytest.raises(UserError, match="config.clip is another"):
+    with pytest.raises(UserError, match="are of the CLIP a, and clip='.*' is [0-9a-f]{16}. Fix: set --config.clip"):
+        make_run(config, tmp_path / "w")
+    with config.unlocked():
+        config.every.eval = 1
+    with pytest.raises(UserError, match="nothing to measure on, eval.split='test'.*was not embedded.*Fix: set --con"):
         make_run(config, tmp_path / "w")

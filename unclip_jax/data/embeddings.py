@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.data.images import BadImage
-from unclip_jax.data.source import Source
+from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_whole, suggest
 from unclip_jax.storage import read_json
 
@@ -42,7 +42,7 @@ class Embeddings(Source):
         splits = meta["splits"]
         split = "test" if split == "heldout" and split not in splits else split
         if split not in splits:
-            raise UserError(f"data.split={split!r} was not embedded in {path}", suggest(split, splits))
+            raise EmptySplit(f"data.split={split!r} was not embedded in {path}", suggest(split, splits))
         self.split, self.length = split, splits[split]
         self.files = sorted(str(file) for file in self.folder.glob(f"{split}-*.arrayrecord"))
         self._records = None
