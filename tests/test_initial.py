@@ -1,6 +1,7 @@
 """Weights a stage is begun from: what their arrays do not show is told; statistics of another CLIP stay behind."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from tests import tiny_runs, tiny_stack
 from unclip_jax import train, weights
 from unclip_jax.run import make_run
+from unclip_jax.tokenizer import Tokenizer
 
 OTHER = "0123456789abcdef"  # identity of a CLIP that no test has
 
@@ -29,7 +31,8 @@ def given(folder, stage: str, identity: str = "", **said) -> tuple[str, dict]:
             *blocks, name = key.split("__")
             functools.reduce(lambda block, part: block[part], blocks, made)[name] = value
     params = jax.tree.map(np.float32, tiny_stack.weights(tiny_runs.make(stage).config, clip()[0]))
-    return str(weights.save_stack(folder / "given", {stage: (params, made, 1, {})}, "{}", "float32")), params
+    words = tiny_stack.tokenizer().to_json()
+    return str(weights.save_stack(folder / "given", {stage: (params, made, 1, {})}, words, "float32")), params
 
 
 def told(recorded) -> str:
@@ -107,6 +110,17 @@ def test_of_karlos_two_upsamplers_that_of_all_steps_but_the_last_is_trained_on(t
     run = make_run(tiny_runs.config("upsampler", init=init), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, train._fresh(run, None).params, params["net"])
     assert "was trained with other settings: objective.last_steps: 1 -> 0" in told(recwarn)
+
+
+def test_another_tokenizer_of_as_many_pieces_is_told(tmp_path, recwarn):
+    init, _ = given(tmp_path, "clip")
+    own = tiny_stack.tokenizer()
+    make_run(tiny_runs.config("clip", init=init, tokenizer__path=f"{init}/tokenizer.json"), tmp_path / "run")
+    assert told(recwarn) == ""
+    texts = ["".join(pair) for pair in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
+    Tokenizer.train(texts, own.vocab_size, own.max_len).save(tmp_path / "other.json")
+    make_run(tiny_runs.config("clip", init=init, tokenizer__path=tmp_path / "other.json"), tmp_path / "run")
+    assert f"init={init!r} was trained with another tokenizer" in told(recwarn)
 
 
 def test_what_is_not_taken_of_other_weights_is_told(tmp_path, recwarn):

@@ -26,6 +26,7 @@ from unclip_jax.models.prior_ar import PriorAR
 from unclip_jax.models.text import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.tasks.frozen import Trained
+from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import STATISTICS
 
 NETWORKS = (CLIP, VisionTransformer, TextEncoder, Prior, PriorAR, UNet, Decoder)
@@ -33,12 +34,14 @@ OBJECTIVE = ("target", "empty_caption", "factor", "enlarge", "last_steps")  # of
 FREE = ("remat", "dtype", "dropout")  # the function that is learned is the same with others
 
 
-def starting_weights(config: ConfigDict, task: tasks.Task, shapes: Any, stage: Trained) -> dict[str, jax.Array]:
-    """The weights of `stage`, which `config.init` names, by name, in f32; UserError unless they are a network of just these arrays.
+def starting_weights(
+    config: ConfigDict, task: tasks.Task, shapes: Any, stage: Trained, tokenizer: Tokenizer | None
+) -> dict[str, jax.Array]:
+    """A trained stage's weights by name, in f32; UserError unless they are a network of just these arrays.
 
     With `config.init_partly` those arrays alone that both networks have; UserError unless there are any, each of the
     same shape. Statistics of another CLIP's embeddings are left out, to be measured anew. Warnings tell of that, of
-    other settings, and of what is not taken.
+    other settings, of another tokenizer, and of what is not taken.
     """
     if other := _other_settings(stage.config, config):
         warnings.warn(f"init={config.init!r} was trained with other settings: {'; '.join(other)}", stacklevel=2)
@@ -64,7 +67,15 @@ def starting_weights(config: ConfigDict, task: tasks.Task, shapes: Any, stage: T
         what += f"; statistics measured anew: {_named(measured)}" if measured else ""
         warnings.warn(f"{what}; it has to learn anew what embeddings mean", stacklevel=2)
         both -= measured
+    elif tokenizer and stage.tokenizer_json and _pieces(stage.tokenizer_json) != tokenizer.to_json():
+        what = f"init={config.init!r} was trained with another tokenizer, and has to learn anew what its tokens mean"
+        warnings.warn(f"{what}; leave config.tokenizer.path out to keep its own", stacklevel=2)
     return {name: found[name] for name in both}
+
+
+def _pieces(tokenizer_json: str) -> str:
+    """A stored tokenizer's text as this version writes it."""
+    return Tokenizer.from_json(tokenizer_json).to_json()
 
 
 def _named(names: Iterable[str], most: int = 5) -> str:

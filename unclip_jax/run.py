@@ -98,7 +98,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     _check_memory(shapes, shardings, mesh)
     frozen = {"clip": clip.params} if clip else {}
     frozen = jax.device_put(frozen, sharding.infer_frozen(frozen, mesh))
-    initial = starting_weights(config, task, shapes.params, begun) if begun else None
+    initial = starting_weights(config, task, shapes.params, begun, tokenizer) if begun else None
     return Run(config, workdir, source, held_out, tokenizer, task, tx, mesh, frozen, shardings, shapes, initial)
 
 
