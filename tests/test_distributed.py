@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny_runs
-from unclip_jax import checkpoint, checkpoint_read, distributed, sharding
+from tests import tiny_runs, tiny_stack
+from unclip_jax import checkpoint, checkpoint_read, distributed, sharding, weights
 from unclip_jax.errors import UserError
 from unclip_jax.run import make_run
 
@@ -81,7 +81,7 @@ def test_a_host_of_a_slice_does_not_go_on_without_the_others(monkeypatch):
         distributed.initialize()
 
 
-def test_hosts_compare_config_data_and_tokenizer(monkeypatch, tmp_path):
+def test_hosts_compare_config_data_tokenizer_and_the_weights_they_begin_with(monkeypatch, tmp_path):
     def compared(**changes) -> list[str]:
         found = []
         with monkeypatch.context() as patch:
@@ -90,7 +90,17 @@ def test_hosts_compare_config_data_and_tokenizer(monkeypatch, tmp_path):
         return found
 
     (config, *rest), (other, *same) = compared(), compared(batch_size=16)
-    assert jax.__version__ in config and config != other and len(rest) == 2 and rest == same
+    assert jax.__version__ in config and config != other and len(rest) == 3 and rest == same
+
+    def begun(scale: float) -> list[str]:
+        made = tiny_runs.config("clip")
+        params = jax.tree.map(lambda a: np.float32(scale * a), tiny_stack.weights(made))
+        tokenizer, given = tiny_stack.tokenizer().to_json(), tmp_path / "given"
+        weights.save_stack(given, {"clip": (params, made, 0, {})}, tokenizer, "float32", overwrite=scale != 1)
+        return compared(init=str(given))
+
+    (_, data, _, one), (_, same_data, _, two) = begun(1), begun(2)
+    assert data == same_data and one != two and len({one, two, rest[-1]}) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

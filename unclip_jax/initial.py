@@ -69,7 +69,8 @@ def starting_weights(
         both -= measured
     elif tokenizer and stage.tokenizer_json and _pieces(stage.tokenizer_json) != tokenizer.to_json():
         what = f"init={config.init!r} was trained with another tokenizer, and has to learn anew what its tokens mean"
-        warnings.warn(f"{what}; leave config.tokenizer.path out to keep its own", stacklevel=2)
+        own = "train against its CLIP" if tasks.needs_clip(config) else "leave config.tokenizer.path out"
+        warnings.warn(f"{what}; {own} to keep the one it knows", stacklevel=2)
     return {name: found[name] for name in both}
 
 

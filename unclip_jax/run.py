@@ -20,6 +20,7 @@ from unclip_jax import data, distributed, optim, sharding, tasks, track
 from unclip_jax.data import loader
 from unclip_jax.data.source import EmptySplit, Source
 from unclip_jax.errors import UserError, is_number, is_whole, said_of, suggest
+from unclip_jax.fingerprint import fingerprint
 from unclip_jax.initial import starting_weights
 from unclip_jax.meter import GIB
 from unclip_jax.storage import read_text
@@ -79,10 +80,11 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     checked = config.every.preview or config.every.eval
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
-    _check_embedded(source, config, clip)
+    _check_source(source, config, clip)
     begun = tasks.load_stage(config.init, config.task) if config.init and not earlier else None
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None, begun)
     distributed.check_same("config.clip or the tokenizer", lambda: f"{clip and clip.identity} {text}")
+    distributed.check_same("what config.init names", lambda: f"{begun and fingerprint(begun.params)}")
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
         config.clip_identity = clip.identity if clip else ""
@@ -245,7 +247,7 @@ def check_embeddable(config: ConfigDict) -> None:
         raise UserError(what, "give a source of pictures; embeddings train priors only")
 
 
-def _check_embedded(source: Source, config: ConfigDict, clip) -> None:
+def _check_source(source: Source, config: ConfigDict, clip) -> None:
     """UserError where a source holds embeddings, and the stage learns from pictures or against another CLIP.
 
     Of pictures, what `tasks.check_sees` says.
