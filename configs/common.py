@@ -19,7 +19,8 @@ def base(task: str, **blocks) -> ConfigDict:
         "batch_size": 64,
         "num_steps": 1000,
         "clip": "",  # workdir of a CLIP run, or a stack: what the prior and the decoder learn against
-        "clip_identity": "",  # filled in by training
+        "clip_identity": "",  # filled in by training, as is data_identity
+        "data_identity": "",  # how many records, and what tells them from others
         "init": "",  # workdir of a run of this stage, or a stack: weights to start from instead of random ones
         "init_partly": False,  # arrays missing in `init` start random, and further ones are left out
         "ema_decay": 0.999,

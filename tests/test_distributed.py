@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny_runs, tiny_stack
-from unclip_jax import checkpoint, checkpoint_read, distributed, sharding, weights
+from tests import tiny_runs
+from unclip_jax import checkpoint, checkpoint_read, distributed, sharding
 from unclip_jax.errors import UserError
 from unclip_jax.run import make_run
 
@@ -93,10 +93,9 @@ def test_hosts_compare_config_data_tokenizer_and_the_weights_they_begin_with(mon
     assert jax.__version__ in config and config != other and len(rest) == 3 and rest == same
 
     def begun(scale: float) -> list[str]:
-        made = tiny_runs.config("clip")
-        params = jax.tree.map(lambda a: np.float32(scale * a), tiny_stack.weights(made))
-        tokenizer, given = tiny_stack.tokenizer().to_json(), tmp_path / "given"
-        weights.save_stack(given, {"clip": (params, made, 0, {})}, tokenizer, "float32", overwrite=scale != 1)
+        params, made, _, words = checkpoint_read.load_params(tiny_runs.folder() / "clip")
+        given = tmp_path / f"times {scale}"
+        tiny_runs.save(given, made, jax.tree.map(lambda a: scale * a, params), words)
         return compared(init=str(given))
 
     (_, data, _, one), (_, same_data, _, two) = begun(1), begun(2)

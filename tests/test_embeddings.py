@@ -53,6 +53,13 @@ def test_statistics_are_those_of_the_records(folder):
     np.testing.assert_allclose(said["std"], z.std(0), rtol=1e-6, atol=1e-9)
 
 
+def test_a_folder_is_known_by_its_records(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    own, copy = (data.make("embeddings", size=16, path=str(path)) for path in (folder, tmp_path / "copy"))
+    other = data.make("embeddings", "test", size=16, path=str(folder))
+    assert own.digest(200) == copy.digest(200) and len({own.digest(1), own.digest(2), other.digest(2)}) == 3
+
+
 def test_a_clip_that_computes_in_bf16_leaves_f32(folder, tmp_path, monkeypatch):
     frozen = tasks.load_clip(tiny_stack.path())
     half = frozen._replace(model=frozen.model.clone(dtype="bfloat16"))

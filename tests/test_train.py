@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -780,6 +781,29 @@ def test_a_run_keeps_to_its_clip(tmp_path):
     words = f"clip_identity: '{run.config.clip_identity}' -> .*Fix: clip='.*other' was trained on or replaced"
     with pytest.raises(UserError, match=words):
         make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
+
+
+def test_data_may_be_moved_and_more_of_them_are_told(tmp_path, recwarn):
+    def pictures(folder, num: int, shade: int = 0) -> str:
+        folder.mkdir(exist_ok=True)
+        for i in range(num):
+            Image.new("RGB", (16, 16), (i, shade, 0)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(f"picture {i}")
+        return str(folder)
+
+    def make(path: str):
+        return make_run(changed("upsampler", {"data.source": "folder", "data.path": path}), tmp_path / "run")
+
+    run = make(pictures(tmp_path / "first", 10))
+    assert re.fullmatch(f"{len(run.source)} records [0-9a-f]{{16}}", run.config.data_identity)
+    train._write_once(run)
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    assert make(pictures(tmp_path / "moved", 10)).config.data_identity == run.config.data_identity
+    assert not [w for w in recwarn if "have changed" in str(w.message)]
+    with pytest.raises(UserError, match="another config: data.path: .*first.* -> .*other.*; data_identity: "):
+        make(pictures(tmp_path / "other", 10, shade=9))
+    with pytest.warns(UserWarning, match=f"have changed: they were {run.config.data_identity}, and are "):
+        make(pictures(tmp_path / "first", 20))
 
 
 def test_checkpoints_without_their_config_are_no_run_to_go_on_with(task, tmp_path):

@@ -33,8 +33,9 @@ MAY_CHANGE += ("objective.chunk:", "loader.num_workers:", "loader.num_threads:",
 MAY_CHANGE += ("model.vision.remat:", "model.text.remat:", "model.unet.remat:", "track:", "loader.factor: (absent)")
 # What configs of older versions did not say, and what was done without.
 UNSAID = {"optim.sam_rho": 0.0, "model.dtype": "float32", "loader.degrade": None, "objective.blur_share": 0.5}
+MOVED = ("data.path:", "data.data_dir:")  # may differ where the records are the same
 TOKENIZER_CAPTIONS = 20_000
-COMPARED = 64  # records that hosts compare, beside their number
+COMPARED = 64  # records by which data are known, beside their number
 MOST_STEPS = 2**31 - 1  # the step is an i32
 PRIORS = ("prior_diffusion", "prior_ar")
 SIZES = {"width", "layers", "heads", "patch", "image_size", "channels", "multipliers", "groups", "head_channels"}
@@ -76,7 +77,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
     source = data.make(**config.data)
-    distributed.check_same("config.data", lambda: f"{len(source)} {source.digest(COMPARED)}")
+    data_identity = f"{len(source)} records {source.digest(COMPARED)}".strip()
+    distributed.check_same("config.data", lambda: data_identity)
     checked = config.every.preview or config.every.eval
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
@@ -87,7 +89,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     distributed.check_same("what config.init names", lambda: f"{begun and fingerprint(begun.params)}")
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
-        config.clip_identity = clip.identity if clip else ""
+        config.clip_identity, config.data_identity = clip.identity if clip else "", data_identity
         if tokenizer:
             config.tokenizer.update(vocab_size=tokenizer.vocab_size, max_len=tokenizer.max_len)
     if earlier:
@@ -133,9 +135,15 @@ def _earlier_run(workdir: str | Path) -> tuple[Path, ConfigDict | None]:
 
 
 def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> None:
-    same = {f"{key}: (absent) -> {value!r}" for key, value in UNSAID.items()}
-    changed = [line for line in configs.diff(earlier, config) if not line.startswith(MAY_CHANGE) and line not in same]
-    if changed:
+    """UserError where an earlier run's config is another; a warning where only what its data hold is."""
+    before, after = earlier.get("data_identity", ""), config.data_identity
+    same = {f"{key}: (absent) -> {value!r}" for key, value in {**UNSAID, "data_identity": after}.items()}
+    may_change = MAY_CHANGE + (MOVED if before == after else ())
+    changed = [line for line in configs.diff(earlier, config) if not line.startswith(may_change) and line not in same]
+    if changed and all(line.startswith("data_identity:") for line in changed):
+        what = f"the data of workdir {workdir} have changed: they were {before}, and are {after}"
+        warnings.warn(f"{what}; the run goes on with other batches than it would have had", stacklevel=2)
+    elif changed:
         fix = "use another --workdir, or the config that this one was started with"
         if all(line.startswith("clip_identity:") for line in changed):
             fix = f"clip={config.clip!r} was trained on or replaced: give the CLIP as it was, or another --workdir, "

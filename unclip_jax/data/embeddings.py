@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.data.images import BadImage
-from unclip_jax.data.source import EmptySplit, Source
+from unclip_jax.data.source import EmptySplit, Source, hashed
 from unclip_jax.errors import UserError, is_whole, suggest
 from unclip_jax.storage import read_json
 
@@ -87,6 +87,17 @@ class Embeddings(Source):
             arrays[name] = np.frombuffer(data, kind, count, at).reshape(shape)
             at += count * kind.itemsize
         return arrays
+
+    def digest(self, num: int) -> str:
+        """Of the records' bytes."""
+
+        def read(i: int) -> bytes:
+            try:
+                return self.records[i]
+            except RuntimeError:
+                return b""  # told of when it is asked for
+
+        return hashed(map(read, range(min(num, self.length))))
 
 
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
