@@ -720,6 +720,18 @@ def test_weights_to_start_from_must_be_of_the_same_network(tmp_path):
         make_run(changed("upsampler", {"init": "no/run"}), tmp_path / "run")
 
 
+def test_of_two_upsamplers_the_one_of_the_runs_size_is_begun_from(tmp_path):
+    made = {size: changed("upsampler", {"data.size": size}) for size in (16, 32)}
+    params = {size: jax.tree.map(np.float32, tiny_stack.weights(config, seed=size)) for size, config in made.items()}
+    stages = {f"upsampler_{size}": (params[size], config, 0, {}) for size, config in made.items()}
+    init = str(weights.save_stack(tmp_path / "given", stages, "{}", "float32"))
+    for size in made:
+        run = make_run(changed("upsampler", {"data.size": size, "init": init}), tmp_path / "run")
+        jax.tree.map(np.testing.assert_array_equal, train._fresh(run, None).params, params[size])
+    with pytest.raises(UserError, match=r"no stages of the task 'upsampler' for 24 pixels \(data.size\), and 1"):
+        make_run(changed("upsampler", {"data.size": 24, "init": init}), tmp_path / "run")
+
+
 def test_part_of_a_network_can_be_started_from(tmp_path):
     made = tiny_runs.config("upsampler")
     params = jax.tree.map(np.float32, tiny_stack.weights(made))

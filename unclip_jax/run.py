@@ -83,7 +83,7 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
     _check_source(source, config, clip)
-    begun = tasks.load_stage(config.init, config.task) if config.init and not earlier else None
+    begun = tasks.load_stage(config.init, config.task, config.data.size) if config.init and not earlier else None
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None, begun)
     distributed.check_same("config.clip or the tokenizer", lambda: f"{clip and clip.identity} {text}")
     distributed.check_same("what config.init names", lambda: f"{begun and fingerprint(begun.params)}")

@@ -35,8 +35,10 @@ class Trained(NamedTuple):
     extra: dict
 
 
-def load_stage(path: str | os.PathLike, task: str) -> Trained:
+def load_stage(path: str | os.PathLike, task: str, size: int | None = None) -> Trained:
     """Reads the stage of `task` from a workdir of `unclip train` (averaged weights), or from a stack, bundled or not.
+
+    Of several in a stack, such as upsamplers, that one whose pictures have `size` pixels a side.
 
     Raises:
       UserError: nothing usable at `path`, or no stage of this task, or several.
@@ -44,8 +46,14 @@ def load_stage(path: str | os.PathLike, task: str) -> Trained:
     path, fix = weights.located(path), f"give the workdir of a run of '{task}', or a stack that holds one"
     if weights.is_stack(path):
         names = [name for name, own in weights.tasks_of(path).items() if own == task]
+        pixels = ""
+        if len(names) > 1 and size is not None:
+            stages = weights.describe_stack(path, names).stages
+            names = [name for name in names if stages[name].config.get("data", {}).get("size") == size]
+            pixels = f" for {size} pixels (data.size)"
         if len(names) != 1:
-            raise UserError(f"stack {path} has {len(names) or 'no'} stages of the task '{task}', and 1 is needed", fix)
+            what = f"stack {path} has {len(names) or 'no'} stages of the task '{task}'{pixels}, and 1 is needed"
+            raise UserError(what, fix)
         stack = weights.load_stack(path, names)
         params, config, step, extra = stack.stages[names[0]]
         return Trained(params, config, step, stack.tokenizer_json, extra)
