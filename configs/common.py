@@ -20,7 +20,7 @@ def base(task: str, **blocks) -> ConfigDict:
         "num_steps": 1000,
         "clip": "",  # workdir of a CLIP run, or a stack: what the prior and the decoder learn against
         "clip_identity": "",  # filled in by training, as is data_identity
-        "data_identity": "",  # how many records, and what tells them from others
+        "data_identity": "",  # how many records there are, and what tells them from others; "" where `data` says it all
         "init": "",  # workdir of a run of this stage, or a stack: weights to start from instead of random ones
         "init_partly": False,  # arrays missing in `init` start random, and further ones are left out
         "ema_decay": 0.999,

@@ -653,7 +653,7 @@ def test_an_accelerator_tells_its_own_memory(stats, limit):
 def test_embeddings_train_priors_only(stage, tmp_path, monkeypatch):
     config = tiny_runs.config(stage)
     identity = tasks.load_clip(tiny_runs.folder() / "clip").identity
-    monkeypatch.setattr(runs.data, "make", lambda **_: SimpleNamespace(clip_identity=identity))
+    monkeypatch.setattr(runs.data, "make", lambda **_: SimpleNamespace(clip_identity=identity, digest=str))
     with pytest.raises(UserError, match=f"holds embeddings, and the task {stage} learns from pictures. Fix: give a"):
         make_run(config, tmp_path / "run")
 

@@ -77,8 +77,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     sharding.check_batch(config.batch_size, mesh)
     tx = optim.make(config.num_steps, **config.optim)
     source = data.make(**config.data)
-    data_identity = f"{len(source)} records {source.digest(COMPARED)}".strip()
-    distributed.check_same("config.data", lambda: data_identity)
+    known = source.digest(COMPARED)
+    distributed.check_same("config.data", lambda: f"{len(source)} {known}")
     checked = config.every.preview or config.every.eval
     held_out = _held_out(config) if checked else None
     clip = tasks.load_clip(config.clip) if config.clip else None
@@ -89,7 +89,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     distributed.check_same("what config.init names", lambda: f"{begun and fingerprint(begun.params)}")
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
-        config.clip_identity, config.data_identity = clip.identity if clip else "", data_identity
+        config.clip_identity = clip.identity if clip else ""
+        config.data_identity = f"{len(source)} records {known}" if known else ""
         if tokenizer:
             config.tokenizer.update(vocab_size=tokenizer.vocab_size, max_len=tokenizer.max_len)
     if earlier:
@@ -138,7 +139,7 @@ def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> N
     """UserError where an earlier run's config is another; a warning where only what its data hold is."""
     before, after = earlier.get("data_identity", ""), config.data_identity
     same = {f"{key}: (absent) -> {value!r}" for key, value in {**UNSAID, "data_identity": after}.items()}
-    may_change = MAY_CHANGE + (MOVED if before == after else ())
+    may_change = MAY_CHANGE + (MOVED if before and before == after else ())
     changed = [line for line in configs.diff(earlier, config) if not line.startswith(may_change) and line not in same]
     if changed and all(line.startswith("data_identity:") for line in changed):
         what = f"the data of workdir {workdir} have changed: they were {before}, and are {after}"
