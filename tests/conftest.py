@@ -24,8 +24,10 @@ os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{k}={v}" for k, v in FLAGS.item
 # Commands that tests start read it too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # a program says of no operation where it was called
 
 import jax  # noqa: E402 (reads all of them when imported)
+import pytest  # noqa: E402
 
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,5 +35,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_collection_finish():
     """What all imports made is there for good, so no sweep looks at it again."""
+    settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Nor at what a file's tests left in caches: each run of training makes a sweep."""
+    if nextitem is None or nextitem.path != item.path:
+        settle()
+
+
+def settle():
     gc.collect()
     gc.freeze()

@@ -26,10 +26,11 @@ def plan(*command: str) -> subprocess.CompletedProcess:
 
 @needs_libtpu
 @pytest.mark.tpu
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v6e:2x2"])
-def test_a_small_stage_is_planned_without_a_word_of_libtpus(topology, tmp_path):
-    config, out = "configs/shapes/upsampler.py:tiny", str(tmp_path / "plan.json")
-    done = plan("--config", config, "--topology", topology, "--what", "sample", "--out", out)
+@pytest.mark.parametrize(("topology", "stage"), [("v4:2x2x1", "clip"), ("v6e:2x2", "upsampler")])
+def test_a_small_stage_is_planned_without_a_word_of_libtpus(topology, stage, tmp_path):
+    what, out = "train" if stage == "clip" else "sample", str(tmp_path / "plan.json")
+    settings = ("--what", what, "--quick", "--out", out)
+    done = plan("--config", f"configs/shapes/{stage}.py:tiny", "--topology", topology, *settings)
     assert (done.returncode, done.stderr) == (0, "")
     (report,) = json.loads(Path(out).read_text())
     assert report["fits"] and report["compiled"] and report["devices"] == 4
