@@ -145,7 +145,7 @@ def test_the_decoders_bits_are_those_of_the_whole_bound(runs):
 def test_the_error_by_time_is_that_of_the_loss_at_these_times(runs):
     own = trained.load(runs["decoder"])
     task = dataclasses.replace(own.task, clip_drop=0.0, text_drop=0.0)
-    batch = task.encode(own.frozen, next(own.batches(0)))
+    batch = jax.jit(task.encode)(own.frozen, next(own.batches(0)))
     loss = jax.jit(lambda t, key: task.loss(own.params, batch, key, t)[1]["mse"])
     at = [float(loss(jnp.full(8, t), jax.random.key(0))) for t in (0, 19)]
     mixed = float(loss(jnp.array([0] * 4 + [19] * 4), jax.random.key(0)))

@@ -139,8 +139,7 @@ def test_weights_in_bf16_do_not_round_the_embedding(dtype):
     prior = Prior(D, L, width=8, layers=1, heads=2, vocab_size=11, dtype=jnp.dtype(dtype))
     xt, caption, mask = jnp.ones((1, D)), jnp.ones((1, L), jnp.int32), jnp.ones((1, L), bool)
     args = (xt, jnp.zeros((1,), jnp.int32), caption, mask, xt, jnp.ones((1,), bool))
-    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), prior.init(jax.random.key(0), *args)["params"])
-    z = prior.apply({"params": params}, *args)
+    z = run(prior, jax.tree.map(lambda a: a.astype(jnp.bfloat16), draw(prior, *args)), *args)
     assert z.dtype == jnp.float32 and (z != z.astype(jnp.bfloat16)).any()
 
 

@@ -29,7 +29,7 @@ def test_a_widened_kernel_reads_the_first_channels_alone(patch):
 def test_a_new_networks_extra_channels_are_without_effect():
     net = UNet(channels=8, multipliers=(1,), blocks=1, groups=4, patch=2, outer=8, extra=4)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 7))
-    params = net.init(jax.random.key(1), x, jnp.zeros(1, jnp.int32))["params"]
+    params = jax.jit(net.init)(jax.random.key(1), x, jnp.zeros(1, jnp.int32))["params"]
     params["out"]["kernel"] = jnp.ones_like(params["out"]["kernel"])
     run = jax.jit(lambda x: net.apply({"params": params}, x, jnp.zeros(1, jnp.int32)))
     np.testing.assert_array_equal(run(x), run(x.at[..., 3:].set(5.0)))
@@ -76,8 +76,13 @@ def shown_in_training(task, n=400):
         "condition": lambda *a: a[0], "denoise": lambda x, time, cond, train=False: (seen.append(x), x[..., :3])[1],
     }, {"unet": {}})  # fmt: skip
     given = batch(task, n)
-    dataclasses.replace(task, model=net, inpaint=True).loss({}, given, jax.random.key(0))
-    x = np.asarray(seen[0])
+
+    @jax.jit
+    def shown(given):
+        dataclasses.replace(task, model=net, inpaint=True).loss({}, given, jax.random.key(0))
+        return seen.pop()
+
+    x = np.asarray(shown(given))
     return np.asarray(given["image"]), x[..., 6:], x[..., 3:6]
 
 

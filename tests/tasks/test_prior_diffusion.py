@@ -285,7 +285,7 @@ def test_evaluate_compares_with_what_costs_nothing():
     mean, std = jnp.linspace(-1, 1, D), jnp.linspace(1, 2, D)
     truth = (batch["z_img"] - mean[None]) / std[None]
     task = dataclasses.replace(task, clip_x0=None)
-    found = task.evaluate({"net": {}, "mean": mean, "std": std}, batch, jax.random.key(0))
+    found = jax.jit(task.evaluate)({"net": {}, "mean": mean, "std": std}, batch, jax.random.key(0))
     z, text = np.asarray(batch["z_img"], np.float64), np.asarray(batch["z_txt"], np.float64)
 
     def cosine(a, b):
