@@ -68,11 +68,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def sample(stack, *more):
-    return ["sample", "a red circle", "a blue ring", "--num", 2, "--model", stack, "--seed", 7, *more]
+    return ["sample", "a red circle", "a blue ring", "--num", 2, "--model", stack, "--seed", 7, "--steps", 3, *more]
 
 
 def test_sample_writes_pictures_grid_and_index(run, stack, tmp_path):
-    code, out, err = run(*sample(stack, "--out", "made", "--steps", 3))
+    code, out, err = run(*sample(stack, "--out", "made"))
     assert (code, err) == (0, [])
     assert "4 pictures of 32 x 32 pixels in made" in out
     index = json.loads((tmp_path / "made" / "pictures.json").read_text())
@@ -87,7 +87,7 @@ def test_sample_writes_pictures_grid_and_index(run, stack, tmp_path):
 
 
 def test_png_metadata_tells_how_a_picture_was_made(run, stack, tmp_path):
-    run(*sample(stack, "--out", "made", "--steps", 3))
+    run(*sample(stack, "--out", "made"))
     for entry in json.loads((tmp_path / "made" / "pictures.json").read_text())["pictures"]:
         with Image.open(tmp_path / "made" / entry["file"]) as picture:
             text = picture.text
@@ -122,9 +122,8 @@ def test_overwrite_replaces_its_own_pictures_and_nothing_else(run, stack, tmp_pa
 
 def test_prompts_come_from_a_file(run, stack, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\r\na blue ring\n".encode())
-    assert (
-        run("sample", "--prompts", "p.txt", "--num", 2, "--model", stack, "--seed", 7, "--out", "f")[0] == 0
-    )
+    given = ("--prompts", "p.txt", *sample(stack)[3:])
+    assert run("sample", *given, "--out", "f")[0] == 0
     run(*sample(stack, "--out", "a"))
     assert files(tmp_path / "f") == files(tmp_path / "a")
 
