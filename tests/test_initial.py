@@ -22,7 +22,7 @@ def clip():
     return run.task.clip, run.frozen["clip"]
 
 
-def given(folder, stage: str, identity: str = "", **said) -> tuple[str, dict]:
+def given(folder, stage: str, identity: str = "", words: str = "", **said) -> tuple[str, dict]:
     """(a stack with that stage, trained against the CLIP of that identity and with a config of this, its weights)."""
     made = tiny_runs.config(stage)
     with made.unlocked(), made.ignore_type():
@@ -31,7 +31,7 @@ def given(folder, stage: str, identity: str = "", **said) -> tuple[str, dict]:
             *blocks, name = key.split("__")
             functools.reduce(lambda block, part: block[part], blocks, made)[name] = value
     params = jax.tree.map(np.float32, tiny_stack.weights(tiny_runs.make(stage).config, clip()[0]))
-    words = tiny_stack.tokenizer().to_json()
+    words = words or tiny_stack.tokenizer().to_json()
     return str(weights.save_stack(folder / "given", {stage: (params, made, 1, {})}, words, "float32")), params
 
 
@@ -122,6 +122,15 @@ def test_another_tokenizer_of_as_many_pieces_is_told(tmp_path, recwarn):
     make_run(tiny_runs.config("clip", init=init, tokenizer__path=tmp_path / "other.json"), tmp_path / "run")
     heard = told(recwarn)
     assert f"init={init!r} was trained with another tokenizer" in heard and "leave config.tokenizer.path out" in heard
+
+
+def test_a_clip_of_another_tokenizer_is_told(tmp_path, recwarn):
+    own = tiny_stack.tokenizer()
+    texts = ["".join(pair) for pair in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
+    init, _ = given(tmp_path, "prior_diffusion", words=Tokenizer.train(texts, own.vocab_size, own.max_len).to_json())
+    make_run(tiny_runs.config("prior_diffusion", init=init), tmp_path / "run")
+    heard = told(recwarn)
+    assert f"init={init!r} was trained with another tokenizer" in heard and "train against its CLIP" in heard
 
 
 def test_what_is_not_taken_of_other_weights_is_told(tmp_path, recwarn):

@@ -793,6 +793,11 @@ def test_a_run_keeps_to_its_clip(tmp_path):
     words = f"clip_identity: '{run.config.clip_identity}' -> .*Fix: clip='.*other' was trained on or replaced"
     with pytest.raises(UserError, match=words):
         make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
+    with run.config.unlocked():
+        run.config.data_identity = "9 records"
+    train._write_once(run)
+    with pytest.raises(UserError, match=words):  # where the data have changed too
+        make_run(changed("prior_diffusion", {"clip": str(tmp_path / "other")}), tmp_path)
 
 
 def test_data_may_be_moved_and_more_of_them_are_told(tmp_path, recwarn):

@@ -85,8 +85,8 @@ def make_run(config: ConfigDict, workdir: str | Path) -> Run:
     _check_source(source, config, clip)
     begun = tasks.load_stage(config.init, config.task, config.data.size) if config.init and not earlier else None
     text = clip.tokenizer_json if clip else _own_tokenizer(config, source, workdir if earlier else None, begun)
-    distributed.check_same("config.clip or the tokenizer", lambda: f"{clip and clip.identity} {text}")
-    distributed.check_same("what config.init names", lambda: f"{begun and fingerprint(begun.params)}")
+    told = lambda: f"{clip and clip.identity} {begun and fingerprint(begun.params)} {text}"  # noqa: E731
+    distributed.check_same("what config.clip or config.init names, or the tokenizer,", told)
     tokenizer = Tokenizer.from_json(text) if text else None
     with config.unlocked():
         config.clip_identity = clip.identity if clip else ""
@@ -141,12 +141,13 @@ def _check_same_run(config: ConfigDict, earlier: ConfigDict, workdir: Path) -> N
     same = {f"{key}: (absent) -> {value!r}" for key, value in {**UNSAID, "data_identity": after}.items()}
     may_change = MAY_CHANGE + (MOVED if before and before == after else ())
     changed = [line for line in configs.diff(earlier, config) if not line.startswith(may_change) and line not in same]
-    if changed and all(line.startswith("data_identity:") for line in changed):
+    others = [line for line in changed if not line.startswith("data_identity:")]
+    if changed and not others:
         what = f"the data of workdir {workdir} have changed: they were {before}, and are {after}"
         warnings.warn(f"{what}; the run goes on with other batches than it would have had", stacklevel=2)
-    elif changed:
+    elif others:
         fix = "use another --workdir, or the config that this one was started with"
-        if all(line.startswith("clip_identity:") for line in changed):
+        if all(line.startswith("clip_identity:") for line in others):
             fix = f"clip={config.clip!r} was trained on or replaced: give the CLIP as it was, or another --workdir, "
             fix += f"which may begin with --config.init={workdir}"
         raise UserError(f"workdir {workdir} holds a run with another config: {'; '.join(changed[:5])}", fix)
