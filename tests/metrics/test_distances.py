@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 
 from unclip_jax.errors import UserError
-from unclip_jax.metrics.distances import Moments, cmmd, frechet, kid, mmd_unbiased, polynomial
+from unclip_jax.metrics.distances import Moments, cmmd, frechet, kid, mmd_unbiased, polynomial, unit
 
 RNG = np.random.default_rng(0)
 
@@ -42,6 +42,7 @@ def test_moments_of_blocks_are_those_of_the_whole():
         assert got.n == 400
         np.testing.assert_allclose(got.mean, REAL.astype(np.float64).mean(0), rtol=1e-12)
         np.testing.assert_allclose(got.covariance, np.cov(REAL.astype(np.float64), rowvar=False), rtol=1e-10)
+    np.testing.assert_array_equal(Moments.of(REAL[:1]).covariance, np.zeros((24, 24)))  # of one there is no spread
 
 
 def test_weighted_moments_are_those_of_repeated_rows():
@@ -73,6 +74,21 @@ def test_frechet_without_full_rank_is_exact():
     assert frechet(zero, np.outer(u, u), zero, np.diag(b)) == pytest.approx(exact, rel=1e-9)
     few = features(20, 64)
     assert distance(few, few) < 1e-9 * np.trace(Moments.of(few).covariance)
+
+
+def test_frechet_is_never_negative():
+    """Of a set and itself rounding leaves a little, of either sign."""
+    assert all(0 <= distance(few, few) < 1e-9 for few in (features(40, 8) for _ in range(20)))
+
+
+def test_frechet_takes_statistics_that_were_stored_in_float32():
+    """Rounding makes eigenvalues that were zero negative by a little."""
+    few = Moments.of(features(20, 64))
+    rounded = few.covariance.astype(np.float32)
+    assert -1e-6 < np.linalg.eigvalsh(np.float64(rounded))[0] / np.trace(rounded) < -1e-12
+    whole = np.diag(RNG.uniform(0.1, 2, 64))
+    exact = frechet(few.mean, few.covariance, 0 * few.mean, whole)
+    assert frechet(few.mean, rounded, 0 * few.mean, whole) == pytest.approx(exact, rel=1e-3)
 
 
 def test_frechet_of_a_shift_is_its_square():
@@ -111,7 +127,10 @@ def loops(x, y, kernel):
 def test_kid_of_all_pictures_is_the_estimate_pair_by_pair():
     x, y = REAL[:30].astype(np.float64), DRAWN[:30].astype(np.float64)
     exact = loops(x, y, lambda p, q: (p @ q / 24 + 1) ** 3)
-    assert kid(x, y, 30) == (pytest.approx(exact, rel=1e-10), 0.0)
+    assert kid(x, y, 30) == kid(x, y) == (pytest.approx(exact, rel=1e-10), 0.0)
+    for n, m in ((5, 9), (9, 5)):
+        few = mmd_unbiased(x[:n], y[:m], polynomial)
+        assert few == pytest.approx(loops(x[:n], y[:m], lambda p, q: (p @ q / 24 + 1) ** 3), rel=1e-10)
 
 
 def test_kid_is_unbiased_over_its_subsets():
@@ -120,7 +139,8 @@ def test_kid_is_unbiased_over_its_subsets():
     mean, std = kid(x, y, 20, 400, seed=1)
     assert abs(mean - mmd_unbiased(x, y, polynomial)) < 4 * std / 20
     assert kid(x, y, 20, 400, seed=1) == (mean, std) != kid(x, y, 20, 400, seed=2)
-    assert kid(x[:20], y, 20, 9)[1] > 0  # of one set all, of the other parts
+    for parts in (kid(x[:20], y, 20, 9), kid(x, y[:20], 20, 9), kid(x[:20], y, 50, 9), kid(x, y[:20], 50, 9)):
+        assert parts[1] > 0  # of one set all, of the other parts
 
 
 def test_kid_needs_two_pictures():
@@ -135,3 +155,7 @@ def test_cmmd_is_the_mean_over_pairs():
     assert cmmd(REAL[:40], DRAWN[:30]) == pytest.approx(exact, rel=1e-6)
     assert cmmd(REAL[:40], 5 * DRAWN[:30], chunk=7) == pytest.approx(exact, rel=1e-6)
     assert abs(cmmd(REAL, REAL)) < 1e-10
+
+
+def test_a_row_of_zeros_has_no_direction_and_stays():
+    np.testing.assert_allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0, 0]], rtol=1e-12)

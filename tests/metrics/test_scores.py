@@ -31,6 +31,8 @@ def test_precision_and_recall_tell_lost_kinds_from_bad_pictures():
     assert precision_recall(X, X) == (1, 1) and precision_recall(X, X + 100) == (0, 0)
     precision, recall = precision_recall(np.r_[X, same + 100], X[:50])  # one of two kinds is drawn, and well
     assert precision == 1 and recall == 0.5
+    one = np.zeros((5, 6))  # the same picture over and over: balls without radius, and each holds all
+    assert precision_recall(one, one) == (1, 1) and precision_recall(one, one + 1) == (0, 0)
 
 
 @pytest.mark.parametrize("k", [0, 40])
@@ -57,6 +59,7 @@ def test_inception_score_is_the_exponent_of_the_mean_divergence():
     assert scores.inception_score(800 * np.eye(8), 1)[0] == pytest.approx(8)  # 8 kinds, each certain
     assert scores.inception_score(50 * np.eye(8).repeat(4, 0), 2)[0] > 5  # whatever the order they come in
     assert scores.inception_score(np.ones((8, 5)), 2)[0] == pytest.approx(1)
+    assert scores.inception_score(logits, 40) == pytest.approx((1, 0))  # of single pictures nothing differs
     with pytest.raises(UserError, match="splits=10"):
         scores.inception_score(logits[:9])
 
@@ -75,6 +78,7 @@ def test_recall_is_what_sorting_finds():
         for k in (1, 5, 10):
             assert (got["image_to_text"][k], got["text_to_image"][k]) == found(z_img, z_txt, k)
     assert 0.2 < got["image_to_text"][1] < got["image_to_text"][10]
+    assert probes.recall(z_img, z_txt, (30,)) == {"image_to_text": {30: 1}, "text_to_image": {30: 1}}  # of all, all
 
 
 def test_embeddings_all_alike_find_nothing():
@@ -111,7 +115,9 @@ def test_prompts_are_ensembled_class_by_class():
     for c in range(3):
         mean = sum(v / np.linalg.norm(v) for v in z[2 * c : 2 * c + 2])
         np.testing.assert_allclose(got[c], mean / np.linalg.norm(mean), rtol=1e-12)
-    assert probes.top_k(np.array([[3, 2, 1], [1, 2, 3], [2, 2, 1]]), [0, 0, 0], 1).tolist() == [True, False, False]
+    of_three = np.array([[3, 2, 1], [1, 2, 3], [2, 2, 1]])
+    best = [probes.top_k(of_three, [0, 0, 0], k).tolist() for k in (1, 2, 3)]
+    assert best == [[True, False, False], [True, False, True], [True] * 3]
 
 
 def test_the_linear_probe_is_at_its_minimum():

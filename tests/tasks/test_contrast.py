@@ -107,6 +107,20 @@ def test_the_first_of_equal_captions_is_the_hit(chunk):
     np.testing.assert_allclose(seen.own, np.diag(logits), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_a_caption_is_the_nearest_however_far_it_is(chunk):
+    """All similarities are negative, as early in training they may be; most pairs are each other's nearest."""
+    image, text = (np.c_[side * np.ones(N), a[:, 1:]] for side, a in zip((3, -3), pairs(), strict=True))
+    image, text = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (image, text))
+    logits = image @ text.T
+    seen = jax.jit(lambda *of: contrast.see(*of, 1.0, chunk))(np.float32(image), np.float32(text))
+    hits = logits.argmax(1) == np.arange(N)
+    assert logits.max() < 0 and hits.sum() > 5
+    np.testing.assert_array_equal(seen.image_hit, hits)
+    np.testing.assert_array_equal(seen.text_hit, logits.argmax(0) == np.arange(N))
+    np.testing.assert_allclose(seen.by_image, np.log(np.exp(logits).sum(1)), rtol=1e-5)
+
+
 def test_a_chunk_that_does_not_divide_a_batch_gives_way():
     image, text = (a[:18] for a in ARGUMENTS[:2])
     both = jax.jit(lambda *of: [contrast.softmax_loss(*of, SCALE, chunk)[0] for chunk in (0, 12)])
