@@ -96,8 +96,9 @@ def test_guided_score_is_that_of_the_tilted_density():
 def test_rescaling_brings_the_spread_of_each_sample_back(batch, phi):
     """Lin et al. 2023, eq. 15 and 16, in float64."""
     c = np.asarray(denoiser(COND)(*batch).pred, np.float64)
-    u = np.asarray(3 * denoiser(UNCOND)(*batch).pred, np.float64)
-    factor = jnp.repeat(jnp.array([1.0, 3.0]), 3).reshape(-1, 1, 1, 1)
+    uneven = jnp.linspace(1, 3, 32).reshape(1, 4, 4, 2)  # so that the spread is another in each row and channel
+    u = np.asarray(uneven * denoiser(UNCOND)(*batch).pred, np.float64)
+    factor = jnp.concatenate([jnp.ones((3, 4, 4, 2)), uneven.repeat(3, 0)])
     both = lambda xt, model_time: Out(factor * denoiser(BOTH)(xt, model_time).pred)  # noqa: E731
     got = np.asarray(guide(both, 4.0, phi)(*batch).pred)
     for i in range(3):
@@ -125,14 +126,15 @@ def test_within_an_interval_one_denoiser_and_outside_it_the_other_and_only_that_
     def named(name, value, dtype):
         def denoise(xt, model_time):
             jax.debug.callback(lambda: calls.append(name))
-            return Out(jnp.full_like(xt, value, dtype))
+            return Out(jnp.full_like(xt, value, dtype), jnp.full_like(xt, value / 4))
 
         return denoise
 
     both = jax.jit(within(200, 300, named("in", 1, jnp.float32), named("out", 2, jnp.bfloat16)))
     for time, name, value in ((199, "out", 2), (200, "in", 1), (300, "in", 1), (301, "out", 2)):
         calls.clear()
-        out = both(jnp.zeros((2, 3)), jnp.full((2,), time)).pred
+        out = both(jnp.zeros((2, 3)), jnp.full((2,), time))
         jax.effects_barrier()
-        assert calls == [name] and out.dtype == jnp.float32
-        np.testing.assert_array_equal(out, value)
+        assert calls == [name] and out.pred.dtype == jnp.float32
+        np.testing.assert_array_equal(out.pred, value)
+        np.testing.assert_array_equal(out.var, value / 4)

@@ -90,6 +90,29 @@ def test_clipping_is_undone_too():
     np.testing.assert_allclose(ddim(sched, denoise, noise, target="x0", clip_x0=0.5), x0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bound", [1.0, 0.5])
+def test_every_step_that_clips_is_undone_by_itself(bound):
+    """In numpy DDIM's step takes each level to the one before; all steps together forgive more, as clipping forgets.
+
+    1 is what both take unless told.
+    """
+    a, time = FULL.alphas_cumprod[150:900:250], FULL.timesteps[150:900:250]
+    x0 = np.clip(2 * pictures(), -bound, bound)
+    told = {} if bound == 1 else {"clip_x0": bound}
+    invert = lambda k: ddim_invert(  # noqa: E731
+        S.Schedule(a[:k], time[:k]), lambda xt, _: Out(1.8 * xt), x0, target="x0", iterations=60, **told
+    )
+    levels = [x0, *(np.asarray(invert(k)) for k in range(1, len(a) + 1))]
+    clipped = 0
+    for k in range(len(a)):
+        prev, xt = np.append(1.0, a)[k], levels[k + 1]
+        seen = np.clip(1.8 * xt, -bound, bound)
+        clipped += (np.abs(seen) == bound).mean()
+        eps = (xt - np.sqrt(a[k]) * seen) / np.sqrt(1 - a[k])
+        np.testing.assert_allclose(np.sqrt(prev) * seen + np.sqrt(1 - prev) * eps, levels[k], atol=1e-6)
+    assert 0.2 < clipped / len(a) < 0.9
+
+
 def test_no_iteration_is_an_error():
     sched = S.make_schedule("cosine", 4)
     with pytest.raises(UserError, match="iterations=0"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.tile import places, tiled
+from unclip_jax.diffusion.tile import check_tiles, places, tiled
 from unclip_jax.errors import UserError
 
 
@@ -63,6 +63,14 @@ def test_weights_sum_to_one_and_tiles_cover(size, tile, overlap, align):
         total[start : start + tile] += weight
     np.testing.assert_allclose(total, 1, rtol=1e-12)
     assert (weights >= 0).all() and np.diff(starts).max() <= tile - overlap
+    assert np.diff(starts).min() > 0  # no tile is run twice
+
+
+def test_weights_rise_evenly_in_the_middle_half_of_an_overlap():
+    starts, weights = places(32, 24, 16, 1)
+    rising = np.interp(np.arange(16) + 0.5, [4, 12], [0, 1])
+    np.testing.assert_array_equal(starts, [0, 8])
+    np.testing.assert_allclose(weights, [[*np.ones(8), *rising[::-1]], [*rising, *np.ones(8)]], atol=1e-12)
 
 
 def test_no_seam_where_tiles_disagree():
@@ -81,10 +89,10 @@ def test_the_network_is_traced_for_one_tile():
 
     def net(x, time):
         shapes.add(x.shape)
-        return x[..., :3]
+        return x[..., :3].astype(jnp.bfloat16)
 
-    jax.eval_shape(tiled(net, 16, 4), picture(128, 64), jnp.array([0, 0]))
-    assert shapes == {(2, 16, 16, 4)}
+    got = jax.eval_shape(tiled(net, 16, 4), picture(128, 64), jnp.array([0, 0]))
+    assert shapes == {(2, 16, 16, 4)} and got.dtype == jnp.float32  # overlaps are added up in full
 
 
 @pytest.mark.parametrize("tile, overlap, words", [
@@ -94,6 +102,7 @@ def test_the_network_is_traced_for_one_tile():
 def test_mistakes_are_named(tile, overlap, words):
     with pytest.raises(UserError, match=words):
         tiled(network(1), tile, overlap, 8)
+    check_tiles(16, 8, 8)  # tiles that advance by just the network's factor
     for height, width in ((40, 44), (8, 40)):
         with pytest.raises(UserError, match=f"{height} x {width} pixels cannot be cut into tiles of 16"):
             tiled(network(1), 16, 4, 8)(picture(height, width), jnp.array([0, 0]))
