@@ -16,6 +16,7 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.data.source import Source
 from unclip_jax.errors import UserError
 from unclip_jax.nn import drawing
+from unclip_jax.pca import PCA
 from unclip_jax.pipeline import UnCLIP
 from unclip_jax.settings import SETTINGS, Settings
 from unclip_jax.stack import OnDemand
@@ -516,6 +517,41 @@ def test_pictures_are_reconstructed_from_the_first_components(pipe):
     first = z.mean(0) + (whole.z_img - z.mean(0)) @ vectors[:3].T @ vectors[:3]
     np.testing.assert_allclose(found.z_img[::3], first, rtol=1e-2, atol=2e-2)
     assert not close(found.images[::3], whole.images)
+
+
+def test_each_picture_s_components_come_image_by_image_with_one_noise(pipe, monkeypatch):
+    """What the decoder is given, in float64: the components' part of z_img about the mean; the drawing is replaced."""
+    rng, told = np.random.default_rng(0), []
+    z, mean = rng.standard_normal((2, 2, 8))
+    vectors = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    monkeypatch.setattr(UnCLIP, "embed_images", lambda *_, **__: np.float32(z))
+    monkeypatch.setattr(UnCLIP, "_draw", lambda self, cond, keys, used, *_: told.append((cond, keys, used)))
+    pipe.reconstruct([photo(33), photo()], [1, 8, 3], seed=7, pca=PCA(mean[0], vectors, np.ones(8)), steps=3)
+    ((cond, keys, used),) = told
+    wanted = [mean[0] + (one - mean[0]) @ vectors[:, :k] @ vectors[:, :k].T for one in z for k in (1, 8, 3)]
+    np.testing.assert_allclose(cond["z_img"], wanted, rtol=1e-5, atol=1e-6)
+    assert cond["z_img"].dtype == np.float32
+    own = jax.random.key_data(pipeline.picture_keys(7, 2, 1))
+    np.testing.assert_array_equal(jax.random.key_data(keys), own[np.array([0, 0, 0, 1, 1, 1])])
+    assert used["decoder"] == {**pipe.settings(steps=3)["decoder"], "caption": False}
+    tokens, mask = pipe.tokenizer.encode([""] * 6)
+    np.testing.assert_array_equal(cond["tokens"], tokens)
+    np.testing.assert_array_equal(cond["mask"], mask)
+
+
+def test_components_are_measured_on_as_many_pictures_as_were_asked_for_in_whole_batches(pipe):
+    """By numpy's singular values of all 24; CLIP is arithmetic here."""
+    look = lambda task, params, rows, rng: rows["image"].reshape(len(rows["image"]), -1)[:, 3::91][:, :8]  # noqa: E731
+    clip = type("Clip", (), {"model": pipe.tasks["clip"].model, "sample": look})()
+    looking = dataclasses.replace(pipe, tasks={**pipe.tasks, "clip": clip})
+    z = np.float64(look(None, None, {"image": to_float(np.stack([Noise()[i]["image"] for i in range(24)]))}, None))
+    for num, size in ((24, 8), (20, 8), (13, 12), (24, 64)):
+        found = looking.components_of(Noise(), num=num, batch_size=size)
+        np.testing.assert_allclose(found.mean, z.mean(0), atol=1e-6)
+        np.testing.assert_allclose(found.std, np.linalg.svd(z - z.mean(0))[1] / np.sqrt(24), rtol=1e-3)
+    large = type("Large", (Noise,), {"__getitem__": lambda self, i: {"image": photo(32)[:, :32], "caption": ""}})()
+    with pytest.raises(UserError, match="the source's pictures have 32 pixels, and this CLIP takes 16"):
+        looking.components_of(large, num=9)
 
 
 def test_components_come_from_the_prior_or_from_data(pipe, tmp_path):

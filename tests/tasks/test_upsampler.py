@@ -16,7 +16,7 @@ from unclip_jax.data.images import gaussian_blur, resize
 from unclip_jax.diffusion.draw import draw
 from unclip_jax.diffusion.guide import Out
 from unclip_jax.diffusion.sample import initial_noise
-from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.tasks.pictures import mean_loss
 from unclip_jax.tasks.upsampler import UpsamplerTask
@@ -136,6 +136,31 @@ def test_tiles_draw_the_same_where_the_network_looks_at_each_pixel_alone():
     two = dataclasses.replace(task, model=stubs.Net(net.methods, task.model.attributes), last_steps=1)
     two.sample({"net": {}, "last": {}}, {"low": low}, keys, tile=16)
     assert sides == {16}  # of both networks
+
+
+def test_the_second_network_draws_the_steps_of_least_noise_of_those_that_are_taken():
+    """As many as `last_steps` says, of the steps of this call and not of the config."""
+
+    class Two(stubs.Net):
+        def apply(self, variables, x, time):
+            jax.debug.callback(lambda t: told.append((variables["params"], int(t))), time[0], ordered=True)
+            return x[..., :3]
+
+    told, task = [], dataclasses.replace(with_net(), model=Two({}), last_steps=2)
+    for steps, over in ((3, {}), (6, {"steps": 6})):
+        times = respace(task.schedule, steps).timesteps[::-1].tolist()
+        params = {"net": "first", "last": "last"}
+        task.sample(params, {"low": pictures(2, 2)}, jax.random.split(jax.random.key(0), 2), **over)
+        jax.effects_barrier()
+        assert told == list(zip(["first"] * (steps - 2) + ["last"] * 2, times, strict=True)) and times[-2] > 1
+        told.clear()
+
+
+def test_a_network_that_reads_captions_is_tiled_at_its_unet_s_factor():
+    task = tasks.make(glide_files.config("upsampler", 30))
+    assert task.captioned and task.tiles(16) == (16, 4, 4)
+    with pytest.raises(UserError, match="tile=18 must be a multiple of the network's 4"):
+        task.tiles(18)
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates():
