@@ -61,7 +61,8 @@ def test_a_batch_split_over_devices_is_measured_whole(found):
 def test_projection_and_back(found):
     z = data()[:5].astype(np.float64)
     np.testing.assert_allclose(found.back(found.project(z)), z, rtol=1e-9)
-    few = found.keep(3)
+    few = found.keep(np.int64(3))
+    assert few.std.shape == (3,) and few.components.shape == (D, 3)
     y = few.project(z)
     np.testing.assert_allclose(y, ((z - found.mean) @ found.components)[:, :3])
     # What is lost is the distance to the subspace, which no other point of it undercuts.
