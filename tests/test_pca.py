@@ -77,7 +77,7 @@ def test_as_many_components_as_hold_the_share(found):
         k = found.keep(share).std.shape[0]
         assert held[k - 1] >= share and (k == 1 or held[k - 2] < share)
     assert pca.dims_for(np.ones(4), 0.5) == 2  # just the share, and no more than it takes
-    for bad in (0, 8, 0.0, 1.5):
+    for bad in (0, 8, 0.0, 1.0, 1.5):
         with pytest.raises(UserError):
             found.keep(bad)
 

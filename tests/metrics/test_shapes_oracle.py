@@ -10,7 +10,7 @@ from PIL import Image
 
 from unclip_jax.data.shapes import Object, Scene, Shapes, describe, render, sample_scene
 from unclip_jax.data.shapes_world import BACKGROUNDS, COLOURS, SHAPES
-from unclip_jax.metrics.shapes_oracle import components, read, score
+from unclip_jax.metrics.shapes_oracle import Seen, components, in_place, read, score, size_class
 
 
 def enlarged(image, size):
@@ -83,6 +83,31 @@ def test_every_claim_is_judged_by_itself():
     assert set(score(render(Scene((corner,), "white"), 32), "a star")) == {"count", "shape", "right"}
 
 
+@pytest.mark.parametrize(
+    ("alone", "x", "y", "r", "held"),
+    [
+        (True, 0.3, 0.5, 0.15, {"left"}),  # of the room of 0.32 to either side by more than a half
+        (True, 0.37, 0.63, 0.15, {"center"}),
+        (True, 0.7, 0.7, 0.15, {"right", "bottom"}),
+        (True, 0.4, 0.55, 0.33, {"left"}),  # the larger, the less room there is
+        (True, 0.45, 0.45, 0.33, {"center"}),
+        (True, 0.4, 0.5, 0.49, {"left"}),  # no room at all, and yet it is on the left
+        (False, 0.46, 0.54, 0.15, {"center"}),  # of the picture's half: beyond a tenth it is at a side
+        (False, 0.44, 0.6, 0.15, {"left", "bottom", "center"}),
+        (False, 0.65, 0.36, 0.1, {"right", "top", "center"}),  # and up to 0.35 in the middle
+        (False, 0.7, 0.5, 0.1, {"right"}),
+    ],
+)
+def test_where_an_object_is_alone_and_among_others(alone, x, y, r, held):
+    places, seen = ("left", "right", "top", "bottom", "center"), Seen("ring", "red", x, y, r, 1.0)
+    assert {place for place in places if in_place(seen, place, alone)} == held
+
+
+def test_sizes_are_told_apart_by_ratio():
+    """Between 0.15, 0.23 and 0.33 at the geometric means, 0.186 and 0.275."""
+    assert [size_class(r, 1) for r in (0.184, 0.187, 0.274, 0.277)] == ["small", "medium", "medium", "large"]
+
+
 def test_all_shapes_and_colours_are_told_apart_at_the_smallest_size():
     for k, (shape, colour) in enumerate((s, c) for s in SHAPES for c in COLOURS):
         background = ("white", "black", "gray", "beige")[k % 4]
@@ -113,6 +138,29 @@ def test_garbage_is_not_right():
     for garbage in (blank, noise, pink, bar, *blobs):
         for caption in ("a red circle", "a blue square and a red star", "a ring"):
             assert not score(garbage, caption)["right"]
+
+
+def painted(colour, height, width, ground=(255, 255, 255)):
+    """A rectangle in the middle of 32 x 32 pixels."""
+    picture = np.full((32, 32, 3), ground, np.uint8)
+    top, left = (32 - height) // 2, (32 - width) // 2
+    picture[top : top + height, left : left + width] = colour
+    return picture
+
+
+def test_what_is_too_small_or_too_weak_to_be_an_object():
+    """Fewer than 6 of 32 x 32 pixels; less than half of any colour's strength."""
+    red = COLOURS["red"]
+    assert [len(read(painted(red, *size)).objects) for size in ((1, 5), (2, 2), (2, 3), (3, 3))] == [0, 0, 1, 1]
+    for (name, colour), ground in itertools.product(COLOURS.items(), BACKGROUNDS.values()):
+        for strength, seen in ((0.45, []), (0.6, [name])):
+            mixed = (strength * np.array(colour) + (1 - strength) * np.array(ground)).round()
+            assert [s.colour for s in read(painted(mixed, 12, 12, ground)).objects] == seen
+
+
+def test_a_rectangle_that_is_no_square_is_no_shape():
+    read_as = [read(painted(COLOURS["red"], height, 20)).objects[0].shape for height in (8, 10, 18, 20)]
+    assert read_as == [None, None, "square", "square"]
 
 
 def test_a_stray_blob_is_an_extra_object():
