@@ -114,6 +114,7 @@ def test_all_shapes_and_colours_are_told_apart_at_the_smallest_size():
         scene = Scene((Object(shape, colour, "small", 0.41 + 0.003 * k, 0.52, 0.125),), background)
         (seen,) = read(render(scene, 32)).objects
         assert (seen.shape, seen.colour, read(render(scene, 32)).background) == (shape, colour, background)
+        assert seen.r == pytest.approx(0.125, rel=0.02)
 
 
 def test_garbage_is_not_right():
@@ -156,6 +157,14 @@ def test_what_is_too_small_or_too_weak_to_be_an_object():
         for strength, seen in ((0.45, []), (0.6, [name])):
             mixed = (strength * np.array(colour) + (1 - strength) * np.array(ground)).round()
             assert [s.colour for s in read(painted(mixed, 12, 12, ground)).objects] == seen
+
+
+def test_an_object_is_seen_on_a_ground_of_a_colour_of_objects():
+    """Which is no background of the world, and no object either."""
+    names = list(COLOURS)
+    for ground, name in zip(names, names[1:] + names[:1], strict=True):
+        reading = read(painted(COLOURS[name], 12, 12, COLOURS[ground]))
+        assert [(s.shape, s.colour) for s in reading.objects] == [("square", name)] and reading.background is None
 
 
 def test_a_rectangle_that_is_no_square_is_no_shape():
@@ -215,6 +224,9 @@ def test_more_objects_than_captions_can_name():
     assert len(read(render(scene, 64)).objects) == 12
     assert score(render(scene, 64), "three red circles") == {
         "count": False, "colour": True, "shape": True, "right": False}
+    star = Object("star", "cyan", "small", *spots[5], 0.08)  # smaller than four of the others, and found
+    some = Scene((*scene.objects[:4], star), "black")
+    assert score(render(some, 64), "a cyan star") == {"count": False, "colour": True, "shape": True, "right": False}
 
 
 def test_a_claim_will_do_for_a_caption_and_wrong_pictures_are_told():
@@ -225,5 +237,7 @@ def test_a_claim_will_do_for_a_caption_and_wrong_pictures_are_told():
     assert score(picture, claim) == score(picture, caption) and score(picture, claim)["right"]
     with pytest.raises(ValueError, match="uint8"):
         read(picture / 255.0)
-    with pytest.raises(ValueError, match="must be"):
-        read(picture[:, :20])
+    for least in (picture[:, :20], picture[:15, :15]):
+        with pytest.raises(ValueError, match="must be .S, S, 3. with S at least 16"):
+            read(least)
+    assert read(np.full((16, 16, 3), 255, np.uint8)).background == "white"
