@@ -214,6 +214,8 @@ def test_an_upsampler_is_not_guided():
     config.sampler.guidance = 2.0
     with pytest.raises(UserError, match="sampler.guidance=2.0: an upsampler is not guided. Fix: leave it out"):
         tasks.make(config)
+    config.sampler.guidance = 1.0  # none
+    assert tasks.make(config).sampler["guidance"] == 1
 
 
 def test_small_images_are_within_the_range_of_drawn_ones():
