@@ -10,7 +10,8 @@ from PIL import Image
 from tests import tiny_stack
 from tests.test_cli import files, load_once, run, stack  # noqa: F401 (fixtures)
 from unclip_jax import painting
-from unclip_jax.data.images import center_crop_resize
+from unclip_jax.data.images import center_crop_resize, to_float
+from unclip_jax.data.masks import square_hole
 from unclip_jax.errors import UserError
 from unclip_jax.runner import Drawn
 
@@ -85,6 +86,10 @@ def test_what_is_cut_out_is_not_seen(pipe, painted):
     assert (hidden[1] != images[1]).any()
     again = pipe.inpaint(hidden, holes, prompts, 7, num=2)
     np.testing.assert_array_equal(again[2:][:, inside], drawn.images[2:][:, inside])
+    near = [pipe._given(pictures, holes, prompts, 8, False)["near"] for pictures in (images, hidden)]
+    np.testing.assert_array_equal(near[0], near[1])  # what the prior is led to
+    assert np.abs(near[0] - pipe.embed_images(images)).max() > 0.01
+    np.testing.assert_array_equal(painting._filled(images[:1], [np.ones((40, 48), bool)])[0], images[0])  # no outside
     for image, hole, filled in zip(images, holes, painting._filled(hidden, holes), strict=True):
         np.testing.assert_array_equal(filled[~hole], image[~hole])
         for y, x in np.argwhere(hole)[::37]:
@@ -119,15 +124,29 @@ def test_how_it_goes_back_and_forth_unless_told(learned, pipe, monkeypatch):
     used, tasks = [], {**pipe.tasks, "decoder": dataclasses.replace(pipe.tasks["decoder"], inpaint=learned)}
     pipe, nothing = dataclasses.replace(pipe, tasks=tasks), np.zeros((1, SIDE, SIDE, 3), np.uint8)
     monkeypatch.setattr(type(pipe), "_given", lambda *_: {"tokens": np.zeros((1, 2), int)})
-    draw = lambda self, cond, keys, settings, *_: used.append(settings) or Drawn(nothing, nothing, None, None)  # noqa: E731
+
+    def draw(self, cond, keys, settings, batch_size, return_stages, progress, known):
+        used.append(settings)
+        for size in (16, SIDE):  # every stage is led by the picture at its size, outside of the hole at its size
+            shown, outside = known(size), ~square_hole(hole[0], size)
+            picture = to_float(center_crop_resize(Image.fromarray(square), size))
+            np.testing.assert_array_equal(shown["known"], picture[None])
+            np.testing.assert_array_equal(shown["keep"], outside[None, ..., None])
+        return Drawn(nothing, nothing, None, None)
+
     monkeypatch.setattr(type(pipe), "_draw", draw)
     hole = [hole_of(photo(), 5, 20, 10, 20)]
     told = {"steps": 3, "jump": 2, "resample": 5, "candidates": 3}
-    for prompts, more in ((["a ring"], {"steps": 18}), (None, told), (["a ring"], told)):
-        pipe.inpaint([photo()], hole, prompts, **more)
+    square, inside = pipe.squares([photo()], SIDE)[0], square_hole(hole[0], SIDE)
+    for prompts, more in ((["a ring"], {"steps": 18}), (["a ring"], {"steps": 5}), (None, told), (["a ring"], told)):
+        (given,), stages = pipe.inpaint([photo()], hole, prompts, **more), {**more, "return_stages": True}
+        np.testing.assert_array_equal(given, np.where(inside[..., None], 0, square))  # whatever was drawn outside
+        np.testing.assert_array_equal(pipe.inpaint([photo()], hole, prompts, **stages).images[0], given)
+        used.pop()
     ways = [[each["decoder"].get(name) for name in ("jump", "resample", "caption")] for each in used]
-    assert ways == [[3, 1 if learned else painting.RESAMPLE, None], [2, 5, False], [2, 5, None]]
-    assert [each["prior"]["candidates"] for each in used] == [painting.CANDIDATES, 3, 3]
+    default = 1 if learned else painting.RESAMPLE
+    assert ways == [[3, default, None], [1, default, None], [2, 5, False], [2, 5, None]]
+    assert [each["prior"]["candidates"] for each in used] == [painting.CANDIDATES, painting.CANDIDATES, 3, 3]
 
 
 @pytest.mark.parametrize(("change", "words"), [
