@@ -79,6 +79,19 @@ def test_without_a_prompt_clip_sees_the_whole_picture(pipe, painted):
     np.testing.assert_array_equal(given["image"], pipe._look(images)["image"])
 
 
+def test_a_stack_that_cannot_look_at_pictures_paints_from_prompts_with_the_candidates_of_its_own(pipe, painted):
+    """There is no embedding to come near to; and one without a prior paints without prompts only."""
+    images, holes, prompts, _ = painted
+    clip = pipe.tasks["clip"]
+    clip = dataclasses.replace(clip, model=clip.model.clone(vision=None))
+    blind = dataclasses.replace(pipe, tasks={**pipe.tasks, "clip": clip})
+    assert blind.painting_settings({}, True)["prior"] == blind.settings()["prior"]
+    assert blind._given(images, holes, prompts, 8, False).keys() == {"tokens", "mask"}
+    without = dataclasses.replace(pipe, tasks={k: v for k, v in pipe.tasks.items() if not k.startswith("prior")})
+    with pytest.raises(UserError, match="no prior, so it cannot draw from prompts. Fix: give no prompt"):
+        without.inpaint(images, holes, prompts)
+
+
 def test_what_is_cut_out_is_not_seen(pipe, painted):
     images, holes, prompts, drawn = painted
     hidden = [np.where(hole[..., None], 255 - image, image) for image, hole in zip(images, holes, strict=True)]

@@ -94,3 +94,12 @@ def test_what_clip_is_asked_is_said_by_the_stages_that_ask(stage):
         got = run(one, column(2), stage="clip")
         assert got.keys() == {"z_txt"}
         np.testing.assert_array_equal(got["z_txt"], factor * column(2)["x"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "prompted"),
+    [("clip prior decoder", True), ("clip prior_ar decoder", True), ("clip decoder", False), ("decoder", True)],
+)
+def test_prompts_are_drawn_by_a_prior_or_by_a_decoder_that_knows_no_clip(stages, prompted):
+    """The last as of GLIDE, the one before it as of Karlo's image variations."""
+    assert runner_of(**dict.fromkeys(stages.split())).prompted == prompted
