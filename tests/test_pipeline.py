@@ -470,6 +470,7 @@ def test_either_prior_draws_from_prompts(pipe, drawn):
         ({"prior": "art"}, "prior='art' is unknown.*did you mean 'ar'"),
         ({"prior": "ar", "prior_steps": 3}, "prior_steps is no setting of prior='ar'"),
         ({"prior_top_p": 0.5}, "prior_top_p is no setting of prior='diffusion'"),
+        ({"prior_temperature": 0.0}, "prior_temperature is no setting of prior='diffusion'"),
         ({"prior": "ar", "prior_top_p": 0.0}, "prior_top_p=0.0 must be"),
         ({"prior": "ar", "prior_temperature": float("nan")}, "prior_temperature=nan"),
     ],
