@@ -121,6 +121,11 @@ def test_without_captions_every_picture_counts(root):
     assert captions(Folder(str(root), "all", 4, captions=False)) == dict.fromkeys(
         ["b.png", "sub/a.JPG", "sub/c.d.webp"], ""
     )
+    (root / "sub/a.txt").write_text("x")
+    every = captions(Folder(str(root), "all", 4, captions=None))
+    assert list(every.items()) == [("b.png", ""), ("sub/a.JPG", "x"), ("sub/c.d.webp", "")]
+    (root / "sub/a.txt").unlink(), (root / "metadata.csv").write_text("file_name,text\nb.png,a box\n")
+    assert captions(Folder(str(root), "all", 4, captions=None)) == {"b.png": "a box"}
 
 
 def test_splits_are_disjoint_complete_and_do_not_move(tmp_path):

@@ -408,6 +408,23 @@ def test_a_folder_of_pictures_is_measured_as_it_is(run, tmp_path):
     assert rows["FD-CLIP"]["low"] is None
 
 
+def test_pictures_without_captions_are_compared_where_nothing_asks_for_them(run, tmp_path):
+    folder(tmp_path / "mine", captions=False)
+    (tmp_path / "mine/readme.txt").write_text("a text of no picture")
+    argv = ["--model", tiny_stack.path(), "--images", "mine", "--data", "folder", "--path", "mine"]
+    seen = {}
+    for name in ("none", "one", "all"):
+        if name != "none":
+            for k in range(1 if name == "one" else 6):
+                (tmp_path / f"mine/{k}.txt").write_text("a red circle")
+        assert run(*argv, "--metrics", "cmmd", "--out", f"{name}.json", "--work", "kept")[0] == 0
+        seen[name] = json.loads((tmp_path / f"{name}.json").read_text())["points"][0]["rows"]
+    assert seen["none"] == seen["one"] == seen["all"] and seen["one"][0]["n"] == 6
+    (tmp_path / "mine/0.txt").unlink()
+    with pytest.warns(UserWarning, match="1 pictures in .* have no caption, left out: 0.png"):
+        assert len(pictures.PictureFolder("mine", asked=True)) == 5
+
+
 def test_pictures_of_no_prompt_are_those_of_variations_without_what_was_given(tmp_path):
     folder(tmp_path / "varied", captions=False, count=3)
     entries = [{"file": "0.png", "role": "input", "image": "a"}]

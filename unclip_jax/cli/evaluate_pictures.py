@@ -105,7 +105,7 @@ def _work_folder(args) -> Iterator[Path]:
 def _measure(args, draws: Sequence[Draw], folder: Path):
     plan = protocol.Protocol(args.metrics, *_networks(args), args.bootstrap, args.seed)
     if args.images is not None:
-        images = pictures.PictureFolder(args.images, args.num)
+        images = pictures.PictureFolder(args.images, args.num, plan.needs_captions)
         size, num = images.size, len(images)
     else:
         stacks = _stacks(args, draws)
@@ -116,7 +116,7 @@ def _measure(args, draws: Sequence[Draw], folder: Path):
     facts = {"num": num, "seed": args.seed}
     real = None
     if args.data is not None:
-        source, about = pictures.source(args.data, size, args.seed, args.path)
+        source, about = pictures.source(args.data, size, args.seed, args.path, asked=args.images is None)
         facts["data"] = about
         real = pictures.RealPictures(source, num, about)
     work = Work(folder)

@@ -42,7 +42,8 @@ class Folder(Source):
       split: "train", 98 %; "test" or "heldout", the other 2 %; "all".
       size: side in pixels.
       seed: has no effect; there is nothing to draw.
-      captions: False takes every picture with an empty caption, for stages without text (the upsamplers).
+      captions: False takes every picture with an empty caption, for stages without text (the upsamplers); None takes
+        those without one as well, unless a table says which pictures there are.
       max_bad: the loader gives up when more than this part of the pictures cannot be read.
     Raises:
       UserError: nothing there, no captions, captions that are not UTF-8, an empty split. A damaged picture
@@ -59,14 +60,15 @@ class Folder(Source):
         size: int = 64,
         seed: int = 0,
         *,
-        captions: bool = True,
+        captions: bool | None = True,
         max_bad: float = 0.1,
     ):
         check_arguments("folder", "a folder of pictures", path, split, SPLITS, max_bad)
         self.path, self.split, self.size, self.max_bad = Path(os.path.expanduser(path)), split, size, max_bad
         if not self.path.is_dir():
             raise UserError(f"data.path='{path}' is not a folder", "give a folder that holds pictures")
-        records = _records(self.path) if captions else [(file, "") for file in _pictures(self.path)]
+        every = captions is None
+        records = [(file, "") for file in _pictures(self.path)] if captions is False else _records(self.path, every)
         if split != "all":
             records = [r for r in records if held_out(r[0]) == (split != "train")]
         if not records:
@@ -127,8 +129,8 @@ def _pictures(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _records(root: Path) -> list[tuple[str, str]]:
-    """(file, caption) of every picture that has a caption, sorted by file."""
+def _records(root: Path, every: bool) -> list[tuple[str, str]]:
+    """(file, caption) of every picture that has a caption, or of every one, sorted by file."""
     there = [name for name in TABLES if (root / name).is_file()]
     if there and TABLES[there[0]] == OWN:
         return _from_table(root, root / there[0])
@@ -142,6 +144,8 @@ def _records(root: Path) -> list[tuple[str, str]]:
             without.append(file)
     if not records and there:
         return _from_table(root, root / there[0])
+    if every:
+        return sorted([*records, *((file, "") for file in without)])
     if not records:
         raise UserError(
             f"none of the {len(without)} pictures in {root} has a caption",

@@ -48,7 +48,7 @@ def make(a: str, b: str, out: str, num: int = 50, seed: int = 0, overwrite: bool
     key = gallery.check_file(str(page.with_suffix(".key.json")), ".json", overwrite)
     if Path(a).resolve() == Path(b).resolve():
         raise UserError(f"both folders are {a!r}", "give two")
-    folders = [PictureFolder(a), PictureFolder(b)]
+    folders = [PictureFolder(a, asked=True), PictureFolder(b, asked=True)]
     groups = [_by_caption(folder, name) for folder, name in zip(folders, (a, b), strict=True)]
     captions = [text for text in groups[0] if text in groups[1]]
     if not captions:

@@ -97,16 +97,17 @@ class PictureFolder:
     Args:
       path: the folder. Captions come from pictures.json (of `unclip sample`), or as the data source "folder" has them.
       num: the first so many; None: all.
+      asked: whether captions are asked of them: where some pictures have one, those without are left out.
 
     Raises:
       UserError: no pictures, of several sizes, one named twice, or fewer than `num`.
     """
 
-    def __init__(self, path: str | os.PathLike, num: int | None = None):
+    def __init__(self, path: str | os.PathLike, num: int | None = None, asked: bool = False):
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"images={str(path)!r} is not a folder", "give a folder of pictures")
-        self.files, self.captions = _listed(self.path)
+        self.files, self.captions = _listed(self.path, asked)
         if doubled := [file for file, count in Counter(self.files).items() if count > 1]:
             raise UserError(f"{self.path} names {doubled[0]} more than once", "measure each picture once")
         if num is not None and num > len(self.files):
@@ -145,11 +146,15 @@ class PictureFolder:
         return block if self.captions else block._replace(captions=None)
 
 
-def source(name: str, size: int, seed: int = 0, path: str | None = None) -> tuple[Any, dict]:
-    """The data source "NAME" or "NAME:SPLIT" (the split "test", of a folder "all"), and what decides its pictures."""
+def source(name: str, size: int, seed: int = 0, path: str | None = None, asked: bool = True) -> tuple[Any, dict]:
+    """The data source "NAME" or "NAME:SPLIT" (the split "test", of a folder "all"), and what decides its pictures.
+
+    asked: whether captions are; where not, a folder's pictures need none.
+    """
     name, _, split = name.partition(":")
     split = split or ("all" if name == "folder" else "test")
-    opened = data.make(name, split, size=size, seed=seed, **({} if path is None else {"path": path}))
+    more = ({} if path is None else {"path": path}) | ({"captions": None} if name == "folder" and not asked else {})
+    opened = data.make(name, split, size=size, seed=seed, **more)
     about = {"data": name, "split": split, "size": size, "seed": seed, "length": len(opened)}
     if path is not None:
         about["path"] = path if "://" in path else Path(path).resolve().name
@@ -158,7 +163,7 @@ def source(name: str, size: int, seed: int = 0, path: str | None = None) -> tupl
     return opened, about
 
 
-def _listed(path: Path) -> tuple[list[str], list[str] | None]:
+def _listed(path: Path, asked: bool) -> tuple[list[str], list[str] | None]:
     """(files, captions or None) of a folder."""
     if (path / gallery.INDEX).is_file():
         return _from_index(path)
@@ -166,9 +171,12 @@ def _listed(path: Path) -> tuple[list[str], list[str] | None]:
     if not any(n.lower().endswith(SUFFIXES) for n in names) and not any((path / n).is_dir() for n in names):
         what = "is empty" if not names else f"holds no pictures, but {', '.join(sorted(names)[:3])}"
         raise UserError(f"{path} {what}", f"pictures end in {', '.join(SUFFIXES)}")
-    has_texts = any(n in data_folder.TABLES for n in names) or next(path.rglob("*.txt"), None)
-    found = data_folder.Folder(str(path), "all", size=1, captions=bool(has_texts)).records
-    return [file for file, _ in found], [caption for _, caption in found] if has_texts else None
+    found = data_folder.Folder(str(path), "all", size=1, captions=None).records
+    if not any(caption for _, caption in found):
+        return [file for file, _ in found], None
+    if asked:
+        found = data_folder.Folder(str(path), "all", size=1).records
+    return [file for file, _ in found], [caption for _, caption in found]
 
 
 def _from_index(path: Path) -> tuple[list[str], list[str] | None]:

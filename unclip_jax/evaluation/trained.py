@@ -64,7 +64,8 @@ def load(
         size = config.data.get("size") or (frozen and (frozen.model.vision or {}).get("image_size"))
         if not size:
             raise UserError(f"{stage or where} sees no pictures: its CLIP has no image tower", "measure a whole CLIP's")
-        opened = pictures.source(source, size, config.data.get("seed", 0), path)[0]
+        asked = config.task != "upsampler" or bool(config.model.get("text"))
+        opened = pictures.source(source, size, config.data.get("seed", 0), path, asked)[0]
     elif "eval" in config:
         opened = data.make(**{**config.data, "split": config.eval.split})
     else:
