@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny_stack
 from tests.test_pipeline import close, part_of_stack, photo
@@ -254,6 +255,14 @@ BAD = {
     "no list of prompts": (lambda p, i: p.generate(None), "list of texts"),
     "dims": (lambda p, i: p.reconstruct(i, 3), "dims=3"),
     "few pictures": (lambda p, i: p.components_of(None, num=8), "num=8 pictures do not tell all 8 components"),
+    "no list to blend": (lambda p, i: p.interpolate(None), "at least two"),
+    "one Pillow picture": (lambda p, i: p.variations(Image.fromarray(i[0])), "write [picture] for one"),
+    "pictures once": (lambda p, i: p.variations(iter(i)), "must be a list"),
+    "prompts once": (lambda p, i: p.generate(iter(PROMPTS)), "must be a list"),
+    "prompts in no order": (lambda p, i: p.generate(set(PROMPTS)), "must be a list"),
+    "devices": (lambda p, i: p.spread(2), "devices=2 must be a list"),
+    "no devices": (lambda p, i: p.spread([]), "devices=[] must be a list"),
+    "numbers as labels": (lambda p, i: p.probe(i, [1, 2]), "labels=[1, 2] must be texts"),
     "labels": (lambda p, i: p.probe(i, ["red"]), "two are needed"),
     "template": (lambda p, i: p.probe(i, ["red", "green"], "a picture"), "one {}"),
     "template index": (lambda p, i: p.probe(i, ["red", "green"], "{} {0.x}"), "one {}"),

@@ -59,7 +59,7 @@ def test_outside_the_hole_the_given_picture_stays_to_the_bit(painted):
 
 def test_a_picture_does_not_depend_on_the_others(pipe, painted):
     images, holes, prompts, drawn = painted
-    alone = pipe.inpaint(images[:1], holes[:1], prompts[:1], 7, num=1)
+    alone = pipe.inpaint([Image.fromarray(images[0])], [Image.fromarray(holes[0])], prompts[:1], 7, num=1)
     assert np.abs(alone[0].astype(int) - drawn.images[0]).max() <= 1
 
 
@@ -168,6 +168,7 @@ def test_how_it_goes_back_and_forth_unless_told(learned, pipe, monkeypatch):
     ({"holes": [np.zeros((40, 48), bool)]}, "hole 0 has no pixel in the picture"),
     ({"holes": [hole_of(photo(), 0, 40, 0, 3)]}, "hole 0 has no pixel in the middle square"),
     ({"prompts": ["a", "b"]}, "2 prompts for 1 images"),
+    ({"images": None}, "images must be a list"),
     ({"images": [photo().astype(float)]}, "image 0 is float64"),
     ({"strength": 0}, "strength=0 must be above 0"),
     ({"strength": 1.1}, "strength=1.1 must be above 0 and at most 1"),

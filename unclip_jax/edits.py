@@ -17,7 +17,7 @@ from unclip_jax.diffusion.sample import initial_noise, picture_keys
 from unclip_jax.diffusion.slerp import slerp
 from unclip_jax.errors import UserError, is_number, suggest
 from unclip_jax.runner import Runner, fold
-from unclip_jax.settings import check_numbers, check_prompts, prior_of
+from unclip_jax.settings import check_numbers, check_prompts, is_listed, prior_of
 
 STEPS = 100  # of the decoder, where it was trained with as many: fewer undo less exactly
 LEAST = 0.1  # noise below which x_T would hold the decoder's errors more than the picture
@@ -112,7 +112,7 @@ class Edits(Runner):
             "fixed" for one noise by chance in all frames. None is "slerp" where there is a picture.
         """
         check_numbers(seed, 1, batch_size, frames=(frames, 2))
-        if isinstance(inputs, str) or len(inputs) < 2:
+        if not is_listed(inputs) or len(inputs) < 2:
             raise UserError("interpolation needs at least two pictures or prompts")
         noise = noise_between(inputs, noise)
         used = self.exact_settings(settings)
@@ -235,8 +235,9 @@ class Edits(Runner):
 
 def label_texts(labels: Sequence[str], template: str) -> list[str]:
     """What `probe` asks CLIP; UserError for fewer than two labels, or a template that does not take one."""
-    if isinstance(labels, str) or len(labels) < 2:
-        raise UserError(f"labels={labels!r}: two are needed to choose from, at least", "separate them by commas")
+    if not is_listed(labels) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        what = f"labels={labels!r} must be texts, and two are needed to choose from, at least"
+        raise UserError(what, "separate them by commas")
     if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
         raise UserError(f"template {template!r} must hold one {{}} for the label", "write 'a picture of {}'")
     return [template.replace("{}", label) for label in labels]

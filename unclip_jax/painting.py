@@ -57,12 +57,14 @@ class Painting(Runner):
         """
         more = {name: (n, 1) for name, n in {"jump": jump, "resample": resample}.items() if n is not None}
         check_numbers(seed, num, batch_size, **more)
-        check_prompts([""] * len(images) if prompts is None else prompts)
         if not (is_number(strength, 0, 1) and strength > 0):
             raise UserError(f"strength={strength!r} must be above 0 and at most 1")
-        if prompts is not None and len(prompts) != len(images):
-            raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
         squares = self.squares(images, self.size)
+        images, holes = list(map(np.asarray, images)), None if holes is None else list(map(np.asarray, holes))
+        if prompts is not None:
+            check_prompts(prompts)
+            if len(prompts) != len(images):
+                raise UserError(f"{len(prompts)} prompts for {len(images)} images; one for each is needed")
         masks = None if holes is None else holes_at(images, holes, self.size)
         used = self.painting_settings(settings, prompts is not None)
         cond, task = self._given(images, holes, prompts, batch_size, progress), self.tasks["decoder"]

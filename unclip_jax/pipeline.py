@@ -18,7 +18,7 @@ from unclip_jax.nn.drawing import placed
 from unclip_jax.painting import Painting
 from unclip_jax.reconstruction import Reconstruction
 from unclip_jax.runner import Drawn
-from unclip_jax.settings import check_numbers, check_prompts
+from unclip_jax.settings import check_numbers, check_prompts, is_listed
 from unclip_jax.stack import OnDemand, open_stack
 from unclip_jax.tokenizer import Tokenizer
 from unclip_jax.weights import FLOATS
@@ -66,7 +66,10 @@ class UnCLIP(Edits, Painting, Reconstruction):
 
     def spread(self, devices: Sequence | None = None) -> UnCLIP:
         """The same stack with each batch split over `devices`, by default all of this host."""
-        mesh = sharding.make_mesh(devices=jax.local_devices() if devices is None else devices)
+        devices = jax.local_devices() if devices is None else devices
+        if not is_listed(devices) or not len(devices):
+            raise UserError(f"devices={devices!r} must be a list of them", "write spread(jax.devices()[:2]) for two")
+        mesh = sharding.make_mesh(devices=devices)
         params = self.params
         if not isinstance(params, OnDemand):
             params = {name: placed(params[name], sharding.replicated(mesh)) for name in params}

@@ -23,7 +23,7 @@ from unclip_jax.data.images import center_crop_resize, to_float, to_uint8
 from unclip_jax.diffusion.guide import is_one
 from unclip_jax.errors import UserError, suggest
 from unclip_jax.fetch import fetched
-from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, prior_of, role_of
+from unclip_jax.settings import PRIORS, SETTINGS, Settings, check_numbers, check_prompts, is_listed, prior_of, role_of
 from unclip_jax.stack import OnDemand
 from unclip_jax.tokenizer import Tokenizer
 
@@ -136,8 +136,8 @@ class Runner:
 
     def squares(self, images: Sequence[np.ndarray], side: int, bicubic: bool = False) -> np.ndarray:
         """The middle squares of pictures, u8[N, side, side, 3]; see `center_crop_resize`."""
-        if not np.iterable(images) or not len(images):
-            raise UserError("images must hold at least one picture")
+        if not is_listed(images) or not len(images):
+            raise UserError("images must be a list of at least one picture", "write [picture] for one")
         return np.stack([_square(image, k, side, bicubic) for k, image in enumerate(images)])
 
     @property
@@ -293,5 +293,6 @@ def fold(keys: jax.Array, number: int) -> jax.Array:
 def _square(image, number: int, side: int, bicubic: bool) -> np.ndarray:
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise UserError(f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]")
+        what = f"image {number} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3]"
+        raise UserError(what, "give a list of them, of 0 … 1 as (255 * x).round().astype('uint8'), or Pillow's in RGB")
     return center_crop_resize(Image.fromarray(image), side, bicubic)

@@ -110,9 +110,14 @@ def check_numbers(seed=0, num=1, batch_size=1, **more) -> None:
             raise UserError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
+def is_listed(values) -> bool:
+    """Whether it is a list, tuple or array; a set has no order, a generator is there but once, and a text is one."""
+    return np.iterable(values) and hasattr(values, "__getitem__") and not isinstance(values, str)
+
+
 def check_prompts(prompts) -> None:
     """Raises UserError unless `prompts` is a list of at least one text."""
-    if isinstance(prompts, str) or not np.iterable(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+    if not is_listed(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError("prompts must be a list of texts", "write generate(['a red circle'])")
     if not len(prompts):
         raise UserError("prompts must hold at least one text")

@@ -61,7 +61,7 @@ def holes_at(images, holes, size: int) -> np.ndarray:
     if len(holes) != len(images):
         raise UserError(f"{len(holes)} holes for {len(images)} images; one for each is needed")
     squares = []
-    for k, (image, hole) in enumerate(zip(images, map(np.asarray, holes), strict=True)):
+    for k, (image, hole) in enumerate(zip(images, holes, strict=True)):
         if hole.dtype != bool or hole.shape != np.shape(image)[:2]:
             found, wanted = f"{hole.dtype}{list(hole.shape)}", list(np.shape(image)[:2])
             raise UserError(f"hole {k} is {found}; expected bool{wanted}, as its image")
