@@ -28,6 +28,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_new(out: Path, kind: str, marker: str, overwrite: bool = False) -> None:
+    """Raises UserError where `new_directory` would because of what is at `out`."""
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise UserError(f"{out} exists", "choose another directory, or ask to replace it (--overwrite)")
+    if (out.exists() or out.is_symlink()) and not (out / marker).is_file():
+        raise UserError(f"{out} exists and is not a {kind}, so it is not overwritten", "choose another directory")
+    if foreign := [file for file in sorted(out.rglob("*")) if not file.is_dir() and file.suffix not in WEIGHTS]:
+        what = f"{out} holds {foreign[0].relative_to(out)}, which is no part of a {kind}, so it is not overwritten"
+        raise UserError(what, "move that elsewhere, or choose another directory")
+
+
 @contextlib.contextmanager
 def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder beside `out` to fill; it is renamed to `out` at the end, or removed if that fails.
@@ -41,13 +52,7 @@ def new_directory(out: Path, kind: str, marker: str, overwrite: bool = False) ->
     Raises:
       UserError: `out` exists, or cannot be written.
     """
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise UserError(f"{out} exists", "choose another directory, or ask to overwrite it")
-    if (out.exists() or out.is_symlink()) and not (out / marker).is_file():
-        raise UserError(f"{out} exists and is not a {kind}, so it is not overwritten", "choose another directory")
-    if foreign := [file for file in sorted(out.rglob("*")) if not file.is_dir() and file.suffix not in WEIGHTS]:
-        what = f"{out} holds {foreign[0].relative_to(out)}, which is no part of a {kind}, so it is not overwritten"
-        raise UserError(what, "move that elsewhere, or choose another directory")
+    check_new(out, kind, marker, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))

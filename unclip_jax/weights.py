@@ -148,7 +148,7 @@ def located(path: str | os.PathLike) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"stack {path!r} must be a path or a bundled stack's name", "write UnCLIP.load('shapes')")
     path = Path(path).expanduser()
-    return path if is_stack(path) or _is_run(path) else bundled().get(str(path), path)
+    return path if is_stack(path) or is_run(path) else bundled().get(str(path), path)
 
 
 def is_stack(path: str | os.PathLike) -> bool:
@@ -156,8 +156,9 @@ def is_stack(path: str | os.PathLike) -> bool:
     return (Path(path).expanduser() / "stack.json").is_file()
 
 
-def _is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir()
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's workdir, or the checkpoints in it."""
+    return (path / "checkpoints").is_dir() or (path.name == "checkpoints" and path.is_dir())
 
 
 def _stack(path: str | os.PathLike, stages: Iterable[str] | None, dtype: str | None, read: Callable) -> Stack:
@@ -211,7 +212,7 @@ def _index(path: Path) -> dict:
         state = (
             "does not exist" if not path.exists() else "is a file" if path.is_file() else "has no stack.json"
         )
-        if _is_run(path):
+        if is_run(path):
             state = "is the workdir of one training run"
         raise UserError(
             f"{path} {state}; expected a stack directory (stack.json and <stage>.safetensors)",

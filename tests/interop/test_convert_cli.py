@@ -174,8 +174,8 @@ def test_bad_arguments_and_directories_are_refused_in_one_line(run, tmp_path):
         (("--from", "hf-clip", "--to", "hf-clip", "theirs", "made"), "not allowed with"),
         (("theirs", "made"), "required"),
         (("--from", "hf-clip", "nowhere/at/all", "made"), "nowhere/at/all does not exist"),
-        (("--from", "hf-clip", "theirs", "full"), "out='full' exists"),
-        (("--from", "hf-clip", "theirs", "full", "--overwrite"), "out='full' exists"),
+        (("--from", "hf-clip", "theirs", "full"), "full exists. Fix: choose another directory, or ask to replace it"),
+        (("--from", "hf-clip", "theirs", "full", "--overwrite"), "full exists and is not a stack"),
         (("--from", "hf-clip", "theirs/model.safetensors", "made"), "expected a directory with config.json"),
         (("--from", "hf-clip", "theirs", "made", "--tokenizer", "full"), "no tokenizer at"),
         (("--from", "hf-clip", "bare", "made"), "give CLIP's with --tokenizer DIR"),
@@ -184,7 +184,8 @@ def test_bad_arguments_and_directories_are_refused_in_one_line(run, tmp_path):
         (("--from", "open-clip", "theirs", "made"), "give --from hf-clip"),
         (("--from", "open-clip", "open", "made"), "holds no weights"),
         (("--from", "hf-clip", stack, "made"), "config.json is missing"),
-        (("--to", "hf-clip", "theirs", "made"), "theirs"),
+        (("--to", "hf-clip", "theirs", "made"), "theirs is neither a stack nor the workdir of a run. Fix: give"),
+        (("--to", "hf-clip", "nowhere", "made"), "nowhere does not exist. Fix: give the workdir of a run of 'clip'"),
         (("--to", "hf-clip", stack, "made", "--tokenizer", "theirs"), "--tokenizer is for --from"),
         (("--from", "hf-clip", "theirs", "made", "--dtype", "float16"), "float16"),
         (("--from", "karlo", "theirs", "made"), "theirs is in another format than karlo. Fix: give --from hf-clip"),
@@ -202,11 +203,12 @@ def test_bad_arguments_and_directories_are_refused_in_one_line(run, tmp_path):
 def test_unsound_weights_are_refused_and_nothing_is_written(run, tmp_path):
     save(tmp_path / "theirs")
     arrays = load_file(tmp_path / "theirs/model.safetensors")
-    arrays["visual_projection.weight"][0, 0] = np.nan
-    save_file(arrays, tmp_path / "theirs/model.safetensors")
-    code, _, err = run("--from", "hf-clip", "theirs", "made")
-    assert code == 2 and "visual_projection.weight holds NaN" in err[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+    name, sound = "visual_projection.weight", arrays["visual_projection.weight"]
+    for other, told in ((sound * np.nan, "holds NaN"), (np.int8(100 * sound), "is int8, and weights are floating")):
+        save_file({**arrays, name: other}, tmp_path / "theirs/model.safetensors")
+        code, _, err = run("--from", "hf-clip", "theirs", "made")
+        assert code == 2 and f"{name} {told}" in err[0]
+        assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_overwrite_replaces_a_stack(run, tmp_path):

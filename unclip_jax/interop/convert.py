@@ -10,7 +10,7 @@ from unclip_jax.errors import UserError, suggest
 from unclip_jax.interop import glide, hf_clip, hf_clip_write, inception, karlo, open_clip
 from unclip_jax.interop.files import Source, check_sha256, locate
 from unclip_jax.interop.stages import Converted
-from unclip_jax.storage import read_json
+from unclip_jax.storage import check_new, read_json
 
 # (where the weights lie, a tokenizer's folder or None) → what `weights.save_stack` takes.
 READERS: dict[str, Callable[[Source, str | None], Converted]] = {
@@ -55,7 +55,7 @@ def convert_in(
     if name in ALONE and (tokenizer is not None or dtype != "float32"):
         raise UserError(f"{name} has no tokenizer, and is kept in float32", "leave out --tokenizer and --dtype")
     if name in READERS:
-        _check(out, overwrite)
+        check_new(Path(out).expanduser(), "stack", "stack.json", overwrite)  # before gigabytes are read
     found = locate(source)
     if sha256 is not None:
         check_sha256(found.path, sha256)
@@ -88,10 +88,3 @@ def _formats_of(path: Path) -> list[str]:
         if read_json(path / "config.json").get("model_type") in hf_clip.KINDS:
             found.append("hf-clip")
     return found
-
-
-def _check(out, overwrite: bool) -> None:
-    """What is known to fail at the end fails before gigabytes are read."""
-    out = Path(out).expanduser()
-    if out.exists() and not (overwrite and weights.is_stack(out)):
-        raise UserError(f"out={str(out)!r} exists", "give another directory, or add --overwrite to replace a stack")

@@ -79,7 +79,11 @@ def read_params(
 
         def take(name: str) -> np.ndarray:
             bar.update()
-            return weights.take(name).astype(np.float32, copy=False)
+            array = weights.take(name)
+            if array.dtype.kind in "biu":
+                what = f"array {name} is {array.dtype}, and weights are floating-point numbers"
+                raise UserError(what, "give weights that are not quantized")
+            return array.astype(np.float32, copy=False)
 
         flat = layout.read(table, shapes, weights.names, take, ignored)
     return flax.traverse_util.unflatten_dict(flat, sep="/")

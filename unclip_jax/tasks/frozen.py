@@ -57,6 +57,9 @@ def load_stage(path: str | os.PathLike, task: str, size: int | None = None) -> T
         stack = weights.load_stack(path, names)
         params, config, step, extra = stack.stages[names[0]]
         return Trained(params, config, step, stack.tokenizer_json, extra)
+    if not weights.is_run(path):
+        state = "is neither a stack nor the workdir of a run" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}", fix)
     from unclip_jax import checkpoint_read  # and with it Orbax, which drawing does without
 
     own = checkpoint_read.peek(path)[0].get("task")
