@@ -133,7 +133,7 @@ def test_a_blend_of_prompts_and_pictures(pipe, images, seen, monkeypatch):
 
 
 def test_prompts_of_a_blend_have_the_embeddings_and_the_noise_that_they_are_drawn_from(pipe, images):
-    drawn, used = pipe.generate(PROMPTS, seed=7, return_stages=True), pipe.exact_settings({})
+    drawn, used = pipe.generate(PROMPTS, seed=7, return_stages=True), pipe.exact_settings({}, prompted=True)
     z, _ = pipe._ends([PROMPTS[0], images[0], PROMPTS[2]], 7, "fixed", used, 8, False)
     np.testing.assert_allclose(z[::2], drawn.z_img[::2], rtol=1e-4, atol=1e-4)
     _, x = pipe._ends(PROMPTS[:2], 7, "slerp", used, 8, False)
@@ -253,6 +253,12 @@ BAD = {
     "text": (lambda p, i: p.text_diff(i, 3, "green"), "list of texts"),
     "no list of pictures": (lambda p, i: p.variations(None), "at least one picture"),
     "no list of prompts": (lambda p, i: p.generate(None), "list of texts"),
+    "steps of no prior": (lambda p, i: p.variations(i, prior_steps=2), "prior_steps is of the prior"),
+    "prior of exact variations": (lambda p, i: p.variations(i, eta=0.5, prior="ar"), "prior is of the prior"),
+    "prior of embeddings": (lambda p, i: p.decode(Z, candidates=2), "candidates is of the prior"),
+    "prior of edits": (lambda p, i: p.text_diff(i, "red", "green", prior_guidance=2), "prior_guidance is of the prior"),
+    "prior of components": (lambda p, i: p.reconstruct(i, [2], prior_top_p=0.5), "prior_top_p is of the prior"),
+    "prior of a blend": (lambda p, i: p.interpolate(i, prior_steps=2), "prior_steps is of the prior"),
     "dims": (lambda p, i: p.reconstruct(i, 3), "dims=3"),
     "few pictures": (lambda p, i: p.components_of(None, num=8), "num=8 pictures do not tell all 8 components"),
     "no list to blend": (lambda p, i: p.interpolate(None), "at least two"),

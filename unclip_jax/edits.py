@@ -77,8 +77,7 @@ class Edits(Runner):
             raise UserError(f"sampler={settings['sampler']!r} has no eta", "leave out the sampler, or eta")
         cond = self._look(images)
         if eta is None:
-            used = self.settings(**settings)
-            used["decoder"] = {**used["decoder"], "caption": False}
+            used = self.embedded_settings(settings)
             cond.pop("small")
         else:
             used = self.exact_settings(settings)
@@ -115,7 +114,7 @@ class Edits(Runner):
         if not is_listed(inputs) or len(inputs) < 2:
             raise UserError("interpolation needs at least two pictures or prompts")
         noise = noise_between(inputs, noise)
-        used = self.exact_settings(settings)
+        used = self.exact_settings(settings, prompted=any(isinstance(given, str) for given in inputs))
         ends = self._ends(inputs, seed, noise, used, batch_size, progress)
         path = Latents(*(_path(points, frames) for points in ends))
         return self._draw_latents(path, seed, used, batch_size, return_stages, progress)
@@ -182,11 +181,15 @@ class Edits(Runner):
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
-    def exact_settings(self, settings: Mapping, guidance: float = 1.0) -> dict[str, dict]:
-        """The settings of each stage with which x_T gives its picture back, unless others were given."""
+    def exact_settings(self, settings: Mapping, guidance: float = 1.0, prompted: bool = False) -> dict[str, dict]:
+        """The settings of each stage with which x_T gives its picture back, unless others were given.
+
+        prompted: whether the prior draws embeddings as well.
+        """
         steps = min(STEPS, self.configs["decoder"].diffusion.num_steps)
         given = {name: value for name, value in settings.items() if value is not None}
-        used = self.settings(**{"sampler": "ddim", "guidance": guidance, "steps": steps, **given})
+        given = {"sampler": "ddim", "guidance": guidance, "steps": steps, **given}
+        used = self.settings(**given) if prompted else self.embedded_settings(given)
         used["decoder"] = {**used["decoder"], "caption": False, "least": LEAST}
         return used
 

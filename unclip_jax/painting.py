@@ -71,8 +71,6 @@ class Painting(Runner):
         steps = respace(task.schedule, used["decoder"]["steps"]).num_steps
         resample = (1 if task.inpaint else RESAMPLE) if resample is None else resample
         used["decoder"] |= {"strength": float(strength), "resample": resample, "jump": jump or max(1, steps // 6)}
-        if prompts is None:
-            used["decoder"]["caption"] = False
         cond, squares = ({k: v.repeat(num, 0) for k, v in cond.items()}, squares.repeat(num, 0))
         masks = None if masks is None else masks.repeat(num, 0)
         keys = picture_keys(seed, len(images), num)
@@ -82,7 +80,7 @@ class Painting(Runner):
 
     def painting_settings(self, settings: Mapping, prompted: bool) -> dict[str, dict]:
         """The settings of each stage that `inpaint` draws with, but for strength, jump and resample."""
-        used = self.settings(**settings)
+        used = self.settings(**settings) if prompted else self.embedded_settings(settings)
         prior = prior_of(used)
         if prompted and prior and self._vision is not None and settings.get("candidates") is None:
             used[prior]["candidates"] = CANDIDATES

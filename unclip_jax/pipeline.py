@@ -169,9 +169,7 @@ class UnCLIP(Edits, Painting, Reconstruction):
             check_prompts(prompts)
             if len(prompts) != len(z_img):
                 raise UserError(f"{len(prompts)} prompts for {len(z_img)} embeddings; one for each is needed")
-        used = self.settings(**settings)
-        if prompts is None:
-            used["decoder"] = {**used["decoder"], "caption": False}
+        used = self.embedded_settings(settings, caption=prompts is not None)
         cond = {**self._captions([""] * len(z_img) if prompts is None else prompts), "z_img": z_img}
         cond = {name: value.repeat(num, 0) for name, value in cond.items()}
         keys = picture_keys(seed, len(z_img), num)

@@ -48,8 +48,7 @@ class Reconstruction(Runner):
         if not np.iterable(dims) or not len(dims) or not all(is_whole(k, 1, pca.std.shape[0]) for k in dims):
             what = f"dims={dims!r} must be whole numbers in 1 … {pca.std.shape[0]}, the components that there are"
             raise UserError(what, "name fewer, or measure all components on data")
-        used = self.settings(**settings)
-        used["decoder"] = {**used["decoder"], "caption": False}
+        used = self.embedded_settings(settings)
         z_img = self.embed_images(images, batch_size=batch_size, progress=progress)
         parts = [pca.keep(int(k)) for k in dims]
         z = np.stack([np.asarray(part.back(part.project(z_img)), np.float32) for part in parts], axis=1)

@@ -107,6 +107,18 @@ class Runner:
                 raise UserError(what, f"measure it: unclip export … --analytic {name}")
         return used
 
+    def embedded_settings(self, changed: Mapping, caption: bool = False) -> dict[str, dict]:
+        """The `settings` of what is drawn from embeddings that are there, told captions or not.
+
+        Raises:
+          UserError: as `settings`, or a setting of the prior, which is not asked.
+        """
+        of_prior = {"prior", *SETTINGS["prior"].values(), *SETTINGS["prior_ar"].values()}
+        if given := [name for name, value in changed.items() if name in of_prior and value is not None]:
+            raise UserError(f"{given[0]} is of the prior, and without prompts none draws", "leave it out")
+        used = {stage: own for stage, own in self.settings(**changed).items() if stage not in PRIORS.values()}
+        return used if caption else {**used, "decoder": {**used["decoder"], "caption": False}}
+
     def _prior(self, changes: Settings) -> str | None:
         """The stage of the prior to draw with; None where the stack has none and none is asked for."""
         there = [kind for kind, stage in PRIORS.items() if stage in self.tasks]

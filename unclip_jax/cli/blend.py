@@ -51,7 +51,8 @@ def run(args) -> None:
         label = f"{share:.2f} to {names[leg + 1]}" if step else names[leg]
         row.append(Picture(image, label, {"inputs": names, "noise": noise, "frame": i, "of": total}))
     rows = [(" to ".join(names), row)]
-    finish(args, out, rows, pipe.exact_settings(settings), animated=True)
+    used = pipe.exact_settings(settings, prompted=any(isinstance(given, str) for given in inputs))
+    finish(args, out, rows, used, animated=True)
 
 
 def _read(given: str):

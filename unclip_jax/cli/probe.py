@@ -48,4 +48,4 @@ def run(args) -> None:
         inputs.append((label, {"odds": own, "template": args.template}))
     columns = [("variation", {"role": "variation", "index": i}) for i in range(args.num)]
     rows = beside(args.image, pipe.squares(images, pipe.size), drawn, columns, inputs)
-    finish(args, out, rows, pipe.settings(**settings))
+    finish(args, out, rows, pipe.embedded_settings(settings))

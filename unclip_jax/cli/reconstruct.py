@@ -37,7 +37,6 @@ def run(args) -> None:
     at_most(len(images) * (1 + len(dims)))
     drawn = pipe.reconstruct(images, dims, args.seed, pca=pca, batch_size=args.batch_size, **settings)
     columns = [(f"{k} dims", {"role": "reconstruction", "dims": k}) for k in dims]
-    used = {name: value for name, value in pipe.settings(**settings).items() if not name.startswith("prior")}
     rows = beside(args.image, pipe.squares(images, pipe.size), drawn, columns)
-    finish(args, out, rows, used, components=args.data or "of the prior")
+    finish(args, out, rows, pipe.embedded_settings(settings), components=args.data or "of the prior")
     print(f"there are {available} components")

@@ -28,7 +28,7 @@ def run(args) -> None:
     images = [read_picture(path) for path in args.image]
     pipe, settings = load(args)
     eta = None if args.white_noise else args.eta
-    used = pipe.settings(**settings) if args.white_noise else pipe.exact_settings(settings)
+    used = pipe.embedded_settings(settings) if args.white_noise else pipe.exact_settings(settings)
     drawn = pipe.variations(images, args.seed, num=args.num, eta=eta, batch_size=args.batch_size, **settings)
     label = "white noise" if eta is None else f"eta {eta:g}"
     columns = [(label, {"role": "variation", "eta": eta, "index": i}) for i in range(args.num)]
