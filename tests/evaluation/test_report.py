@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from unclip_jax import cli
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation import alignment as alignments
 from unclip_jax.evaluation import pairs, plot, report, sweep
 
 HOSTILE = "<script>alert(1)</script> & \"quotes\" | `code` </style> '\u202e"
@@ -107,6 +108,25 @@ def test_reports_side_by_side_tell_what_makes_them_differ(tmp_path):
     assert same.warnings == [] and "10 [9, 11]" in report.plain(same.tables[0])
     other = report.compare(path("a"), path("c"))
     assert other.facts["results"][0]["intervals"] == "none" and "num differs" in other.warnings[0]
+
+
+def test_reports_of_prompts_and_of_stages_are_compared_too(tmp_path):
+    def alignment(right):
+        own = {"objects": "one", "pairs": "seen", **alignments.tally([{"right": r, "shape": True} for r in right])}
+        return {"kind": "alignment", "results": [own, {**own, "objects": "two"}]}
+
+    stage = lambda loss, n=8: {"kind": "stage", "n": n, "metrics": {"loss": loss}}  # noqa: E731
+    sides = {"a": alignment([True] * 40), "b": alignment([False] * 39 + [True]), "c": stage(1.0), "d": stage(0.5, 16)}
+    for name, content in sides.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    path = lambda name: str(tmp_path / f"{name}.json")  # noqa: E731
+    found = report.compare(path("a"), path("b")).tables[0].rows
+    assert [row[:2] for row in found[:2]] == [["one, seen", "oracle: right"], ["one, seen", "oracle: shape"]]
+    assert [row[4:] for row in found] == [[-0.975, "apart"], [0.0, "none"]] * 2
+    other = report.compare(path("c"), path("d"))
+    assert other.tables[0].rows == [["–", "loss", "1", "0.5", -0.5, "none"]] and "n differs" in other.warnings[0]
+    with pytest.raises(UserError, match="no metric and setting in common"):
+        report.compare(path("a"), path("c"))
 
 
 @pytest.mark.parametrize("row", [facts(float("nan")), facts("1"), facts(10**400), facts(1.0, 0, "x"), facts(1.0, 0)])

@@ -179,24 +179,39 @@ def _md(text) -> str:
     return escape(text, quote=False)
 
 
+def _points(facts: Mapping) -> list[dict]:
+    """[{"label", "rows"}] of a report of pictures, of the shapes world's prompts or of a stage."""
+    bare = {"low": None, "high": None}
+    if facts.get("kind") == "stage":
+        return [{"label": "", "rows": [bare | {"name": k, "value": v} for k, v in facts["metrics"].items()]}]
+    if facts.get("kind") != "alignment":
+        return facts["points"]
+    points = []
+    for found in facts["results"]:
+        rows = [{"name": "oracle: right", "value": found["right"], "low": found["low"], "high": found["high"]}]
+        rows += [bare | {"name": f"oracle: {k}", "value": own["right"]} for k, own in found["attributes"].items()]
+        points.append({"label": f"{found['objects']}, {found['pairs']}", "rows": rows})
+    return points
+
+
 def _rows_of(facts: Mapping, file: str) -> dict[tuple[str, str], dict]:
-    """{(point, metric): row} of a report of pictures."""
+    """{(point, metric): row} of a report."""
     try:
-        found = {(p["label"], row["name"]): row for p in facts["points"] for row in p["rows"]}
+        found = {(p["label"], row["name"]): row for p in _points(facts) for row in p["rows"]}
         for row in found.values():
             ends = () if row["low"] is None is row["high"] else (row["low"], row["high"])
             if not all(is_number(number, -sys.float_info.max) for number in (row["value"], *ends)):
                 raise ValueError(row)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{file} is no report of pictures ({type(error).__name__})"
-        raise UserError(what, "give what `--out` wrote") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{file} is no report of pictures or of a stage ({type(error).__name__})"
+        raise UserError(what, "give what `unclip evaluate … --out` wrote") from None
     if not found:
         raise UserError(f"{file} holds no numbers")
     return found
 
 
 def compare(first: str, second: str) -> Report:
-    """Two reports of pictures side by side: every number that both have, and what makes them not comparable."""
+    """Two reports of one kind side by side: every number that both have, and what makes them not comparable."""
     if Path(first).resolve() == Path(second).resolve():
         raise UserError(f"both reports are {first!r}", "give two")
     sides = [read(file) for file in (first, second)]
@@ -208,7 +223,7 @@ def compare(first: str, second: str) -> Report:
     if not both:
         raise UserError(f"{first} and {second} have no metric and setting in common")
     warnings = []
-    for key in ("data", "networks", "num", "reference"):
+    for key in ("task", "data", "split", "networks", "num", "n", "reference"):
         if sides[0].get(key) != sides[1].get(key):
             warnings.append(f"{key} differs: these numbers are not comparable, unless that is what you compare")
     rows, numbers = [], []
