@@ -122,10 +122,10 @@ def test_without_captions_every_picture_counts(root):
         ["b.png", "sub/a.JPG", "sub/c.d.webp"], ""
     )
     (root / "sub/a.txt").write_text("x")
-    every = captions(Folder(str(root), "all", 4, captions=None))
+    every = captions(Folder(str(root), "all", 4, uncaptioned=True))
     assert list(every.items()) == [("b.png", ""), ("sub/a.JPG", "x"), ("sub/c.d.webp", "")]
     (root / "sub/a.txt").unlink(), (root / "metadata.csv").write_text("file_name,text\nb.png,a box\n")
-    assert captions(Folder(str(root), "all", 4, captions=None)) == {"b.png": "a box"}
+    assert captions(Folder(str(root), "all", 4, uncaptioned=True)) == {"b.png": "a box"}
 
 
 def test_splits_are_disjoint_complete_and_do_not_move(tmp_path):

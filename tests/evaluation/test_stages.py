@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import tiny_runs, tiny_stack
 from tests.bound import bpd
@@ -78,6 +79,17 @@ def test_a_converted_clip_is_measured_on_a_given_source(tmp_path):
     found = tables(stages.measure(tmp_path / "s", num=8, stage="clip", source="shapes"))
     names = [row[0] for row in found["Classification of 64 into 42 classes"].rows]
     assert len(found["Retrieval among 64"].rows) == 6 and all(name.startswith("zero-shot") for name in names)
+
+
+def test_captions_are_asked_of_the_stages_that_learn_from_them_alone(tmp_path):
+    for k in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{k}.png")
+    given = dict(source="folder", path=str(tmp_path))
+    for stage in ("clip", "prior", "decoder"):
+        with pytest.raises(UserError, match="none of the 3 pictures in .* has a caption"):
+            trained.load(tiny_stack.path(), stage=stage, **given)
+    own = trained.load(tiny_stack.path(), stage="upsampler", **given)
+    assert len(own.source) == 3 and next(own.batches(0))["image"].shape == (4, 32, 32, 3)
 
 
 def test_classes_are_of_scenes_captions_or_folders():

@@ -42,8 +42,8 @@ class Folder(Source):
       split: "train", 98 %; "test" or "heldout", the other 2 %; "all".
       size: side in pixels.
       seed: has no effect; there is nothing to draw.
-      captions: False takes every picture with an empty caption, for stages without text (the upsamplers); None takes
-        those without one as well, unless a table says which pictures there are.
+      captions: False takes every picture with an empty caption, for stages without text (the upsamplers).
+      uncaptioned: takes pictures without a caption as well, unless a table says which there are.
       max_bad: the loader gives up when more than this part of the pictures cannot be read.
     Raises:
       UserError: nothing there, no captions, captions that are not UTF-8, an empty split. A damaged picture
@@ -60,15 +60,15 @@ class Folder(Source):
         size: int = 64,
         seed: int = 0,
         *,
-        captions: bool | None = True,
+        captions: bool = True,
+        uncaptioned: bool = False,
         max_bad: float = 0.1,
     ):
         check_arguments("folder", "a folder of pictures", path, split, SPLITS, max_bad)
         self.path, self.split, self.size, self.max_bad = Path(os.path.expanduser(path)), split, size, max_bad
         if not self.path.is_dir():
             raise UserError(f"data.path='{path}' is not a folder", "give a folder that holds pictures")
-        every = captions is None
-        records = [(file, "") for file in _pictures(self.path)] if captions is False else _records(self.path, every)
+        records = _records(self.path, uncaptioned) if captions else [(file, "") for file in _pictures(self.path)]
         if split != "all":
             records = [r for r in records if held_out(r[0]) == (split != "train")]
         if not records:

@@ -76,7 +76,7 @@ def check_arguments(name: str, what: str, path: str, split: str, splits: Sequenc
       name: of the source. what: what its path is to be.
     """
     if not path:
-        raise UserError(f"the source '{name}' needs data.path", f"set it to {what}")
+        raise UserError(f"the source '{name}' needs data.path", f"set it, or --path of a command, to {what}")
     if splits and split not in splits:
         raise UserError(f"data.split='{split}' is not a split of '{name}'", suggest(split, splits))
     if not is_number(max_bad, 0, 1):

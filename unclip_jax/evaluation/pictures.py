@@ -153,7 +153,7 @@ def source(name: str, size: int, seed: int = 0, path: str | None = None, asked: 
     """
     name, _, split = name.partition(":")
     split = split or ("all" if name == "folder" else "test")
-    more = ({} if path is None else {"path": path}) | ({"captions": None} if name == "folder" and not asked else {})
+    more = ({} if path is None else {"path": path}) | ({"uncaptioned": not asked} if name == "folder" else {})
     opened = data.make(name, split, size=size, seed=seed, **more)
     about = {"data": name, "split": split, "size": size, "seed": seed, "length": len(opened)}
     if path is not None:
@@ -171,7 +171,7 @@ def _listed(path: Path, asked: bool) -> tuple[list[str], list[str] | None]:
     if not any(n.lower().endswith(SUFFIXES) for n in names) and not any((path / n).is_dir() for n in names):
         what = "is empty" if not names else f"holds no pictures, but {', '.join(sorted(names)[:3])}"
         raise UserError(f"{path} {what}", f"pictures end in {', '.join(SUFFIXES)}")
-    found = data_folder.Folder(str(path), "all", size=1, captions=None).records
+    found = data_folder.Folder(str(path), "all", size=1, uncaptioned=True).records
     if not any(caption for _, caption in found):
         return [file for file, _ in found], None
     if asked:
